@@ -1,0 +1,126 @@
+"""Multi-modal attention: frames and their audio tokens attend to each other, under an emotion (MEMO section 3.3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import Attention, FeedForward, join_heads, split_heads, to_maps, to_tokens
+
+NULL_EMOTION = 9  # the label of classifier-free guidance; 0 to 8 are the classes
+EMOTION_LABELS = 10
+
+
+class _LabelEmbedding(nn.Module):
+    def __init__(self, dim: int, ops: Any):
+        super().__init__()
+        self.embedding_table = ops.Embedding(EMOTION_LABELS, dim)
+
+
+class EmotionAdaNorm(nn.Module):
+    """Layer norm whose shift and scale come from the emotion label (MEMO section 3.3, emotion-adaptive layer norm)."""
+
+    def __init__(self, dim: int, ops: Any = nn):
+        super().__init__()
+        self.class_embedder = _LabelEmbedding(dim, ops)
+        self.adaLN_modulation = nn.ModuleList([nn.Identity(), ops.Linear(dim, 2 * dim)])
+
+    def forward(self, x: Tensor, emotion: Tensor) -> Tensor:
+        """x [B * F, N, C]; emotion [B] or [B * F] labels in 0..9."""
+        embedding = self.class_embedder.embedding_table(emotion).to(x.dtype)
+        modulation = self.adaLN_modulation[1](F.silu(embedding))
+        modulation = modulation.repeat_interleave(x.shape[0] // emotion.shape[0], dim=0)[:, None]
+        shift, scale = modulation.chunk(2, dim=-1)
+        return F.layer_norm(x, x.shape[-1:], eps=1e-5) * (1 + scale) + shift
+
+
+class JointAttention(nn.Module):
+    """One attention over the concatenation of frame tokens and audio tokens, with projections of their own."""
+
+    def __init__(self, dim: int, audio_dim: int, heads: int, final: bool, ops: Any):
+        super().__init__()
+        self.heads = heads
+        self.to_q = ops.Linear(dim, dim, bias=False)
+        self.to_k = ops.Linear(dim, dim, bias=False)
+        self.to_v = ops.Linear(dim, dim, bias=False)
+        self.add_q_proj = ops.Linear(audio_dim, dim)
+        self.add_k_proj = ops.Linear(audio_dim, dim)
+        self.add_v_proj = ops.Linear(audio_dim, dim)
+        self.to_out = nn.ModuleList([ops.Linear(dim, dim)])
+        if not final:
+            self.to_add_out = ops.Linear(dim, audio_dim)
+
+    def forward(self, x: Tensor, audio: Tensor) -> tuple[Tensor, Tensor | None]:
+        query = split_heads(torch.cat([self.to_q(x), self.add_q_proj(audio)], dim=1), self.heads)
+        key = split_heads(torch.cat([self.to_k(x), self.add_k_proj(audio)], dim=1), self.heads)
+        value = split_heads(torch.cat([self.to_v(x), self.add_v_proj(audio)], dim=1), self.heads)
+        out = join_heads(F.scaled_dot_product_attention(query, key, value))
+        frames, audio = out[:, : x.shape[1]], out[:, x.shape[1] :]
+        return self.to_out[0](frames), self.to_add_out(audio) if hasattr(self, "to_add_out") else None
+
+
+class _JointBlock(nn.Module):
+    """Self-attention of each modality, then joint attention, then feed-forward. The net's last block drops the audio."""
+
+    def __init__(self, dim: int, audio_dim: int, heads: int, final: bool, ops: Any):
+        super().__init__()
+        self.norm1 = EmotionAdaNorm(dim, ops)
+        self.attn1 = Attention(dim, dim, heads, ops=ops)
+        self.audio_norm1 = EmotionAdaNorm(audio_dim, ops)
+        self.audio_attn1 = Attention(audio_dim, dim, heads, ops=ops)
+        self.norm2 = EmotionAdaNorm(dim, ops)
+        self.audio_norm2 = EmotionAdaNorm(audio_dim, ops)
+        self.attn2 = JointAttention(dim, audio_dim, heads, final, ops)
+        self.ff = FeedForward(dim, ops)
+        self.norm3 = ops.LayerNorm(dim)
+        if not final:
+            self.audio_ff = FeedForward(audio_dim, ops)
+            self.audio_norm3 = ops.LayerNorm(audio_dim)
+
+    def forward(self, x: Tensor, audio: Tensor, emotion: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = x + self.attn1(self.norm1(x, emotion))
+        audio = audio + self.audio_attn1(self.audio_norm1(audio, emotion))
+        joint, joint_audio = self.attn2(self.norm2(x, emotion), self.audio_norm2(audio, emotion))
+        x = x + joint
+        x = x + self.ff(self.norm3(x))
+        if joint_audio is None:
+            return x, None
+        audio = audio + joint_audio
+        return x, audio + self.audio_ff(self.audio_norm3(audio))
+
+
+class AudioModule(nn.Module):
+    """Multi-modal attention module at one layer of the Diffusion Net.
+
+    Args:
+        dim: channels of the frames at this layer.
+        inner_dim: working width; in the released net the channels that *enter* the block on the way down, and those of the
+            next finer level on the way up, not `dim`.
+        audio_dim: width of an audio token.
+        heads: attention heads.
+        final: the net's last audio module, which returns no audio tokens.
+    """
+
+    def __init__(self, dim: int, inner_dim: int, audio_dim: int, heads: int, groups: int, final: bool = False, ops: Any = nn):
+        super().__init__()
+        self.norm = ops.GroupNorm(groups, dim, eps=1e-6)
+        self.proj_in = ops.Conv2d(dim, inner_dim, 1)
+        self.transformer_blocks = nn.ModuleList([_JointBlock(inner_dim, audio_dim, heads, final, ops)])
+        self.proj_out = ops.Conv2d(inner_dim, dim, 1)
+
+    def forward(self, x: Tensor, audio: Tensor, emotion: Tensor) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            x: [B * F, C, h, w].
+            audio: [B * F, tokens, audio_dim].
+            emotion: [B] or [B * F] labels.
+
+        Returns:
+            Frames and audio tokens, each with the module's contribution added.
+        """
+        hidden, out_audio = self.transformer_blocks[0](to_tokens(self.proj_in(self.norm(x))), audio, emotion)
+        x = x + self.proj_out(to_maps(hidden, *x.shape[2:]))
+        return x, None if out_audio is None else audio + out_audio

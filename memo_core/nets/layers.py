@@ -1,0 +1,141 @@
+"""Building blocks both networks share: attention, feed-forward, residual and resampling blocks, the time embedding.
+
+Parameter names are those of the released checkpoint. `ops` supplies the layer classes (Linear, Conv2d, GroupNorm,
+LayerNorm, Embedding), `torch.nn` unless a host brings its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H * D] -> [B, H, N, D]."""
+    batch, tokens, _ = x.shape
+    return x.view(batch, tokens, heads, -1).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """[B, H, N, D] -> [B, N, H * D]."""
+    batch, heads, tokens, dim = x.shape
+    return x.transpose(1, 2).reshape(batch, tokens, heads * dim)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of [B, N, query_dim] over [B, M, context_dim]; head width is inner_dim / heads."""
+
+    def __init__(self, query_dim: int, inner_dim: int, heads: int, context_dim: int | None = None, ops: Any = nn):
+        super().__init__()
+        self.heads = heads
+        context_dim = query_dim if context_dim is None else context_dim
+        self.to_q = ops.Linear(query_dim, inner_dim, bias=False)
+        self.to_k = ops.Linear(context_dim, inner_dim, bias=False)
+        self.to_v = ops.Linear(context_dim, inner_dim, bias=False)
+        self.to_out = nn.ModuleList([ops.Linear(inner_dim, query_dim)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        query = split_heads(self.to_q(x), self.heads)
+        key = split_heads(self.to_k(context), self.heads)
+        value = split_heads(self.to_v(context), self.heads)
+        return self.to_out[0](join_heads(F.scaled_dot_product_attention(query, key, value)))
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with GELU, the first half of the feed-forward layer."""
+
+    def __init__(self, dim: int, inner_dim: int, ops: Any = nn):
+        super().__init__()
+        self.proj = ops.Linear(dim, inner_dim * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Position-wise feed-forward layer of width 4 * dim."""
+
+    def __init__(self, dim: int, ops: Any = nn):
+        super().__init__()
+        # The checkpoint numbers a dropout layer in between.
+        self.net = nn.ModuleList([GEGLU(dim, dim * 4, ops), nn.Identity(), ops.Linear(dim * 4, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoidal embedding of the timestep (cosines first), then two linear layers; [B] -> [B, 4 * channels]."""
+
+    def __init__(self, channels: int, ops: Any = nn):
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = ops.Linear(channels, channels * 4)
+        self.linear_2 = ops.Linear(channels * 4, channels * 4)
+
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        half = self.channels // 2
+        frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=timestep.device, dtype=torch.float32))
+        angle = timestep.float()[:, None] * frequency[None]
+        embedding = torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
+        return self.linear_2(F.silu(self.linear_1(embedding)))
+
+
+class ResnetBlock(nn.Module):
+    """Residual block of two 3x3 convolutions on [R, C, h, w]; the time embedding [B, T] is added between them, R = B * F."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int, eps: float, ops: Any = nn):
+        super().__init__()
+        self.norm1 = ops.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = ops.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = ops.Linear(time_dim, out_channels)
+        self.norm2 = ops.GroupNorm(groups, out_channels, eps=eps)
+        self.conv2 = ops.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.conv_shortcut = ops.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        time = self.time_emb_proj(F.silu(time))
+        hidden = hidden + time.repeat_interleave(hidden.shape[0] // time.shape[0], dim=0)[:, :, None, None]
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        shortcut = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
+        return shortcut + hidden
+
+
+class Downsample(nn.Module):
+    """3x3 convolution with stride 2."""
+
+    def __init__(self, channels: int, ops: Any = nn):
+        super().__init__()
+        self.conv = ops.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement to `size` (h, w), then a 3x3 convolution."""
+
+    def __init__(self, channels: int, ops: Any = nn):
+        super().__init__()
+        self.conv = ops.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """[R, C, h, w] -> [R, h * w, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_maps(x: Tensor, height: int, width: int) -> Tensor:
+    """[R, h * w, C] -> [R, C, h, w]."""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)

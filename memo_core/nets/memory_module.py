@@ -1,0 +1,95 @@
+"""Memory-guided temporal module: linear attention over time with a memory of past frames (MEMO section 3.2).
+
+The module holds no state: sums of past frames are computed by `sums`, carried by the caller and handed to `forward`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import kernels
+from .layers import FeedForward, to_maps, to_tokens
+
+Memory = tuple[Tensor, Tensor]  # kv [B, N, H, D, D], z [B, N, H, D] of one memory layer
+
+
+class MemoryAttention(nn.Module):
+    """One memory layer: every location of a frame attends to the same location in the window and in the memory."""
+
+    def __init__(self, dim: int, heads: int, ops: Any = nn):
+        super().__init__()
+        self.heads = heads
+        self.to_q = ops.Linear(dim, dim, bias=False)
+        self.to_k = ops.Linear(dim, dim, bias=False)
+        self.to_v = ops.Linear(dim, dim, bias=False)
+        self.to_out = nn.ModuleList([ops.Linear(dim, dim)])
+
+    def _split(self, x: Tensor, frames: int) -> Tensor:
+        """[B * F, N, C] -> [B, F, N, H, D]."""
+        return x.view(-1, frames, x.shape[1], self.heads, x.shape[2] // self.heads)
+
+    def sums(self, past: Tensor, frames: int) -> Memory:
+        """What past frames [B * F, N, C] add to the memory."""
+        return kernels.memory_sums(self._split(self.to_k(past), frames), self._split(self.to_v(past), frames))
+
+    def forward(self, x: Tensor, memory: Memory | None, frames: int) -> Tensor:
+        query, key, value = (self._split(to(x), frames) for to in (self.to_q, self.to_k, self.to_v))
+        return self.to_out[0](kernels.memory_attention(query, key, value, memory).reshape(x.shape))
+
+
+class _MemoryBlock(nn.Module):
+    def __init__(self, dim: int, heads: int, layers: int, ops: Any):
+        super().__init__()
+        self.attention_blocks = nn.ModuleList(MemoryAttention(dim, heads, ops) for _ in range(layers))
+        self.norms = nn.ModuleList(ops.LayerNorm(dim) for _ in range(layers))
+        self.ff = FeedForward(dim, ops)
+        self.ff_norm = ops.LayerNorm(dim)
+
+
+class _TemporalTransformer(nn.Module):
+    def __init__(self, dim: int, heads: int, blocks: int, layers: int, groups: int, ops: Any):
+        super().__init__()
+        self.norm = ops.GroupNorm(groups, dim, eps=1e-6)
+        self.proj_in = ops.Linear(dim, dim)
+        self.transformer_blocks = nn.ModuleList(_MemoryBlock(dim, heads, layers, ops) for _ in range(blocks))
+        self.proj_out = ops.Linear(dim, dim)
+
+
+class MemoryModule(nn.Module):
+    """Memory-guided temporal module at one layer of the Diffusion Net; holds `blocks` x `layers` memory layers."""
+
+    def __init__(self, dim: int, heads: int, blocks: int, layers: int, groups: int, ops: Any = nn):
+        super().__init__()
+        self.num_memory_layers = blocks * layers
+        self.temporal_transformer = _TemporalTransformer(dim, heads, blocks, layers, groups, ops)
+
+    def sums(self, past: Tensor, height: int, width: int, frames: int) -> list[Memory]:
+        """What Reference Net features of past frames add to the memory of each layer.
+
+        Args:
+            past: [B * F, N, C], frames oldest first.
+            height, width: N = height * width.
+            frames: F.
+        """
+        # Past frames take the same path as the window's frames, but only up to keys and values.
+        transformer = self.temporal_transformer
+        past = transformer.proj_in(to_tokens(transformer.norm(to_maps(past, height, width))))
+        return [
+            attention.sums(norm(past), frames)
+            for block in transformer.transformer_blocks
+            for attention, norm in zip(block.attention_blocks, block.norms)
+        ]
+
+    def forward(self, x: Tensor, memory: list[Memory] | None, frames: int) -> Tensor:
+        """x [B * F, C, h, w]; memory: one (kv, z) per layer, or None to look at the window alone."""
+        transformer = self.temporal_transformer
+        hidden = transformer.proj_in(to_tokens(transformer.norm(x)))
+        layer = 0
+        for block in transformer.transformer_blocks:
+            for attention, norm in zip(block.attention_blocks, block.norms):
+                hidden = hidden + attention(norm(hidden), None if memory is None else memory[layer], frames)
+                layer += 1
+            hidden = hidden + block.ff(block.ff_norm(hidden))
+        return x + to_maps(transformer.proj_out(hidden), *x.shape[2:])
