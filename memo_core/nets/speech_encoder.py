@@ -1,0 +1,157 @@
+"""The speech encoder: wav2vec 2.0 whose convolutional features are stretched to the video's frame rate.
+
+The layers are those of the transformers library (Baevski et al. 2020, arXiv 2006.11477); the interpolation between the
+convolutions and the transformer, one feature per video frame, is MEMO's (section 3.1, after EMO).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+from ..errors import CheckpointError
+from .weights import load_strict, read_tensors
+
+SAMPLE_RATE = 16000
+
+# Entries of published wav2vec 2.0 files that hidden states do not need: the CTC head, the pre-training
+# quantiser and its projections, and the embedding that stands for masked frames.
+_UNUSED = ("lm_head.", "quantizer.", "project_q.", "project_hid.", "masked_spec_embed")
+
+
+class SpeechEncoder(nn.Module):
+    """wav2vec 2.0 at video frame rate; state-dict names equal those of transformers' Wav2Vec2Model.
+
+    LayerDrop and SpecAugment, which the configuration may name, are never applied; dropout is, in training mode.
+
+    Args:
+        config: sizes; `do_stable_layer_norm` and `add_adapter` are not supported.
+        normalize: whether recordings are to be brought to zero mean and unit variance before `forward`
+            (`do_normalize` of preprocessor_config.json).
+    """
+
+    def __init__(self, config: Wav2Vec2Config, normalize: bool = True):
+        super().__init__()
+        for name in ("do_stable_layer_norm", "add_adapter"):
+            if getattr(config, name):
+                raise CheckpointError(f"speech encoder: {name} = True is not supported, only False is")
+        self.config = config
+        self.normalize = normalize
+        model = Wav2Vec2Model(config)
+        self.feature_extractor = model.feature_extractor
+        self.feature_projection = model.feature_projection
+        self.encoder = model.encoder
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of hidden states that `forward` returns per frame (released: 12)."""
+        return self.config.num_hidden_layers
+
+    @property
+    def hidden_dim(self) -> int:
+        """C, the width of a hidden state (released: 768)."""
+        return self.config.hidden_size
+
+    @property
+    def min_samples(self) -> int:
+        """Samples that the convolutions need to make one feature (400 for the released sizes)."""
+        samples = 1
+        for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride)):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
+    def forward(self, waveform: Tensor, num_frames: int) -> Tensor:
+        """Encodes recordings, one set of hidden states per video frame.
+
+        Args:
+            waveform: [B, T] at 16 kHz, normalised if `normalize`; shorter ones than `min_samples` are continued by zeros.
+            num_frames: F, the number of video frames that the T samples span.
+
+        Returns:
+            [F, L, C] if B is 1, else [B, F, L, C]: the output of every transformer layer.
+        """
+        waveform = F.pad(waveform, (0, max(0, self.min_samples - waveform.shape[-1])))
+        features = self.feature_extractor(waveform)  # [B, C, T']
+        features = F.interpolate(features, size=num_frames, mode="linear", align_corners=True).transpose(1, 2)
+        hidden, _ = self.feature_projection(features)
+        hidden = hidden + self.encoder.pos_conv_embed(hidden)
+        hidden = self.encoder.dropout(self.encoder.layer_norm(hidden))
+        states = []
+        for layer in self.encoder.layers:
+            output = layer(hidden)
+            hidden = output[0] if isinstance(output, tuple) else output  # a tuple before transformers 5
+            states.append(hidden)
+        stacked = torch.stack(states, dim=2)
+        return stacked[0] if len(stacked) == 1 else stacked
+
+    @classmethod
+    def from_config(cls, config: Wav2Vec2Config | dict[str, Any], normalize: bool = True) -> SpeechEncoder:
+        """A fresh encoder; `config` holds any of Wav2Vec2Config's settings."""
+        if isinstance(config, dict):
+            config = Wav2Vec2Config(**config)
+        return cls(config, normalize)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> SpeechEncoder:
+        """Reads a folder as transformers writes it: config.json, preprocessor_config.json (optional) and
+        model.safetensors or pytorch_model.bin, of the bare model or of the one with a CTC head.
+
+        Raises CheckpointError when a file is absent or anything in it does not fit.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "config.json")
+        if config.get("model_type") != "wav2vec2":
+            raise CheckpointError(f"{folder}/config.json: model_type {config.get('model_type')!r} is not 'wav2vec2'")
+        preprocessing = folder / "preprocessor_config.json"
+        settings = _read_json(preprocessing) if preprocessing.is_file() else {}
+        if settings.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
+            raise CheckpointError(f"{preprocessing}: sampling_rate {settings['sampling_rate']} is not {SAMPLE_RATE}")
+        path = folder / "model.safetensors"
+        if not path.is_file():
+            path = folder / "pytorch_model.bin"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+        encoder = cls.from_config(Wav2Vec2Config.from_dict(config), settings.get("do_normalize", True))
+        load_strict(encoder, {_rename(name): value for name, value in read_tensors(path).items() if not _unused(name)}, path)
+        return encoder.to(device=device, dtype=dtype).eval()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes a folder that `from_pretrained` and transformers read; `dtype` only changes the file's number format."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.config.to_dict() | {"architectures": ["Wav2Vec2Model"], "mask_time_prob": 0.0}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+        settings = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1, "padding_side": "right",
+                    "padding_value": 0.0, "return_attention_mask": False, "sampling_rate": SAMPLE_RATE,
+                    "do_normalize": self.normalize}
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        tensors = {name: value.to(dtype=dtype or value.dtype).contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _unused(name: str) -> bool:
+    return name.removeprefix("wav2vec2.").startswith(_UNUSED)
+
+
+def _rename(name: str) -> str:
+    """Names in older files: a prefix before the bare model, and weight norm stored as weight_g and weight_v."""
+    name = name.removeprefix("wav2vec2.")
+    name = name.replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
+    return name.replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1")
