@@ -1,0 +1,424 @@
+"""Recordings: reading, checking, resampling, and the speech embeddings that drive the video."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import AudioError
+
+if TYPE_CHECKING:
+    from .nets.speech_encoder import SpeechEncoder
+
+SAMPLE_RATE = 16000  # Hz, what the speech encoder and emotion2vec listen to
+MAX_SECONDS = 3 * 3600  # a longer recording is refused: at 16 kHz three hours are 0.7 GB
+MAX_EMBEDDING_BYTES = 8 * 2**30  # embeddings of the released encoder take 1.1 MB a second: 2 hours
+WHOLE_SECONDS = 60  # up to here context="auto" encodes the recording whole, as released
+MAX_WHOLE_SECONDS = 300  # whole encoding beyond this is refused: 6 GB of working memory with the released encoder
+CHUNK_SECONDS = 10
+CONTEXT_SECONDS = 5  # context on either side of a chunk that "auto" takes
+MAX_CONTEXT_SECONDS = 60
+NEIGHBOURS = 2  # frames of context on either side of each frame's embedding
+
+_MAX_CHANNELS = 64
+_MAX_PEAK = 1e6
+_INTEGER_SCALES = {torch.uint8: (128.0, 128.0), torch.int16: (0.0, 2.0**15), torch.int32: (0.0, 2.0**31)}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class AudioTrack:
+    """Speech embeddings of a recording, one per video frame with its neighbours'.
+
+    Attributes:
+        embeddings: [F_padded, 5, L, C] float32 on the CPU: for every video frame the hidden states of the L encoder layers at
+            frames -2 ... +2 around it, clamped at the ends. A read-only view: neighbouring frames share memory, so that it
+            costs a fifth of its nominal size; slices copy when they are moved or made contiguous.
+        num_frames: frames that the recording itself spans; the rest up to F_padded is silence to fill the last window.
+        fps: frames a second.
+        context: seconds of context around each encoded chunk, or None where the recording was encoded whole.
+    """
+
+    embeddings: Tensor
+    num_frames: int
+    fps: float
+    context: float | None
+
+    @property
+    def num_padded_frames(self) -> int:
+        """F_padded, a multiple of the window length."""
+        return self.embeddings.shape[0]
+
+
+def load_audio(path: str | Path) -> tuple[Tensor, int]:
+    """Reads the first audio stream of any file that PyAV opens (wav, mp3, flac, m4a, the sound of a video, ...).
+
+    Returns:
+        waveform [channels, T] float32 in [-1, 1], and its sample rate in Hz.
+
+    Raises:
+        AudioError: the file is absent, cannot be decoded, has no sound, or is longer than MAX_SECONDS.
+    """
+    import av
+
+    path = Path(path)
+    if not path.is_file():
+        raise AudioError(f"{path} is not a file")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise AudioError(f"{path} has no audio stream")
+            declared = max(0, container.duration or 0) / av.time_base
+            if declared > MAX_SECONDS:
+                raise _too_long(declared)
+            # Unused room at the end of the buffer costs no memory, the system gives pages when they are written.
+            buffer, rate, filled, resampler = np.empty((0, 0), np.float32), 0, 0, None
+            for frame in container.decode(container.streams.audio[0]):
+                if resampler is None:
+                    rate = frame.sample_rate
+                    resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=rate)
+                    buffer = np.empty((frame.layout.nb_channels, int((declared + 1) * rate)), np.float32)
+                for piece in resampler.resample(frame):
+                    if filled + piece.samples > buffer.shape[1]:
+                        room = np.empty((len(buffer), buffer.shape[1] // 2 + piece.samples), np.float32)
+                        buffer = np.concatenate([buffer, room], axis=1)
+                    buffer[:, filled : filled + piece.samples] = piece.to_ndarray()
+                    filled += piece.samples
+                if filled > MAX_SECONDS * rate:
+                    raise _too_long(filled / rate)
+    except AudioError:
+        raise
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise AudioError(f"{path} cannot be decoded: {error}") from error
+    if not filled:
+        raise AudioError(f"{path} holds no audio samples")
+    return torch.from_numpy(buffer[:, :filled]), rate
+
+
+def prepare_waveform(waveform: Tensor | np.ndarray, sample_rate: float) -> Tensor:
+    """Checks a recording and makes it mono at 16 kHz.
+
+    Channels are averaged, then resampled as librosa.load, the released loader, does by default: `soxr_hq`. (The released script
+    has ffmpeg resample the file to 16 kHz and 16 bits first, so that its own numbers depend on the ffmpeg at hand.)
+
+    Args:
+        waveform: [T] or [channels, T], at most 64 channels. Floating point (about in [-1, 1]; louder is allowed up to a peak
+            of 1e6, because what follows normalises), or int16, int32, uint8, which are scaled to [-1, 1].
+        sample_rate: in Hz, any positive number.
+
+    Returns:
+        [T at 16 kHz] float32 on the CPU, at least one sample.
+
+    Raises:
+        AudioError: wrong shape or number format, no samples, samples that are not finite, a rate that is not positive, more
+            than MAX_SECONDS.
+    """
+    rate = _check_rate(sample_rate)
+    mono = _mono(_as_channels(waveform), rate)
+    return mono if rate == SAMPLE_RATE else _resample(mono, rate, SAMPLE_RATE)
+
+
+def encode_audio(
+    waveform: Tensor | np.ndarray,
+    sample_rate: float,
+    speech_encoder: SpeechEncoder,
+    fps: float = 30,
+    context: float | Literal["auto"] | None = "auto",
+    window_frames: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> AudioTrack:
+    """Encodes a recording into per-frame speech embeddings (MEMO section 3.1).
+
+    With `context=None` it is encoded whole, as released: normalised to zero mean and unit variance over all of it, continued
+    by zeros to whole windows, encoded at once. Every embedding then depends on every sample, and the cost grows with the
+    square of the length, so this is refused beyond MAX_WHOLE_SECONDS.
+
+    With `context=seconds`, fixed chunks of CHUNK_SECONDS, counted from the start of the recording, are each encoded with that
+    much sound before and after them (what there is, at the ends) and normalised over it. The cost is linear, the working
+    memory constant, and an edit changes embeddings only of the chunks that hear it, at most CHUNK_SECONDS + `context` away.
+    The embeddings differ from whole encoding's because mean, variance, group norm and attention see less. On the random 2-layer
+    encoder of the tests, whose attention is uniform, the worst case, the relative L2 distance over 50 s is 0.27 with no
+    context, 0.23 with 2 s, 0.21 with 5 s, 0.17 with 10 s; a step between chunks is 1.1 times as large as in whole encoding.
+
+    Args:
+        waveform: [T] or [channels, T]; see `prepare_waveform`.
+        sample_rate: in Hz.
+        fps: video frames a second, up to 240.
+        context: None, seconds from 0 to 60, or "auto": None up to WHOLE_SECONDS, else CONTEXT_SECONDS.
+        window_frames: the embeddings are padded to a multiple of this.
+        progress: called with (chunks done, chunks in all).
+
+    Raises:
+        AudioError: bad recording or argument, or embeddings that would exceed MAX_EMBEDDING_BYTES.
+    """
+    if not _is_number(fps) or not 0 < fps <= 240:
+        raise AudioError(f"fps is {fps!r}; it must be a number above 0 and at most 240")
+    if isinstance(window_frames, bool) or not isinstance(window_frames, int) or window_frames < 1:
+        raise AudioError(f"window_frames is {window_frames!r}; it must be a whole number of at least 1")
+    fps = float(fps)
+    samples = prepare_waveform(waveform, sample_rate)
+    seconds = len(samples) / SAMPLE_RATE
+    context = _resolve_context(context, seconds)
+    num_frames = math.ceil(len(samples) / SAMPLE_RATE * fps)
+    padded = math.ceil(num_frames / window_frames) * window_frames
+    size = padded * speech_encoder.num_layers * speech_encoder.hidden_dim * 4
+    if size > MAX_EMBEDDING_BYTES:
+        allowed = seconds * MAX_EMBEDDING_BYTES / size
+        raise AudioError(
+            f"the recording lasts {seconds:.0f} s and its embeddings would take {size / 2**30:.1f} GiB; at {fps:g} fps with "
+            f"this speech encoder at most {allowed:.0f} s are allowed"
+        )
+    if context is None:
+        hidden = _encode_whole(samples, speech_encoder, fps, num_frames, padded)
+        if progress is not None:
+            progress(1, 1)
+    else:
+        hidden = _encode_chunks(samples, speech_encoder, fps, padded, context, progress)
+    return AudioTrack(_with_neighbours(hidden), num_frames, fps, context)
+
+
+def separate_vocals(
+    waveform: Tensor | np.ndarray, sample_rate: float, model: str | Path
+) -> tuple[Tensor, int]:
+    """Removes music and noise around a voice with the optional audio-separator package.
+
+    Args:
+        waveform: [T] or [channels, T]; see `prepare_waveform` for formats.
+        sample_rate: in Hz.
+        model: the released misc/vocal_separator/Kim_Vocal_2.onnx.
+
+    Returns:
+        the voice alone, [channels, T] float32, and its sample rate (44100 Hz).
+
+    Raises:
+        AudioError: the package or the model is absent (the message says how to get it), a bad recording, or the package fails.
+    """
+    model = Path(model)
+    rate = _check_rate(sample_rate)
+    waveform = _as_channels(waveform)
+    if not model.is_file():
+        raise AudioError(f"{model} does not exist; it comes with the released weights (memo download)")
+    try:
+        from audio_separator.separator import Separator
+    except ImportError as error:
+        raise AudioError(
+            f'separating vocals needs the audio-separator package: pip install "audio-separator[cpu]" ({error})'
+        ) from error
+    _mono(waveform, rate)  # the same checks as everywhere
+    mixture = torch.stack([_resample(_to_float(channel), rate, _SEPARATOR_RATE) for channel in waveform[:2]])
+    with tempfile.TemporaryDirectory(prefix="memo-vocals-") as folder:
+        models, output = Path(folder, "models"), Path(folder, "output")
+        models.mkdir()
+        _describe_separator_model(model, models)
+        _write_wav(Path(folder, "mixture.wav"), mixture)
+        try:
+            separator = Separator(
+                log_level=_SEPARATOR_LOG_LEVEL,
+                model_file_dir=str(models),
+                output_dir=str(output),
+                output_single_stem="vocals",
+            )
+            separator.load_model(model.name)
+            names = separator.separate(str(Path(folder, "mixture.wav")))
+        except Exception as error:
+            raise AudioError(f"audio-separator failed: {type(error).__name__}: {error}") from error
+        if not names:
+            raise AudioError("audio-separator wrote no vocals")
+        return load_audio(output / names[0])
+
+
+_SEPARATOR_RATE = 44100
+_SEPARATOR_LOG_LEVEL = 30  # warnings
+# How Kim_Vocal_2 was trained; the package would otherwise fetch a list of all models from the internet to find this.
+_SEPARATOR_SETTINGS = {
+    "compensate": 1.009,
+    "mdx_dim_f_set": 3072,
+    "mdx_dim_t_set": 8,
+    "mdx_n_fft_scale_set": 6144,
+    "primary_stem": "Vocals",
+}
+_SEPARATOR_LISTS = (
+    "vr_download_list",
+    "mdx_download_vip_list",
+    "demucs_download_list",
+    "mdx23c_download_list",
+    "mdx23c_download_vip_list",
+    "roformer_download_list",
+    "other_network_list",
+)
+
+
+def _describe_separator_model(model: Path, folder: Path) -> None:
+    """Puts the model into `folder` with the three files that audio-separator would otherwise download."""
+    import hashlib
+
+    shutil.copyfile(model, folder / model.name)
+    digest = hashlib.md5(model.read_bytes()[-10000 * 1024 :], usedforsecurity=False).hexdigest()
+    lists = {name: {} for name in _SEPARATOR_LISTS} | {"mdx_download_list": {model.stem: model.name}}
+    (folder / "download_checks.json").write_text(json.dumps(lists))
+    (folder / "vr_model_data.json").write_text("{}")
+    (folder / "mdx_model_data.json").write_text(json.dumps({digest: _SEPARATOR_SETTINGS}))
+
+
+def _write_wav(path: Path, waveform: Tensor) -> None:
+    """[channels, T] float32 -> 32-bit float WAV at 44.1 kHz."""
+    import soundfile  # comes with librosa
+
+    soundfile.write(path, waveform.T.numpy(), _SEPARATOR_RATE, subtype="FLOAT")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, (bool, str)) and math.isfinite(value)
+    except TypeError:
+        return False
+
+
+def _check_rate(sample_rate: Any) -> float:
+    if not _is_number(sample_rate) or sample_rate <= 0:
+        raise AudioError(f"the sample rate is {sample_rate!r}; it must be a positive number of Hz")
+    return float(sample_rate)
+
+
+def _as_channels(waveform: Any) -> Tensor:
+    """Checks shape and number format; returns [channels, T] on the CPU."""
+    if not isinstance(waveform, Tensor):
+        try:
+            waveform = torch.from_numpy(np.ascontiguousarray(waveform))
+        except (TypeError, ValueError) as error:
+            raise AudioError(f"the waveform is a {type(waveform).__name__} and no tensor of numbers ({error})") from error
+    waveform = waveform.detach().cpu()
+    shape = tuple(waveform.shape)
+    if waveform.dtype not in _FLOATS and waveform.dtype not in _INTEGER_SCALES:
+        raise AudioError(f"samples are {waveform.dtype}; floating point, int16, int32 and uint8 are understood")
+    if waveform.ndim not in (1, 2):
+        raise AudioError(f"the waveform has shape {shape}; [samples] or [channels, samples] is expected")
+    if waveform.numel() == 0:
+        raise AudioError(f"the waveform is empty, its shape is {shape}")
+    if waveform.ndim == 2 and shape[0] > _MAX_CHANNELS:
+        raise AudioError(
+            f"the waveform has shape {shape}, that is {shape[0]} channels and at most {_MAX_CHANNELS} are allowed; "
+            "[channels, samples] is expected, should it be transposed?"
+        )
+    return waveform.reshape(-1, shape[-1])
+
+
+def _to_float(samples: Tensor) -> Tensor:
+    offset, scale = _INTEGER_SCALES.get(samples.dtype, (0.0, 1.0))
+    return (samples.to(torch.float32) - offset) / scale
+
+
+def _mono(channels: Tensor, rate: float) -> Tensor:
+    """Averages the channels and checks length and values; [channels, T] -> [T] float32."""
+    seconds = channels.shape[1] / rate
+    if seconds > MAX_SECONDS:
+        raise _too_long(seconds)
+    # One channel after the other: an hour of 16-bit stereo would double in size if converted at once.
+    mono = _to_float(channels[0]).clone()
+    for channel in channels[1:]:
+        mono += _to_float(channel)
+    mono /= len(channels)
+    finite = torch.isfinite(mono)
+    if not finite.all():
+        bad = int(len(mono) - finite.sum())
+        first = int(finite.to(torch.uint8).argmin()) / rate
+        raise AudioError(f"{bad} of {len(mono)} samples are not finite numbers, the first at {first:.3f} s")
+    peak = float(mono.abs().max())
+    if peak > _MAX_PEAK:
+        raise AudioError(f"the loudest sample is {peak:.3g}; samples are expected in [-1, 1]")
+    return mono
+
+
+def _resample(samples: Tensor, rate: float, target: float) -> Tensor:
+    import librosa
+
+    resampled = librosa.resample(samples.numpy(), orig_sr=rate, target_sr=target, res_type="soxr_hq")
+    return torch.from_numpy(np.ascontiguousarray(resampled, dtype=np.float32))
+
+
+def _too_long(seconds: float) -> AudioError:
+    return AudioError(
+        f"the recording lasts {seconds:.0f} s; at most {MAX_SECONDS} s ({MAX_SECONDS / 3600:g} hours) are allowed, cut it"
+    )
+
+
+def _resolve_context(context: Any, seconds: float) -> float | None:
+    if isinstance(context, str) and context == "auto":
+        return None if seconds <= WHOLE_SECONDS else float(CONTEXT_SECONDS)
+    if context is None:
+        if seconds > MAX_WHOLE_SECONDS:
+            raise AudioError(
+                f"the recording lasts {seconds:.0f} s; encoding it whole (context=None) is allowed up to {MAX_WHOLE_SECONDS} s, "
+                f'beyond that give context in seconds or "auto"'
+            )
+        return None
+    if not _is_number(context) or not 0 <= context <= MAX_CONTEXT_SECONDS:
+        raise AudioError(f'context is {context!r}; None, "auto" or seconds from 0 to {MAX_CONTEXT_SECONDS} are allowed')
+    return float(context)
+
+
+def _normalize(samples: Tensor) -> Tensor:
+    """Zero mean and unit variance; silence, even a piece with no samples at all, stays silence."""
+    if not len(samples):
+        return samples
+    centred = samples.double() - samples.double().mean()
+    return (centred / torch.sqrt(centred.square().mean() + 1e-7)).float()
+
+
+@torch.no_grad()
+def _encode(samples: Tensor, encoder: SpeechEncoder, num_samples: int, num_frames: int) -> Tensor:
+    """Normalises the samples, continues them by zeros to `num_samples`, encodes -> [num_frames, L, C] float32 on the CPU."""
+    if encoder.normalize:
+        samples = _normalize(samples)
+    samples = F.pad(samples, (0, num_samples - len(samples)))
+    weight = next(encoder.parameters())
+    return encoder(samples[None].to(weight.device, weight.dtype), num_frames).float().cpu()
+
+
+def _encode_whole(samples: Tensor, encoder: SpeechEncoder, fps: float, num_frames: int, padded: int) -> Tensor:
+    # The released code rounds the samples per frame down, so that padding is a little shorter than the frames it fills.
+    padding = (padded - num_frames) * int(SAMPLE_RATE // fps)
+    return _encode(samples, encoder, len(samples) + padding, padded)
+
+
+def _encode_chunks(
+    samples: Tensor,
+    encoder: SpeechEncoder,
+    fps: float,
+    padded: int,
+    context: float,
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:
+    chunk = max(1, round(CHUNK_SECONDS * fps))
+    margin = round(context * fps)
+    starts = range(0, padded, chunk)
+    hidden = torch.empty(padded, encoder.num_layers, encoder.hidden_dim)
+    for done, start in enumerate(starts, 1):
+        stop = min(start + chunk, padded)
+        first, last = max(0, start - margin), min(stop + margin, padded)
+        # The last frame takes the feature at the very end (align_corners): ending there keeps the frames evenly spaced, and
+        # every chunk on the same raster.
+        begin = round(first * SAMPLE_RATE / fps)
+        end = round((last - 1) * SAMPLE_RATE / fps) + encoder.min_samples
+        states = _encode(samples[begin:end], encoder, end - begin, last - first)
+        hidden[start:stop] = states[start - first : stop - first]
+        if progress is not None:
+            progress(done, len(starts))
+    return hidden
+
+
+def _with_neighbours(hidden: Tensor) -> Tensor:
+    """[F, L, C] -> [F, 5, L, C], a view of one padded copy."""
+    ends = hidden[:1].expand(NEIGHBOURS, -1, -1), hidden[-1:].expand(NEIGHBOURS, -1, -1)
+    return torch.cat([ends[0], hidden, ends[1]]).unfold(0, 2 * NEIGHBOURS + 1, 1).permute(0, 3, 1, 2)
