@@ -315,8 +315,9 @@ def _as_channels(waveform: Any) -> Tensor:
 
 
 def _to_float(samples: Tensor) -> Tensor:
+    """A float32 copy; integers are scaled to [-1, 1]."""
     offset, scale = _INTEGER_SCALES.get(samples.dtype, (0.0, 1.0))
-    return (samples.to(torch.float32) - offset) / scale
+    return samples.to(torch.float32, copy=True).sub_(offset).div_(scale)
 
 
 def _mono(channels: Tensor, rate: float) -> Tensor:
@@ -325,7 +326,7 @@ def _mono(channels: Tensor, rate: float) -> Tensor:
     if seconds > MAX_SECONDS:
         raise _too_long(seconds)
     # One channel after the other: an hour of 16-bit stereo would double in size if converted at once.
-    mono = _to_float(channels[0]).clone()
+    mono = _to_float(channels[0])
     for channel in channels[1:]:
         mono += _to_float(channel)
     mono /= len(channels)
@@ -334,7 +335,7 @@ def _mono(channels: Tensor, rate: float) -> Tensor:
         bad = int(len(mono) - finite.sum())
         first = int(finite.to(torch.uint8).argmin()) / rate
         raise AudioError(f"{bad} of {len(mono)} samples are not finite numbers, the first at {first:.3f} s")
-    peak = float(mono.abs().max())
+    peak = max(abs(float(value)) for value in mono.aminmax())
     if peak > _MAX_PEAK:
         raise AudioError(f"the loudest sample is {peak:.3g}; samples are expected in [-1, 1]")
     return mono

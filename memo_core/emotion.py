@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from .nets.emotion_head import EmotionHead
 
 EMOTIONS = ("angry", "disgusted", "fearful", "happy", "neutral", "other", "sad", "surprised", "unknown")
-
+# One colour per emotion, in their order.
 COLOURS = ("#d1495b", "#7a8b3c", "#7b5ea7", "#f2a93b", "#9aa5b1", "#a0785a", "#3f7cac", "#2a9d8f", "#5c6370")
-
 _BATCH = 8  # segments of 3 s encoded at once
 
 
@@ -212,7 +211,7 @@ def draw_emotion(
     image = Image.new("RGB", (width, 440), "white")
     draw = ImageDraw.Draw(image)
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    ink, faint = "#22262b", "#c9ced4"
+    ink = "#22262b"
     left, right = 100, width - 20
 
     def column(time: float) -> int:
@@ -238,7 +237,8 @@ def draw_emotion(
     loudest = max(float(samples.abs().max()), 1e-6)
     columns = max(1, column(len(samples) / SAMPLE_RATE) - left)
     for x in range(columns):
-        part = samples[x * len(samples) // columns : max((x + 1) * len(samples) // columns, x * len(samples) // columns + 1)]
+        # One sample more than the column's own, so that the line is never broken between columns.
+        part = samples[min(x * len(samples) // columns, len(samples) - 1) : (x + 1) * len(samples) // columns + 1]
         high, low = (float(value) / loudest * 56 for value in (part.max(), part.min()))
         draw.line((left + x, middle - 10 - high, left + x, middle - 10 - low), fill=ink)
     draw.text((left - 10, middle - 10), "voice", fill=ink, font=font, anchor="rm")
@@ -252,7 +252,8 @@ def draw_emotion(
         for index, share in enumerate(shares):
             height = share * (bottom - top)
             if round(y) > round(y - height):
-                draw.rectangle((column(begin), round(y - height), column(end) - 1, round(y)), fill=COLOURS[index])
+                x0 = column(begin)
+                draw.rectangle((x0, round(y - height), max(x0, column(end) - 1), round(y)), fill=COLOURS[index])
             y -= height
     for share in (0.0, 0.5, 1.0):
         y = bottom - round(share * (bottom - top))
@@ -266,7 +267,6 @@ def draw_emotion(
     for tick in range(int(seconds / step) + 1):
         x = column(tick * step)
         draw.line((x, 392, x, 398), fill=ink)
-        draw.line((x, 48, x, 384), fill=faint) if 0 < tick else None
         draw.text((x, 410), _clock(tick * step), fill=ink, font=small, anchor="mm")
     return image
 

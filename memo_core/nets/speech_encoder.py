@@ -129,8 +129,10 @@ class SpeechEncoder(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.config.to_dict() | {"architectures": ["Wav2Vec2Model"], "mask_time_prob": 0.0}
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+        # No masking in training, so that transformers does not look for the embedding of masked frames.
+        config = Wav2Vec2Config.from_dict(self.config.to_dict() | {"mask_time_prob": 0.0})
+        config.architectures = ["Wav2Vec2Model"]
+        config.save_pretrained(folder)
         settings = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1, "padding_side": "right",
                     "padding_value": 0.0, "return_attention_mask": False, "sampling_rate": SAMPLE_RATE,
                     "do_normalize": self.normalize}
