@@ -148,13 +148,8 @@ def detect_emotion(
     samples = prepare_waveform(waveform, sample_rate)
     starts, spans = _segments(len(samples))
     probabilities = _classify([samples[begin:end] for begin, end in spans], encoder, head)
-    # The nearest sample of each frame, in float32 as torch's interpolation computes it.
-    scale = torch.tensor(len(samples), dtype=torch.float32) / num_padded_frames
-    nearest = (torch.arange(num_padded_frames, dtype=torch.float32) * scale).long().clamp_max(len(samples) - 1)
-    segment = torch.searchsorted(torch.tensor(starts), nearest, right=True) - 1
-    return EmotionTrack(
-        probabilities.argmax(dim=1)[segment], probabilities, torch.tensor(starts, dtype=torch.float64) / SAMPLE_RATE, fps
-    )
+    labels = probabilities.argmax(dim=1)[_segment_of_frame(starts, len(samples), num_padded_frames)]
+    return EmotionTrack(labels, probabilities, torch.tensor(starts, dtype=torch.float64) / SAMPLE_RATE, fps)
 
 
 def _segments(num_samples: int) -> tuple[list[int], list[tuple[int, int]]]:
@@ -168,6 +163,13 @@ def _segments(num_samples: int) -> tuple[list[int], list[tuple[int, int]]]:
         starts.append(num_samples - second)
         spans.append((max(0, num_samples - 2 * second), num_samples))
     return starts, spans
+
+
+def _segment_of_frame(starts: list[int], num_samples: int, num_frames: int) -> Tensor:
+    """For each frame the segment that its nearest sample lies in; float32, as torch's interpolation computes it."""
+    scale = torch.tensor(num_samples, dtype=torch.float32) / num_frames
+    nearest = (torch.arange(num_frames, dtype=torch.float32) * scale).long().clamp_max(num_samples - 1)
+    return torch.searchsorted(torch.tensor(starts), nearest, right=True) - 1
 
 
 @torch.no_grad()

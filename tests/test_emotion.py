@@ -1,0 +1,403 @@
+"""Emotions of a voice: the networks, detection, editing, the picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import relative_l2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from memo_core import emotion
+from memo_core.emotion import EMOTIONS, EmotionTrack, detect_emotion, draw_emotion
+from memo_core.errors import AudioError, CheckpointError, EmotionError
+from memo_core.nets.emotion2vec import Emotion2Vec
+from memo_core.nets.emotion_head import EmotionHead
+
+RATE = 16000
+HEAD = "misc/audio_emotion_classifier"
+
+
+@pytest.fixture(scope="module")
+def encoder(memo_tiny: Path) -> Emotion2Vec:
+    return Emotion2Vec.from_pretrained(memo_tiny / "emotion2vec")
+
+
+@pytest.fixture(scope="module")
+def head(memo_tiny: Path) -> EmotionHead:
+    return EmotionHead.from_pretrained(memo_tiny / HEAD)
+
+
+@pytest.fixture(scope="module")
+def voice(expected: dict[str, Tensor]) -> Tensor:
+    return expected["in.waveform"]
+
+
+def varied(voice: Tensor, seconds: float) -> Tensor:
+    """The fixture's voice, noise and silence in turn, so that the detector says different things."""
+    generator = torch.Generator().manual_seed(3)
+    parts = [voice, 0.1 * torch.randn(30000, generator=generator), torch.zeros(20000), voice.flip(0)]
+    return torch.cat(parts * math.ceil(seconds))[: round(seconds * RATE)]
+
+
+# ---- numbers of the reference implementation
+
+
+def test_features_and_probabilities_equal_the_reference(
+    encoder: Emotion2Vec, head: EmotionHead, voice: Tensor, expected: dict[str, Tensor]
+) -> None:
+    first = voice[: 2 * RATE]
+    with torch.no_grad():
+        features = encoder(F.layer_norm(first, first.shape)[None])
+        probabilities = head(features.mean(dim=1)).softmax(dim=1)
+    assert relative_l2(features, expected["emotion.features"]) < 1e-5
+    assert relative_l2(probabilities, expected["emotion.probabilities"]) < 1e-5
+
+
+def test_detected_labels_equal_the_reference(
+    encoder: Emotion2Vec, head: EmotionHead, voice: Tensor, expected: dict[str, Tensor]
+) -> None:
+    track = detect_emotion(voice, RATE, encoder, head, num_padded_frames=80, fps=30)
+    assert torch.equal(track.labels, expected["audio.emotion_labels"].long())
+    assert relative_l2(track.probabilities[:1], expected["emotion.probabilities"]) < 1e-5
+    assert track.segment_starts.tolist() == pytest.approx([0, 1, 1.3])
+
+
+def labels_one_by_one(samples: Tensor, encoder: Emotion2Vec, head: EmotionHead, frames: int) -> Tensor:
+    """The procedure as the paper's code goes about it: a label per sample, segment after segment, then nearest neighbour."""
+
+    def judge(part: Tensor) -> int:
+        with torch.no_grad():
+            return int(head(encoder(F.layer_norm(part, part.shape)[None]).mean(dim=1)).argmax())
+
+    labels = torch.full((len(samples),), -1.0)
+    labels[:RATE] = judge(samples[: 2 * RATE])
+    for middle in range(RATE, len(samples) - RATE, RATE):
+        labels[middle : middle + RATE] = judge(samples[middle - RATE : middle + 2 * RATE])
+    labels[-RATE:] = judge(samples[-2 * RATE :])
+    return F.interpolate(labels[None, None], size=frames, mode="nearest")[0, 0].long()
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1, 1.5, 2, 3, 7, 12.34])
+def test_detection_in_batches_equals_one_segment_after_the_other(
+    encoder: Emotion2Vec, head: EmotionHead, voice: Tensor, seconds: float
+) -> None:
+    samples = varied(voice, seconds)
+    frames = math.ceil(seconds * 30 / 16) * 16
+    calls: list[torch.Size] = []
+    handle = encoder.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape))
+    track = detect_emotion(samples, RATE, encoder, head, frames)
+    handle.remove()
+    assert torch.equal(track.labels, labels_one_by_one(samples, encoder, head, frames))
+    assert len(track.probabilities) == len(track.segment_starts)
+    assert torch.allclose(track.probabilities.sum(dim=1), torch.ones(len(track.probabilities)), atol=1e-5)
+    if seconds > 12:
+        assert len(set(track.labels.tolist())) > 1, "the test needs a voice that gives different labels"
+        assert len(calls) < len(track.probabilities), "segments should share calls"
+        assert max(shape[0] for shape in calls) <= 8
+
+
+@settings(deadline=None, max_examples=100)
+@given(samples=st.integers(1, 2_000_000), frames=st.integers(1, 4000))
+def test_frames_find_their_second_as_interpolation_does(samples: int, frames: int) -> None:
+    starts, spans = emotion._segments(samples)
+    by_sample = torch.zeros(samples)
+    for index, (start, end) in enumerate(zip(starts, [*starts[1:], samples])):
+        by_sample[start:end] = index
+    wanted = F.interpolate(by_sample[None, None], size=frames, mode="nearest")[0, 0].long()
+    assert torch.equal(emotion._segment_of_frame(starts, samples, frames), wanted)
+    assert all(0 <= begin < end <= samples and end - begin <= 3 * RATE for begin, end in spans)
+
+
+@pytest.mark.parametrize("waveform", [torch.zeros(1), torch.ones(1), torch.zeros(5 * RATE), torch.full((399,), 0.3)])
+def test_silence_and_one_sample_are_judged(encoder: Emotion2Vec, head: EmotionHead, waveform: Tensor) -> None:
+    track = detect_emotion(waveform, RATE, encoder, head, 16)
+    assert torch.isfinite(track.probabilities).all()
+    assert track.num_frames == 16
+
+
+def test_bad_input_is_refused(encoder: Emotion2Vec, head: EmotionHead) -> None:
+    with pytest.raises(AudioError, match="not finite"):
+        detect_emotion(torch.tensor([math.nan]), RATE, encoder, head, 16)
+    with pytest.raises(EmotionError, match="num_padded_frames is 0"):
+        detect_emotion(torch.zeros(100), RATE, encoder, head, 0)
+    with pytest.raises(EmotionError, match="reads 16 features"):
+        detect_emotion(torch.zeros(100), RATE, encoder, EmotionHead(feature_dim=16, hidden_dim=8), 16)
+    with pytest.raises(EmotionError, match="knows 8 classes"):
+        detect_emotion(torch.zeros(100), RATE, encoder, EmotionHead(feature_dim=32, hidden_dim=8, classes=8), 16)
+
+
+# ---- the track is a value
+
+
+def test_editing_returns_another_track() -> None:
+    track = EmotionTrack.constant("neutral", 90)
+    edited = track.with_label(1, 2, "happy")
+    assert track.labels.tolist() == [EMOTIONS.index("neutral")] * 90
+    assert edited.labels.tolist() == [4] * 30 + [3] * 30 + [4] * 30
+    assert torch.equal(edited.probabilities, track.probabilities)
+    assert edited.with_label(0, 3, 6).labels.tolist() == [6] * 90
+    assert edited.with_label(2.5, 3, " SAD ").labels.tolist() == [4] * 30 + [3] * 30 + [4] * 15 + [6] * 15
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        track.labels = edited.labels  # type: ignore[misc]
+
+
+def test_track_keeps_its_values_when_the_given_tensors_change() -> None:
+    labels, probabilities, starts = torch.full((4,), 2), torch.full((1, 9), 1 / 9), torch.zeros(1, dtype=torch.float64)
+    track = EmotionTrack(labels, probabilities, starts, 30)
+    for tensor in (labels, probabilities, starts):
+        tensor += 1
+    assert track.labels.tolist() == [2] * 4
+    assert float(track.probabilities.sum()) == pytest.approx(1)
+    assert track.segment_starts.tolist() == [0]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    frames=st.integers(1, 300), fps=st.sampled_from([24, 25, 29.97, 30]), cuts=st.lists(st.floats(0, 1), max_size=5), data=st.data()
+)
+def test_neighbouring_edits_leave_no_gap_and_no_overlap(frames: int, fps: float, cuts: list[float], data: st.DataObject) -> None:
+    track = EmotionTrack.constant("unknown", frames, fps)
+    times = sorted({0.0, track.seconds, *(cut * track.seconds for cut in cuts)})
+    for start, end in zip(times, times[1:]):
+        middles = (torch.arange(frames, dtype=torch.float64) + 0.5) / fps
+        inside = ((middles >= start) & (middles < end)).nonzero().flatten().tolist()
+        if not inside or end - start < 1e-6:
+            continue
+        before = track.labels
+        track = track.with_label(start, end, data.draw(st.integers(0, 7)))
+        touched = (track.labels != before).nonzero().flatten().tolist()
+        assert touched == inside
+
+
+@pytest.mark.parametrize(
+    ("span", "label", "named"),
+    [
+        ((0, 1), "joyful", "'joyful'.*angry, disgusted"),
+        ((0, 1), 9, "9.*0 to 8"),
+        ((0, 1), True, "True"),
+        ((0, 1), 1.0, "1.0"),
+        ((-1, 1), "sad", "-1"),
+        ((0, 4), "sad", "0 to 4 s.*0 to 3.000 s"),
+        ((2, 1), "sad", "2 to 1"),
+        ((1, 1), "sad", "1 to 1"),
+        ((math.nan, 1), "sad", "nan"),
+        ((1.001, 1.002), "sad", "no frame"),
+    ],
+)
+def test_bad_edits_are_refused_by_name(span: tuple[float, float], label: object, named: str) -> None:
+    with pytest.raises(EmotionError, match=named):
+        EmotionTrack.constant("neutral", 90).with_label(*span, label)
+
+
+def test_window_label_is_the_most_frequent_one_and_the_lower_among_equals() -> None:
+    labels = torch.tensor([5] * 9 + [1] * 7 + [7] * 8 + [2] * 8 + [3] * 4)
+    track = EmotionTrack(labels, torch.full((1, 9), 1 / 9), torch.zeros(1), 30)
+    assert track.window_labels(16).tolist() == [5, 2, 3]
+    assert track.window_labels(16)[1] == torch.mode(labels[16:32]).values
+    assert track.window_labels(36).tolist() == [5]
+    with pytest.raises(EmotionError):
+        track.window_labels(0)
+
+
+def test_bad_tracks_are_refused() -> None:
+    one, certain = torch.zeros(1), torch.zeros(1, 9)
+    cases = [(torch.zeros(0), certain, one, 30), (torch.zeros(2, 2), certain, one, 30), (torch.tensor([9]), certain, one, 30),
+             (torch.tensor([-1]), certain, one, 30), (one.long(), torch.zeros(1, 8), one, 30),
+             (one.long(), certain, torch.zeros(2), 30), (one.long(), certain, one, 0)]
+    for case in cases:
+        with pytest.raises(EmotionError):
+            EmotionTrack(*case)
+    with pytest.raises(EmotionError, match="num_frames is 0"):
+        EmotionTrack.constant("sad", 0)
+
+
+# ---- the picture
+
+
+def test_picture_shows_labels_probabilities_and_waveform() -> None:
+    waveform = torch.sin(torch.arange(3 * RATE) / 20)
+    track = EmotionTrack.constant("neutral", 90).with_label(0, 1.5, "happy")
+    picture = draw_emotion(track, waveform, RATE)
+    assert picture.size == (1200, 440) and picture.mode == "RGB"
+
+    def share(colour: str, box: tuple[int, int, int, int]) -> float:
+        wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+        return float((np.asarray(picture.crop(box)) == wanted).all(axis=-1).mean())
+
+    happy, neutral = emotion.COLOURS[3], emotion.COLOURS[4]
+    assert share(happy, (110, 190, 630, 206)) > 0.8  # first half of the label band
+    assert share(neutral, (650, 190, 1170, 206)) > 0.8  # second half
+    assert share(neutral, (110, 230, 1170, 380)) > 0.9  # the detector was certain of neutral
+    assert share("#22262b", (110, 90, 1170, 140)) > 0.3  # a loud waveform
+
+
+@pytest.mark.parametrize("samples", [1, 100, 50 * RATE])
+def test_picture_of_any_length_is_drawn(samples: int) -> None:
+    picture = draw_emotion(EmotionTrack.constant("sad", 16), torch.zeros(samples), RATE, width=600)
+    assert picture.size == (600, 440)
+    with pytest.raises(EmotionError, match="width is 100"):
+        draw_emotion(EmotionTrack.constant("sad", 16), torch.zeros(samples), RATE, width=100)
+
+
+# ---- emotion2vec on disk
+
+
+@pytest.fixture
+def stored(memo_tiny: Path, tmp_path: Path) -> dict[str, Tensor]:
+    """The fixture's weights, with its configuration in place in tmp_path."""
+    (tmp_path / "config.yaml").write_bytes((memo_tiny / "emotion2vec" / "config.yaml").read_bytes())
+    return torch.load(memo_tiny / "emotion2vec" / "model.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("nesting", [(), ("model",), ("state_dict",), ("model_state_dict", "model")])
+@pytest.mark.parametrize("prefix", ["", "d2v_model.", "module."])
+def test_released_forms_of_model_pt_load(
+    stored: dict[str, Tensor], tmp_path: Path, encoder: Emotion2Vec, nesting: tuple[str, ...], prefix: str
+) -> None:
+    content: dict = {prefix + name: value for name, value in stored.items()}
+    content |= {prefix + "modality_encoders.AUDIO.decoder.blocks.0.0.weight": torch.zeros(3), "proj.weight": torch.zeros(9, 32),
+                "proj.bias": torch.zeros(9), "_ema": {"blocks.0.norm1.weight": torch.zeros(32)}}
+    for key in reversed(nesting):
+        content = {key: content, "extra": 1}
+    torch.save(content, tmp_path / "model.pt")
+    again = Emotion2Vec.from_pretrained(tmp_path)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_prefix_that_the_configuration_names_is_understood(stored: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({f"odd.{name}": value for name, value in stored.items()}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError):
+        Emotion2Vec.from_pretrained(tmp_path)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"scope_map": ["odd.", "none"]}))
+    Emotion2Vec.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_listed(stored: dict[str, Tensor], tmp_path: Path) -> None:
+    del stored["blocks.0.norm1.weight"]
+    stored["blocks.1.norm1.weight"] = torch.zeros(5)
+    stored |= {f"strange.{i}": torch.zeros(1) for i in range(20)}
+    torch.save({"model": stored}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError) as caught:
+        Emotion2Vec.from_pretrained(tmp_path)
+    message = str(caught.value)
+    for part in ("missing blocks.0.norm1.weight", "blocks.1.norm1.weight has shape (5,), expected (32,)", "unexpected strange.0",
+                 "and 12 more"):
+        assert part in message
+    fitting = {name: value for name, value in stored.items() if not name.startswith("strange.")}
+    torch.save({"model": fitting | {"blocks.0.norm1.weight": "a word"}}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="is a str"):
+        Emotion2Vec.from_pretrained(tmp_path)
+
+
+class Trap:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_never_run(stored: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({"model": stored, "args": Trap(tmp_path / "sprung")}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="never run"):
+        Emotion2Vec.from_pretrained(tmp_path)
+    assert not (tmp_path / "sprung").exists()
+    for content in (b"", b"nonsense", b"\x80\x02."):
+        (tmp_path / "model.pt").write_bytes(content)
+        with pytest.raises(CheckpointError, match="model.pt"):
+            Emotion2Vec.from_pretrained(tmp_path)
+    torch.save([1, 2], tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="list"):
+        Emotion2Vec.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("spec", ["__import__('os').getcwd()", "[(1, 2)]", "[]", "[(512, 10, 5)] * 10 ** 9", "(", "[(0, 1, 1)]", "5"])
+def test_layer_specification_is_read_not_run(spec: str) -> None:
+    with pytest.raises(CheckpointError, match="feature_encoder_spec"):
+        Emotion2Vec.from_config({"modalities": {"audio": {"feature_encoder_spec": spec}}})
+
+
+@pytest.mark.parametrize("change", [{"layer_norm_first": True}, {"modalities": {"audio": {"learned_alibi": True}}},
+                                    {"modalities": {"audio": {"num_alibi_heads": 13}}}])
+def test_settings_that_are_not_implemented_are_refused(change: dict) -> None:
+    with pytest.raises(CheckpointError, match="emotion2vec: "):
+        Emotion2Vec.from_config(change)
+
+
+def test_configurations_without_a_model_are_refused(stored: dict[str, Tensor], tmp_path: Path) -> None:
+    for text in ("", "model: x", "model_conf: 3", "a: [", "\x00"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(CheckpointError, match="config.yaml"):
+            Emotion2Vec.from_pretrained(tmp_path)
+
+
+SMALL = {
+    "embed_dim": 24,
+    "depth": 1,
+    "num_heads": 3,
+    "modalities": {"audio": {"prenet_depth": 1, "num_alibi_heads": 3, "conv_pos_groups": 4, "conv_pos_width": 20,
+                             "feature_encoder_spec": "[(16, 10, 5)] + [(16, 8, 4)] * 2"}},
+}
+
+
+def test_fresh_encoder_and_head_train_everywhere_and_survive_saving_in_halves(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = Emotion2Vec.from_config(SMALL)
+    head = EmotionHead.from_config({"feature_dim": encoder.feature_dim, "hidden_dim": 12, "depth": 3})
+    waveform = F.layer_norm(torch.randn(2, RATE), (RATE,))
+    F.cross_entropy(head(encoder.train()(waveform).mean(dim=1)), torch.tensor([1, 2])).backward()
+    names = [name for module in (encoder, head) for name, p in module.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not names
+
+    for module, name in ((encoder.eval(), "e"), (head, "h")):
+        module.save_pretrained(tmp_path / name, dtype=torch.float16)
+    written = torch.load(tmp_path / "e" / "model.pt", weights_only=True)["model"]
+    assert {t.dtype for t in written.values()} == {torch.float16}
+    assert {t.dtype for t in load_file(tmp_path / "h" / "diffusion_pytorch_model.safetensors").values()} == {torch.float16}
+    again, again_head = Emotion2Vec.from_pretrained(tmp_path / "e"), EmotionHead.from_pretrained(tmp_path / "h")
+    assert {p.dtype for p in [*again.parameters(), *again_head.parameters()]} == {torch.float32}
+    with torch.no_grad():
+        wanted, found = encoder(waveform), again(waveform)
+        assert 0 < relative_l2(found, wanted) < 3e-3
+        assert relative_l2(again_head(wanted.mean(dim=1)), head(wanted.mean(dim=1))) < 3e-3
+    half = Emotion2Vec.from_pretrained(tmp_path / "e", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert relative_l2(half(waveform.bfloat16()), wanted) < 3e-2
+
+
+def test_slopes_of_attention_follow_alibi_for_any_number_of_heads() -> None:
+    from memo_core.nets.emotion2vec import _slopes
+
+    assert _slopes(8) == [2**-i for i in range(1, 9)]
+    assert _slopes(12)[8:] == [2 ** -(i + 0.5) for i in range(4)]
+    assert _slopes(1) == [2**-8]
+
+
+# ---- the head on disk
+
+
+def test_head_takes_its_sizes_from_the_tensors(head: EmotionHead, tmp_path: Path) -> None:
+    assert (head.feature_dim, head.classes) == (32, 9)
+    tensors = head.state_dict()
+    del tensors["layers.fc3.bias"]
+    (tmp_path / "config.json").write_text("{}")
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError):
+        EmotionHead.from_pretrained(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match="not an emotion head"):
+        EmotionHead.from_pretrained(tmp_path)
