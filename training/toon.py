@@ -1,7 +1,7 @@
 """Cartoon talking heads: an endless supply of faces whose every motion is known exactly.
 
 A face is an `Identity` (colours and proportions) and a motion track [F, 10] (see `MOTION`). `render` draws it from
-signed distances, so it is antialiased at any size.
+signed distances, so it is antialiased at any size; `perform` writes the motion track of an utterance spoken with an emotion.
 
 All lengths are in design units: the frame is 128 units wide and high, x to the viewer's right, y down. The head's own
 coordinates have their origin at the centre of the head and tilt with it.
@@ -34,6 +34,7 @@ MOTION = (
 )
 """Names of the motion parameters, in the order of a motion track's last axis."""
 
+PORTRAIT_SEED = 2**40
 DESIGN = 128.0
 HEAD_X, HEAD_Y = 64.0, 60.0
 PIVOT_Y = 30.0  # the head tilts about this point of its own vertical axis, near the neck
@@ -209,7 +210,7 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         nose_width=uniform(3.6, 5.6),
         nose_y=uniform(9.0, 11.0),
         mouth_width=uniform(16.0, 18.5),
-        mouth_y=uniform(22.5, 24.0),
+        mouth_y=uniform(21.5, 23.0),
         lip_thickness=uniform(1.9, 2.8),
         blush=uniform(0.15, 0.55),
         hair_style=list(HAIR_STYLES)[int(rng.integers(len(HAIR_STYLES)))],
@@ -434,7 +435,7 @@ def _draw_eyes(canvas: _Canvas, identity: Identity, x: Tensor, y: Tensor, row: d
     visible = canvas.coverage(-lid).mul_(ball_cover)
     canvas.paint(visible, (0.99, 0.99, 0.98))
 
-    iris_x, iris_y = eye_x - side * (GAZE_X * row["gaze_x"]), eye_y - GAZE_Y * row["gaze_y"]
+    iris_x, iris_y = eye_x - side * (GAZE_X * row["gaze_x"]), eye_y - (GAZE_Y * row["gaze_y"] + 0.9)
     iris = torch.sqrt(iris_x.square().add_(iris_y.square())).sub_(identity.iris_radius)
     canvas.paint(canvas.coverage(iris).mul_(visible), _scaled(identity.iris, 0.55))
     canvas.paint(canvas.coverage(iris + 1.3).mul_(visible), identity.iris)
@@ -479,10 +480,10 @@ def _draw_mouth(canvas: _Canvas, identity: Identity, x: Tensor, y: Tensor, row: 
     profile = root - 0.1414
     bend = t * (-2.0 / width) * lift
     parting = t / root / width
-    upper_slope = (bend + parting * (0.28 * opening)).clamp_(-1.6, 1.6)
-    lower_slope = (bend - parting * (0.72 * opening)).clamp_(-1.6, 1.6)
-    below_upper = middle + profile * (0.28 * opening)
-    above_lower = profile * (0.72 * opening) - middle
+    upper_slope = (bend + parting * (0.30 * opening)).clamp_(-1.6, 1.6)
+    lower_slope = (bend - parting * (0.70 * opening)).clamp_(-1.6, 1.6)
+    below_upper = middle + profile * (0.30 * opening)
+    above_lower = profile * (0.70 * opening) - middle
     gap = -torch.minimum(
         below_upper * torch.rsqrt(upper_slope.square_().add_(1.0)),
         above_lower.mul_(torch.rsqrt(lower_slope.square_().add_(1.0))),
@@ -557,7 +558,134 @@ def mask_outside_mouth_and_eyes(identity: Identity, size: int = 128) -> Tensor:
     """Where a face should stay as it is while it talks: bool [size, size], false where mouth, jaw, eyes and brows can
     move at full head turn and a tilt of 3 degrees (more than `perform` lasts in)."""
     mask = torch.ones(size, size, dtype=torch.bool)
-    for box in (_eyes_box, _mouth_box):
-        top, bottom, left, right = box(identity, size, math.radians(3.0), 1.0)
+    tilt = math.radians(3.0)
+    mouth_half = 1.24 * identity.mouth_width + identity.lip_thickness
+    mouth_top = identity.mouth_y - 0.6 * (CORNER_LIFT + REST_LIFT) - 3.0
+    for top, bottom, left, right in (
+        _eyes_box(identity, size, tilt, 1.0),
+        _box(size, mouth_half, mouth_top, identity.chin + JAW_DROP + 1.0, tilt, TURN_MOUTH),
+    ):
         mask[top:bottom, left:right] = False
     return mask
+
+
+# --- Performing -------------------------------------------------------------------------------------------------------
+
+
+class SpokenMouth(Protocol):
+    """What a performance needs to know of an utterance (`training.voices.Utterance` has it)."""
+
+    @property
+    def mouth_open(self) -> np.ndarray | Tensor:
+        """[F] in [0, 1], at 30 frames a second."""
+
+    @property
+    def mouth_width(self) -> np.ndarray | Tensor:
+        """[F] in [-1, 1], at 30 frames a second."""
+
+
+SIGNATURE_COLUMNS = ("mouth_corners", "brow_raise", "brow_slant", "lids", "head_tilt")
+"""The motion parameters an emotion sets; their means over a few seconds tell the emotions apart."""
+
+SIGNATURES: tuple[tuple[float, ...], ...] = (
+    # corners, raise, slant, lids, tilt
+    (-0.45, -0.70, -0.95, 0.74, -0.15),  # angry: knitted brows, head lowered to charge
+    (-0.90, -0.30, -0.35, 0.42, 0.35),  # disgusted: narrow eyes, mouth drawn down, head turned away
+    (-0.50, 0.60, 0.85, 1.00, -0.30),  # fearful: wide eyes under lifted, worried brows
+    (0.90, 0.30, 0.15, 0.72, 0.15),  # happy: a smile
+    (0.05, 0.00, 0.00, 0.80, 0.00),  # neutral
+    (0.45, 0.35, -0.60, 0.46, 0.40),  # other: sly, a smile under lowered lids
+    (-0.75, -0.05, 0.95, 0.48, -0.35),  # sad: heavy lids, worried brows, mouth drawn down
+    (0.10, 1.00, 0.05, 1.00, 0.05),  # surprised: brows as high as they go
+)
+"""Mean of each of SIGNATURE_COLUMNS by emotion: the first eight of `memo_core.emotion.EMOTIONS`, in their order."""
+
+BLINK_LIDS = np.array([0.45, 0.05, 0.0, 0.25, 0.6, 0.9])  # factor on the lids, frame by frame
+BLINKS_PER_SECOND = (0.20, 0.15, 0.12, 0.25, 0.25, 0.20, 0.20, 0.12)
+
+
+def _smooth(values: np.ndarray, seconds: float) -> np.ndarray:
+    """Smooth [F] with a Hann window so long, holding its ends."""
+    window = np.hanning(2 * max(1, round(seconds * FPS / 2)) + 3)
+    half = len(window) // 2
+    return np.convolve(np.pad(values, half, mode="edge"), window / window.sum(), mode="valid")
+
+
+def _drift(rng: np.random.Generator, frames: int, seconds: float) -> np.ndarray:
+    """Smooth noise [F] about 0 that mostly stays within [-1, 1] and changes over so many seconds."""
+    spacing = seconds * FPS
+    knots = rng.uniform(-1.0, 1.0, math.ceil(frames / spacing) + 3)
+    at = rng.uniform(0.0, 1.0) + np.arange(frames) / spacing
+    return _smooth(np.interp(at, np.arange(len(knots)), knots), seconds)
+
+
+def perform(utterance: SpokenMouth, emotion: int, rng: np.random.Generator) -> Tensor:
+    """The face of somebody who says `utterance` with an emotion.
+
+    Mouth opening and width are the utterance's. The emotion sets corners, brows, lids and the head's tilt (`SIGNATURES`)
+    from the first frame to the last, livelier where the voice is louder. Blinks, glances and slow head motion are
+    random.
+
+    Args:
+        utterance: what is said, F frames of it.
+        emotion: 0 to 7, an index into `memo_core.emotion.EMOTIONS`.
+        rng: the same state gives the same performance.
+
+    Returns:
+        motion [F, 10] float32, columns and ranges as in `MOTION`.
+
+    Raises:
+        ValueError: if `emotion` has no signature, or the utterance's tracks are empty or differ in length.
+    """
+    if not 0 <= emotion < len(SIGNATURES):
+        raise ValueError(f"emotion must be 0 to {len(SIGNATURES) - 1}, got {emotion}")
+    mouth_open = np.asarray(utterance.mouth_open, dtype=np.float64)
+    mouth_width = np.asarray(utterance.mouth_width, dtype=np.float64)
+    frames = len(mouth_open)
+    if frames == 0 or mouth_width.shape != mouth_open.shape:
+        raise ValueError(f"mouth_open {mouth_open.shape} and mouth_width {mouth_width.shape} must be equal, not empty")
+
+    energy = _smooth(mouth_open, 0.4)
+    energy = energy - energy.mean()
+    strength = rng.uniform(0.85, 1.0)
+    track = {
+        name: strength * value + rng.uniform(-0.05, 0.05) + 0.05 * _drift(rng, frames, 0.8)
+        for name, value in zip(SIGNATURE_COLUMNS, SIGNATURES[emotion], strict=True)
+    }
+    # Wide or narrow eyes are as far from the relaxed eye as the emotion is strong.
+    track["lids"] += (1.0 - strength) * RELAXED_LIDS
+    track["brow_raise"] += 0.25 * energy
+    track["head_tilt"] += 0.08 * _drift(rng, frames, 1.2) + 0.12 * energy * rng.choice((-1.0, 1.0))
+    track["head_turn"] = 0.25 * _drift(rng, frames, 1.5) + 0.15 * energy * rng.choice((-1.0, 1.0))
+
+    # Glances: quick steps, held, back to the viewer about half of the time.
+    glance = np.zeros((2, frames))
+    at = 0
+    while at < frames:
+        hold = round(rng.uniform(0.5, 1.6) * FPS)
+        if rng.random() < 0.5:
+            glance[:, at : at + hold] = rng.uniform((-0.8, -0.4), (0.8, 0.5))[:, None]
+        at += hold
+    track["gaze_x"], track["gaze_y"] = _smooth(glance[0], 0.07), _smooth(glance[1], 0.07)
+
+    # Blinks multiply the lids; at most one in half a second.
+    shut = np.ones(frames)
+    at = int(rng.integers(FPS))
+    while at < frames:
+        length = min(len(BLINK_LIDS), frames - at)
+        shut[at : at + length] = BLINK_LIDS[:length]
+        at += FPS // 2 + round(rng.exponential(1.0 / BLINKS_PER_SECOND[emotion]) * FPS)
+    track["lids"] = np.clip(track["lids"], 0.0, 1.0) * shut
+    track["mouth_open"], track["mouth_width"] = mouth_open, mouth_width
+
+    motion = np.stack([np.clip(track[name], -1.0, 1.0) for name in MOTION], axis=1)
+    return torch.from_numpy(motion.astype(np.float32))
+
+
+# --- The portrait -----------------------------------------------------------------------------------------------------
+
+
+def default_portrait(size: int = 512) -> Tensor:
+    """The face the project ships: uint8 [3, size, size], an identity that no training seed draws."""
+    identity = sample_identity(np.random.default_rng(PORTRAIT_SEED))
+    return render(identity, neutral_motion()[None], size)[0]
