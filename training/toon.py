@@ -1,7 +1,8 @@
 """Cartoon talking heads: an endless supply of faces whose every motion is known exactly.
 
 A face is an `Identity` (colours and proportions) and a motion track [F, 10] (see `MOTION`). `render` draws it from
-signed distances, so it is antialiased at any size; `perform` writes the motion track of an utterance spoken with an emotion.
+signed distances, so it is antialiased at any size; `perform` writes the motion track of an utterance spoken with an
+emotion.
 
 All lengths are in design units: the frame is 128 units wide and high, x to the viewer's right, y down. The head's own
 coordinates have their origin at the centre of the head and tilt with it.
@@ -34,7 +35,7 @@ MOTION = (
 )
 """Names of the motion parameters, in the order of a motion track's last axis."""
 
-PORTRAIT_SEED = 2**40
+PORTRAIT_SEED = 2**40 + 28
 DESIGN = 128.0
 HEAD_X, HEAD_Y = 64.0, 60.0
 PIVOT_Y = 30.0  # the head tilts about this point of its own vertical axis, near the neck
@@ -255,6 +256,7 @@ class _Canvas:
         return (0.5 - distance * self.scale).clamp_(0.0, 1.0)
 
     def paint(self, coverage: Tensor, colour: Colour) -> None:
+        """Lay a colour over the picture where `coverage` [F, H, W] in [0, 1] says."""
         for channel in range(3):
             plane = self.pixels[:, channel]
             plane.addcmul_(coverage, colour[channel] - plane)
@@ -291,7 +293,7 @@ def _backdrop(identity: Identity, size: int) -> tuple[Tensor, Tensor, Tensor]:
         body.paint(body.coverage((period - 4.5).abs() - 2.1)[None], identity.trim)
     body.paint((0.25 * ((x.abs() - 30.0) / 26.0).clamp(0.0, 1.0))[None], _scaled(identity.clothes, 0.55))
     if identity.clothes_style == "v-neck":
-        neckline = torch.maximum(x.abs() * 0.8 + (y - 127.0) * 0.6, torch.tensor(0.0) * x - 9.0)[None]
+        neckline = (x.abs() * 0.8 + (y - 127.0) * 0.6)[None]
     else:
         neckline = _ellipse(x, y - 106.0, 19.0, 10.5)[None]
     if identity.clothes_style != "stripes":
@@ -301,7 +303,7 @@ def _backdrop(identity: Identity, size: int) -> tuple[Tensor, Tensor, Tensor]:
     shadow = ((115.0 - y) / 9.0).clamp(0.0, 1.0)[None] * 0.55
     body.paint(shadow * body.coverage(torch.minimum(neckline, neck)), _scaled(identity.skin, 0.68))
     if identity.clothes_style == "collar":
-        flap = torch.maximum((x.abs() - 13.0).abs() * 0.85 + (y - 117.0).abs() * 0.5 - 6.5, 4.0 - x.abs())[None]
+        flap = ((x.abs() - 13.5).abs() * 0.75 + (y - 119.0).abs() * 0.66 - 6.0)[None]
         body.paint(body.coverage(flap), identity.trim)
     drawn = drawn[0]
     return background, body.pixels[0] * drawn, 1.0 - drawn
@@ -622,9 +624,9 @@ def _drift(rng: np.random.Generator, frames: int, seconds: float) -> np.ndarray:
 def perform(utterance: SpokenMouth, emotion: int, rng: np.random.Generator) -> Tensor:
     """The face of somebody who says `utterance` with an emotion.
 
-    Mouth opening and width are the utterance's. The emotion sets corners, brows, lids and the head's tilt (`SIGNATURES`)
-    from the first frame to the last, livelier where the voice is louder. Blinks, glances and slow head motion are
-    random.
+    Mouth opening and width are the utterance's. The emotion sets corners, brows, lids and the head's tilt
+    (`SIGNATURES`) from the first frame to the last, livelier where the voice is louder. Blinks, glances and slow head
+    motion are random.
 
     Args:
         utterance: what is said, F frames of it.
