@@ -42,9 +42,9 @@ class AudioTrack:
     """Speech embeddings of a recording, one per video frame with its neighbours'.
 
     Attributes:
-        embeddings: [F_padded, 5, L, C] float32 on the CPU: for every video frame the hidden states of the L encoder layers at
-            frames -2 ... +2 around it, clamped at the ends. A read-only view: neighbouring frames share memory, so that it
-            costs a fifth of its nominal size; slices copy when they are moved or made contiguous.
+        embeddings: [F_padded, 5, L, C] float32 on the CPU: for every video frame the hidden states of the L encoder
+            layers at frames -2 ... +2 around it, clamped at the ends. A read-only view: neighbouring frames share
+            memory, so that it costs a fifth of its nominal size; slices copy when they are moved or made contiguous.
         num_frames: frames that the recording itself spans; the rest up to F_padded is silence to fill the last window.
         fps: frames a second.
         context: seconds of context around each encoded chunk, or None where the recording was encoded whole.
@@ -109,20 +109,21 @@ def load_audio(path: str | Path) -> tuple[Tensor, int]:
 def prepare_waveform(waveform: Tensor | np.ndarray, sample_rate: float) -> Tensor:
     """Checks a recording and makes it mono at 16 kHz.
 
-    Channels are averaged, then resampled as librosa.load, the released loader, does by default: `soxr_hq`. (The released script
-    has ffmpeg resample the file to 16 kHz and 16 bits first, so that its own numbers depend on the ffmpeg at hand.)
+    Channels are averaged, then resampled as librosa.load, the released loader, does by default: `soxr_hq`. (The
+    released script has ffmpeg resample the file to 16 kHz and 16 bits first, so that its own numbers depend on the
+    ffmpeg at hand.)
 
     Args:
-        waveform: [T] or [channels, T], at most 64 channels. Floating point (about in [-1, 1]; louder is allowed up to a peak
-            of 1e6, because what follows normalises), or int16, int32, uint8, which are scaled to [-1, 1].
+        waveform: [T] or [channels, T], at most 64 channels. Floating point (about in [-1, 1]; louder is allowed up to a
+            peak of 1e6, because what follows normalises), or int16, int32, uint8, which are scaled to [-1, 1].
         sample_rate: in Hz, any positive number.
 
     Returns:
         [T at 16 kHz] float32 on the CPU, at least one sample.
 
     Raises:
-        AudioError: wrong shape or number format, no samples, samples that are not finite, a rate that is not positive, more
-            than MAX_SECONDS.
+        AudioError: wrong shape or number format, no samples, samples that are not finite, a rate that is not positive,
+            more than MAX_SECONDS.
     """
     rate = _check_rate(sample_rate)
     mono = _mono(_as_channels(waveform), rate)
@@ -140,16 +141,17 @@ def encode_audio(
 ) -> AudioTrack:
     """Encodes a recording into per-frame speech embeddings (MEMO section 3.1).
 
-    With `context=None` it is encoded whole, as released: normalised to zero mean and unit variance over all of it, continued
-    by zeros to whole windows, encoded at once. Every embedding then depends on every sample, and the cost grows with the
-    square of the length, so this is refused beyond MAX_WHOLE_SECONDS.
+    With `context=None` it is encoded whole, as released: normalised to zero mean and unit variance over all of it,
+    continued by zeros to whole windows, encoded at once. Every embedding then depends on every sample, and the cost
+    grows with the square of the length, so this is refused beyond MAX_WHOLE_SECONDS.
 
-    With `context=seconds`, fixed chunks of CHUNK_SECONDS, counted from the start of the recording, are each encoded with that
-    much sound before and after them (what there is, at the ends) and normalised over it. The cost is linear, the working
-    memory constant, and an edit changes embeddings only of the chunks that hear it, at most CHUNK_SECONDS + `context` away.
-    The embeddings differ from whole encoding's because mean, variance, group norm and attention see less. On the random 2-layer
-    encoder of the tests, whose attention is uniform, the worst case, the relative L2 distance over 50 s is 0.27 with no
-    context, 0.23 with 2 s, 0.21 with 5 s, 0.17 with 10 s; a step between chunks is 1.1 times as large as in whole encoding.
+    With `context=seconds`, fixed chunks of CHUNK_SECONDS, counted from the start of the recording, are each encoded
+    with that much sound before and after them (what there is, at the ends) and normalised over it. The cost is linear,
+    the working memory constant, and an edit changes embeddings only of the chunks that hear it, at most CHUNK_SECONDS +
+    `context` away. The embeddings differ from whole encoding's because mean, variance, group norm and attention see
+    less. Measured on the random 2-layer encoder of the tests, whose attention is uniform over all it hears (a
+    trained one looks nearer by), the relative L2 distance over 50 s of speech-like sound is 0.27 with no context, 0.23
+    with 2 s, 0.21 with 5 s, 0.17 with 10 s; the step between two chunks is 1.1 times that of whole encoding.
 
     Args:
         waveform: [T] or [channels, T]; see `prepare_waveform`.
@@ -176,8 +178,8 @@ def encode_audio(
     if size > MAX_EMBEDDING_BYTES:
         allowed = seconds * MAX_EMBEDDING_BYTES / size
         raise AudioError(
-            f"the recording lasts {seconds:.0f} s and its embeddings would take {size / 2**30:.1f} GiB; at {fps:g} fps with "
-            f"this speech encoder at most {allowed:.0f} s are allowed"
+            f"the recording lasts {seconds:.0f} s and its embeddings would take {size / 2**30:.1f} GiB; "
+            f"at {fps:g} fps with this speech encoder at most {allowed:.0f} s are allowed"
         )
     if context is None:
         hidden = _encode_whole(samples, speech_encoder, fps, num_frames, padded)
@@ -188,10 +190,29 @@ def encode_audio(
     return AudioTrack(_with_neighbours(hidden), num_frames, fps, context)
 
 
-def separate_vocals(
-    waveform: Tensor | np.ndarray, sample_rate: float, model: str | Path
-) -> tuple[Tensor, int]:
-    """Removes music and noise around a voice with the optional audio-separator package.
+_SEPARATOR_RATE = 44100
+_SEPARATOR_LOG_LEVEL = 30  # warnings
+# How Kim_Vocal_2 was trained; the package would otherwise fetch a list of all models from the internet to find this.
+_SEPARATOR_SETTINGS = {
+    "compensate": 1.009,
+    "mdx_dim_f_set": 3072,
+    "mdx_dim_t_set": 8,
+    "mdx_n_fft_scale_set": 6144,
+    "primary_stem": "Vocals",
+}
+_SEPARATOR_LISTS = (
+    "vr_download_list",
+    "mdx_download_vip_list",
+    "demucs_download_list",
+    "mdx23c_download_list",
+    "mdx23c_download_vip_list",
+    "roformer_download_list",
+    "other_network_list",
+)
+
+
+def separate_vocals(waveform: Tensor | np.ndarray, sample_rate: float, model: str | Path) -> tuple[Tensor, int]:
+    """Removes music and noise around a voice with the optional audio-separator package. Nothing is downloaded.
 
     Args:
         waveform: [T] or [channels, T]; see `prepare_waveform` for formats.
@@ -199,10 +220,11 @@ def separate_vocals(
         model: the released misc/vocal_separator/Kim_Vocal_2.onnx.
 
     Returns:
-        the voice alone, [channels, T] float32, and its sample rate (44100 Hz).
+        the voice alone, [2, T] float32, and its sample rate (44100 Hz).
 
     Raises:
-        AudioError: the package or the model is absent (the message says how to get it), a bad recording, or the package fails.
+        AudioError: the package or the model is absent (the message says how to get it), a bad recording, or the package
+            fails.
     """
     model = Path(model)
     rate = _check_rate(sample_rate)
@@ -229,6 +251,7 @@ def separate_vocals(
                 output_dir=str(output),
                 output_single_stem="vocals",
             )
+            separator.model_file_dir = str(models)  # whatever AUDIO_SEPARATOR_MODEL_DIR says
             separator.load_model(model.name)
             names = separator.separate(str(Path(folder, "mixture.wav")))
         except Exception as error:
@@ -236,27 +259,6 @@ def separate_vocals(
         if not names:
             raise AudioError("audio-separator wrote no vocals")
         return load_audio(output / names[0])
-
-
-_SEPARATOR_RATE = 44100
-_SEPARATOR_LOG_LEVEL = 30  # warnings
-# How Kim_Vocal_2 was trained; the package would otherwise fetch a list of all models from the internet to find this.
-_SEPARATOR_SETTINGS = {
-    "compensate": 1.009,
-    "mdx_dim_f_set": 3072,
-    "mdx_dim_t_set": 8,
-    "mdx_n_fft_scale_set": 6144,
-    "primary_stem": "Vocals",
-}
-_SEPARATOR_LISTS = (
-    "vr_download_list",
-    "mdx_download_vip_list",
-    "demucs_download_list",
-    "mdx23c_download_list",
-    "mdx23c_download_vip_list",
-    "roformer_download_list",
-    "other_network_list",
-)
 
 
 def _describe_separator_model(model: Path, folder: Path) -> None:
@@ -297,7 +299,9 @@ def _as_channels(waveform: Any) -> Tensor:
         try:
             waveform = torch.from_numpy(np.ascontiguousarray(waveform))
         except (TypeError, ValueError) as error:
-            raise AudioError(f"the waveform is a {type(waveform).__name__} and no tensor of numbers ({error})") from error
+            raise AudioError(
+                f"the waveform is a {type(waveform).__name__} and no tensor of numbers ({error})"
+            ) from error
     waveform = waveform.detach().cpu()
     shape = tuple(waveform.shape)
     if waveform.dtype not in _FLOATS and waveform.dtype not in _INTEGER_SCALES:
@@ -350,7 +354,8 @@ def _resample(samples: Tensor, rate: float, target: float) -> Tensor:
 
 def _too_long(seconds: float) -> AudioError:
     return AudioError(
-        f"the recording lasts {seconds:.0f} s; at most {MAX_SECONDS} s ({MAX_SECONDS / 3600:g} hours) are allowed, cut it"
+        f"the recording lasts {seconds:.0f} s; "
+        f"at most {MAX_SECONDS} s ({MAX_SECONDS / 3600:g} hours) are allowed, cut it"
     )
 
 
@@ -360,8 +365,8 @@ def _resolve_context(context: Any, seconds: float) -> float | None:
     if context is None:
         if seconds > MAX_WHOLE_SECONDS:
             raise AudioError(
-                f"the recording lasts {seconds:.0f} s; encoding it whole (context=None) is allowed up to {MAX_WHOLE_SECONDS} s, "
-                f'beyond that give context in seconds or "auto"'
+                f"the recording lasts {seconds:.0f} s; encoding it whole (context=None) is allowed up to "
+                f'{MAX_WHOLE_SECONDS} s, beyond that give context in seconds or "auto"'
             )
         return None
     if not _is_number(context) or not 0 <= context <= MAX_CONTEXT_SECONDS:
@@ -370,16 +375,14 @@ def _resolve_context(context: Any, seconds: float) -> float | None:
 
 
 def _normalize(samples: Tensor) -> Tensor:
-    """Zero mean and unit variance; silence, even a piece with no samples at all, stays silence."""
-    if not len(samples):
-        return samples
+    """Zero mean and unit variance; silence stays silence, no samples stay none."""
     centred = samples.double() - samples.double().mean()
     return (centred / torch.sqrt(centred.square().mean() + 1e-7)).float()
 
 
 @torch.no_grad()
 def _encode(samples: Tensor, encoder: SpeechEncoder, num_samples: int, num_frames: int) -> Tensor:
-    """Normalises the samples, continues them by zeros to `num_samples`, encodes -> [num_frames, L, C] float32 on the CPU."""
+    """Normalises, continues by zeros to `num_samples`, encodes -> [num_frames, L, C] float32 on the CPU."""
     if encoder.normalize:
         samples = _normalize(samples)
     samples = F.pad(samples, (0, num_samples - len(samples)))
@@ -408,8 +411,8 @@ def _encode_chunks(
     for done, start in enumerate(starts, 1):
         stop = min(start + chunk, padded)
         first, last = max(0, start - margin), min(stop + margin, padded)
-        # The last frame takes the feature at the very end (align_corners): ending there keeps the frames evenly spaced, and
-        # every chunk on the same raster.
+        # The last frame takes the feature at the very end (align_corners): ending there keeps the frames evenly spaced,
+        # and every chunk on the same raster.
         begin = round(first * SAMPLE_RATE / fps)
         end = round((last - 1) * SAMPLE_RATE / fps) + encoder.min_samples
         states = _encode(samples[begin:end], encoder, end - begin, last - first)

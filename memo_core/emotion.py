@@ -32,7 +32,8 @@ class EmotionTrack:
 
     Attributes:
         labels: [F] int64, indices into EMOTIONS.
-        probabilities: [S, 9] float32, what the detector said of each segment of the recording. Editing labels leaves them.
+        probabilities: [S, 9] float32, what the detector said of each segment of the recording. Editing labels leaves
+            them.
         segment_starts: [S] float64 seconds; a segment lasts until the next one starts.
         fps: frames a second.
     """
@@ -47,7 +48,9 @@ class EmotionTrack:
         if labels.ndim != 1 or not len(labels):
             raise EmotionError(f"labels have shape {tuple(labels.shape)}; [frames] with at least one frame is expected")
         if int(labels.min()) < 0 or int(labels.max()) >= len(EMOTIONS):
-            raise EmotionError(f"labels span {int(labels.min())} to {int(labels.max())}; 0 to {len(EMOTIONS) - 1} are allowed")
+            raise EmotionError(
+                f"labels span {int(labels.min())} to {int(labels.max())}; 0 to {len(EMOTIONS) - 1} are allowed"
+            )
         if tuple(probabilities.shape) != (len(starts), len(EMOTIONS)) or starts.ndim != 1:
             raise EmotionError(
                 f"probabilities {tuple(probabilities.shape)} and segment_starts {tuple(starts.shape)} do not form "
@@ -73,7 +76,7 @@ class EmotionTrack:
 
     @classmethod
     def constant(cls, label: str | int, num_frames: int, fps: float = 30) -> EmotionTrack:
-        """One emotion throughout, as if detected with certainty. Raises EmotionError for an unknown label or no frames."""
+        """One emotion throughout, as if detected with certainty. EmotionError for an unknown label or no frames."""
         index = emotion_index(label)
         if num_frames < 1:
             raise EmotionError(f"num_frames is {num_frames}; at least 1 is needed")
@@ -88,7 +91,9 @@ class EmotionTrack:
         index = emotion_index(label)
         tolerance = 0.5 / self.fps
         if not (-tolerance <= start < end <= self.seconds + tolerance):
-            raise EmotionError(f"the span {start!r} to {end!r} s does not lie within the track, 0 to {self.seconds:.3f} s")
+            raise EmotionError(
+                f"the span {start!r} to {end!r} s does not lie within the track, 0 to {self.seconds:.3f} s"
+            )
         first, last = (min(max(math.ceil(time * self.fps - 0.5), 0), self.num_frames) for time in (start, end))
         if first == last:
             raise EmotionError(f"the span {start!r} to {end!r} s holds no frame at {self.fps:g} fps")
@@ -97,7 +102,7 @@ class EmotionTrack:
         return replace(self, labels=labels)
 
     def window_labels(self, window_frames: int = 16) -> Tensor:
-        """One label per window: [ceil(F / window_frames)] int64, the most frequent one in it, the lower index among equals."""
+        """The most frequent label of each window, the lower among equals: [ceil(F / window_frames)] int64."""
         if window_frames < 1:
             raise EmotionError(f"window_frames is {window_frames}; at least 1 is needed")
         return torch.stack([window.mode().values for window in self.labels.split(window_frames)])
@@ -109,7 +114,9 @@ def emotion_index(label: str | int) -> int:
         return EMOTIONS.index(label.strip().lower())
     if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(EMOTIONS):
         return label
-    raise EmotionError(f"unknown emotion {label!r}; allowed are {', '.join(EMOTIONS)} or their indices 0 to {len(EMOTIONS) - 1}")
+    raise EmotionError(
+        f"unknown emotion {label!r}; allowed are {', '.join(EMOTIONS)} or their indices 0 to {len(EMOTIONS) - 1}"
+    )
 
 
 def detect_emotion(
@@ -122,11 +129,12 @@ def detect_emotion(
 ) -> EmotionTrack:
     """Detects the emotion of a voice, second by second.
 
-    As released, every second is judged by the 3 s around it, the first and the last one by the 2 s at that end; each of these
-    segments is layer-normalised, its features averaged over time. The seconds' labels are then spread over the frames by
-    nearest neighbour. Since the released code does this over the *padded* number of frames, the labels of a short recording
-    lie later in the video than in the sound, by up to the length of the padding at its end; this is kept for equal numbers.
-    (It listens to the first channel only; here channels are averaged, as for the speech embeddings.)
+    As released, every second is judged by the 3 s around it, the first and the last one by the 2 s at that end; each of
+    these segments is layer-normalised, its features averaged over time. The seconds' labels are then spread over the
+    frames by nearest neighbour. Since the released code does this over the *padded* number of frames, the labels of a
+    short recording lie later in the video than in the sound, by up to the length of the padding at its end; this is
+    kept for equal numbers. (It listens to the first channel only; here channels are averaged, as for the speech
+    embeddings.)
 
     Args:
         waveform: [T] or [channels, T]; see `audio.prepare_waveform`.
@@ -194,8 +202,9 @@ def _classify(segments: list[Tensor], encoder: Emotion2Vec, head: EmotionHead) -
 def draw_emotion(
     track: EmotionTrack, waveform: Tensor | np.ndarray, sample_rate: float, width: int = 1200
 ) -> Image.Image:
-    """A picture of a track: a legend, the waveform on bands in the colours of the frames' labels, and below it the detector's
-    probabilities, stacked. Time runs in seconds of the video for the bands and of the recording for the rest.
+    """A picture of a track: a legend, the waveform on bands in the colours of the frames' labels, and below it the
+    detector's probabilities, stacked. Time runs in seconds of the video for the bands and of the recording for the
+    rest.
 
     Args:
         waveform: [T] or [channels, T]; see `audio.prepare_waveform`.
@@ -264,7 +273,9 @@ def draw_emotion(
     draw.text((left - 50, (top + bottom) // 2 + 20), "probability", fill=ink, font=small, anchor="mm")
 
     # The axis of time.
-    step = next((step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600) if seconds / step <= 14), 1800)
+    step = next(
+        (step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600) if seconds / step <= 14), 1800
+    )
     draw.line((left, 392, right, 392), fill=ink)
     for tick in range(int(seconds / step) + 1):
         x = column(tick * step)

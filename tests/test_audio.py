@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import relative_l2
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -48,7 +49,10 @@ def speech(voice: Tensor, seconds: float) -> Tensor:
 
 
 def tone(rate: float, seconds: float = 0.5, frequency: float = 440) -> Tensor:
-    return 0.5 * torch.sin(2 * math.pi * frequency / rate * torch.arange(round(seconds * rate), dtype=torch.float64)).float()
+    return (
+        0.5
+        * torch.sin(2 * math.pi * frequency / rate * torch.arange(round(seconds * rate), dtype=torch.float64)).float()
+    )
 
 
 class Recorder:
@@ -68,7 +72,9 @@ class Recorder:
 # ---- the whole recording at once, as released
 
 
-def test_whole_encoding_equals_the_reference(encoder: SpeechEncoder, voice: Tensor, expected: dict[str, Tensor]) -> None:
+def test_whole_encoding_equals_the_reference(
+    encoder: SpeechEncoder, voice: Tensor, expected: dict[str, Tensor]
+) -> None:
     track = encode_audio(voice, RATE, encoder, fps=30, context=None)
     assert relative_l2(track.embeddings, expected["audio.embedding_windows"]) < 1e-5
     assert (track.num_frames, track.num_padded_frames, track.fps, track.context) == (69, 80, 30.0, None)
@@ -167,7 +173,9 @@ def test_appending_changes_only_embeddings_near_the_end(encoder: SpeechEncoder, 
     assert torch.equal(before[:same], after[:same])
 
 
-def test_chunks_stay_close_to_whole_encoding_and_closer_with_more_context(encoder: SpeechEncoder, voice: Tensor) -> None:
+def test_chunks_stay_close_to_whole_encoding_and_closer_with_more_context(
+    encoder: SpeechEncoder, voice: Tensor
+) -> None:
     long = speech(voice, 50)
     whole = encode_audio(long, RATE, encoder, context=None).embeddings
     distance = {c: relative_l2(encode_audio(long, RATE, encoder, context=c).embeddings, whole) for c in (0, 5, 10, 60)}
@@ -237,8 +245,20 @@ def test_bad_recordings_are_refused_by_name(encoder: SpeechEncoder, waveform: ob
 
 
 @pytest.mark.parametrize(
-    "options", [{"fps": 0}, {"fps": math.nan}, {"fps": 1000}, {"fps": "30"}, {"window_frames": 0}, {"window_frames": 1.5},
-                {"context": -1}, {"context": 61}, {"context": "whole"}, {"context": math.nan}, {"context": True}]
+    "options",
+    [
+        {"fps": 0},
+        {"fps": math.nan},
+        {"fps": 1000},
+        {"fps": "30"},
+        {"window_frames": 0},
+        {"window_frames": 1.5},
+        {"context": -1},
+        {"context": 61},
+        {"context": "whole"},
+        {"context": math.nan},
+        {"context": True},
+    ],
 )
 def test_bad_options_are_refused_by_name(encoder: SpeechEncoder, options: dict) -> None:
     (name,) = options
@@ -257,7 +277,9 @@ def test_whole_encoding_is_refused_beyond_five_minutes(encoder: SpeechEncoder) -
         encode_audio(torch.zeros(301 * RATE), RATE, encoder, context=None)
 
 
-def test_embeddings_beyond_the_memory_limit_are_refused(encoder: SpeechEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_beyond_the_memory_limit_are_refused(
+    encoder: SpeechEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(audio, "MAX_EMBEDDING_BYTES", 30 * 20 * 2 * 32 * 4)  # 20 s of this encoder
     with Recorder(encoder) as calls, pytest.raises(AudioError, match="at most 20 s are allowed"):
         encode_audio(torch.zeros(30 * RATE), RATE, encoder)
@@ -266,7 +288,11 @@ def test_embeddings_beyond_the_memory_limit_are_refused(encoder: SpeechEncoder, 
 
 def test_integers_are_scaled() -> None:
     wanted = torch.tensor([-1.0, 0.0, 0.5])
-    for dtype, values in ((torch.int16, [-(2**15), 0, 2**14]), (torch.int32, [-(2**31), 0, 2**30]), (torch.uint8, [0, 128, 192])):
+    for dtype, values in (
+        (torch.int16, [-(2**15), 0, 2**14]),
+        (torch.int32, [-(2**31), 0, 2**30]),
+        (torch.uint8, [0, 128, 192]),
+    ):
         assert torch.equal(prepare_waveform(torch.tensor(values, dtype=dtype), RATE), wanted)
     assert torch.equal(prepare_waveform(np.array([-(2**15), 0, 2**14], np.int16), RATE), wanted)
 
@@ -277,8 +303,10 @@ def test_every_float_format_is_understood(dtype: torch.dtype) -> None:
 
 
 def test_channels_are_averaged() -> None:
-    left, right = torch.rand(1000), torch.rand(1000)
-    assert torch.allclose(prepare_waveform(torch.stack([left, right]), RATE), (left + right) / 2)
+    both = torch.rand(2, 1000)
+    given = both.clone()
+    assert torch.allclose(prepare_waveform(given, RATE), both.mean(dim=0))
+    assert torch.equal(given, both), "the given recording was changed"
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050.5, 44100, 48000, 192000])
@@ -300,7 +328,9 @@ def write_file(path: Path, waveform: Tensor, rate: int, codec: str, picture: boo
         if sound:
             stream = container.add_stream(codec, rate=rate)
             stream.layout = "stereo" if waveform.shape[0] == 2 else "mono"
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform.numpy()), format="fltp", layout=stream.layout.name)
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(waveform.numpy()), format="fltp", layout=stream.layout.name
+            )
             frame.sample_rate = rate
             frame.pts, frame.time_base = 0, Fraction(1, rate)
             resampler = av.AudioResampler(stream.format, stream.layout, rate, frame_size=stream.frame_size or 1024)
@@ -316,7 +346,13 @@ def write_file(path: Path, waveform: Tensor, rate: int, codec: str, picture: boo
 
 @pytest.mark.parametrize(
     ("name", "codec", "tolerance"),
-    [("a.wav", "pcm_s16le", 1e-3), ("a.flac", "flac", 1e-3), ("a.m4a", "aac", 0.1), ("a.mp3", "mp3", 0.1), ("a.ogg", "opus", 0.2)],
+    [
+        ("a.wav", "pcm_s16le", 1e-3),
+        ("a.flac", "flac", 1e-3),
+        ("a.m4a", "aac", 0.1),
+        ("a.mp3", "mp3", 0.1),
+        ("a.ogg", "opus", 0.2),
+    ],
 )
 @pytest.mark.parametrize("channels", [1, 2])
 def test_files_are_read_as_written(tmp_path: Path, name: str, codec: str, tolerance: float, channels: int) -> None:
@@ -341,8 +377,13 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     text.write_text("not a recording at all, although its name says so")
     empty.touch()
     silent_film = write_file(tmp_path / "film.mp4", torch.zeros(1, 1), 16000, "aac", picture=True, sound=False)
-    cases = [(text, "cannot be decoded"), (empty, "cannot be decoded"), (silent_film, "no audio stream"),
-             (tmp_path / "absent.wav", "not a file"), (tmp_path, "not a file")]
+    cases = [
+        (text, "cannot be decoded"),
+        (empty, "cannot be decoded"),
+        (silent_film, "no audio stream"),
+        (tmp_path / "absent.wav", "not a file"),
+        (tmp_path, "not a file"),
+    ]
     for path, message in cases:
         with pytest.raises(AudioError, match=message) as caught:
             load_audio(path)
@@ -385,13 +426,41 @@ def test_separation_without_the_package_says_how_to_get_it(tmp_path: Path, monke
         separate_vocals(torch.zeros(100), RATE, model)
 
 
+def test_separation_runs_the_given_model_and_touches_no_network(
+    tmp_path: Path, voice: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the model: one that halves what it hears."""
+    pytest.importorskip("audio_separator.separator", exc_type=ImportError)
+    onnx = pytest.importorskip("onnx")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    make, kind, shape = onnx.helper, onnx.TensorProto.FLOAT, ["batch", 4, 3072, 256]
+    graph = make.make_graph(
+        [make.make_node("Mul", ["input", "half"], ["output"])],
+        "stand_in",
+        [make.make_tensor_value_info("input", kind, shape)],
+        [make.make_tensor_value_info("output", kind, shape)],
+        [make.make_tensor("half", kind, [], [0.5])],
+    )
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 13)])
+    model.ir_version = 8
+    onnx.save(model, tmp_path / "Kim_Vocal_2.onnx")
+    vocals = prepare_waveform(*separate_vocals(voice, RATE, tmp_path / "Kim_Vocal_2.onnx"))
+    assert relative_l2(F.normalize(vocals, dim=0), F.normalize(voice, dim=0)) < 0.05
+    assert [path.name for path in tmp_path.iterdir()] == ["Kim_Vocal_2.onnx"]
+
+
 # ---- the speech encoder
 
 
 def test_importing_audio_and_emotion_stays_light() -> None:
     code = (
         "import sys, memo_core.audio, memo_core.emotion;"
-        "print([m for m in ('transformers', 'librosa', 'av', 'onnxruntime', 'soundfile', 'PIL', 'yaml') if m in sys.modules])"
+        "heavy = ('transformers', 'librosa', 'av', 'onnxruntime', 'soundfile', 'PIL', 'yaml');"
+        "print([name for name in heavy if name in sys.modules])"
     )
     root = Path(__file__).parent.parent
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
@@ -423,7 +492,9 @@ def test_transformers_reads_what_is_saved(encoder: SpeechEncoder, tmp_path: Path
 
 def test_files_with_a_ctc_head_and_old_names_load(encoder: SpeechEncoder, memo_tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((memo_tiny / "wav2vec2" / "config.json").read_bytes())
-    stored = {f"wav2vec2.{name}": value for name, value in load_file(memo_tiny / "wav2vec2" / "model.safetensors").items()}
+    stored = {
+        f"wav2vec2.{name}": value for name, value in load_file(memo_tiny / "wav2vec2" / "model.safetensors").items()
+    }
     conv = "wav2vec2.encoder.pos_conv_embed.conv."
     stored[conv + "weight_g"] = stored.pop(conv + "parametrizations.weight.original0")
     stored[conv + "weight_v"] = stored.pop(conv + "parametrizations.weight.original1")
@@ -471,8 +542,15 @@ def test_other_folders_are_refused(memo_tiny: Path, tmp_path: Path) -> None:
 def test_fresh_speech_encoder_trains_everywhere() -> None:
     torch.manual_seed(0)
     fresh = SpeechEncoder.from_config(
-        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "conv_dim": [16] * 7,
-         "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "conv_dim": [16] * 7,
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 4,
+        }
     )
     states = fresh.train()(torch.randn(3, RATE), 30)
     assert states.shape == (3, 30, 2, 32)

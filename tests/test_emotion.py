@@ -73,7 +73,8 @@ def test_detected_labels_equal_the_reference(
 
 
 def labels_one_by_one(samples: Tensor, encoder: Emotion2Vec, head: EmotionHead, frames: int) -> Tensor:
-    """The procedure as the paper's code goes about it: a label per sample, segment after segment, then nearest neighbour."""
+    """The procedure as the paper's code goes about it: a label per sample, segment after segment, then nearest
+    neighbour."""
 
     def judge(part: Tensor) -> int:
         with torch.no_grad():
@@ -163,9 +164,14 @@ def test_track_keeps_its_values_when_the_given_tensors_change() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(
-    frames=st.integers(1, 300), fps=st.sampled_from([24, 25, 29.97, 30]), cuts=st.lists(st.floats(0, 1), max_size=5), data=st.data()
+    frames=st.integers(1, 300),
+    fps=st.sampled_from([24, 25, 29.97, 30]),
+    cuts=st.lists(st.floats(0, 1), max_size=5),
+    data=st.data(),
 )
-def test_neighbouring_edits_leave_no_gap_and_no_overlap(frames: int, fps: float, cuts: list[float], data: st.DataObject) -> None:
+def test_neighbouring_edits_leave_no_gap_and_no_overlap(
+    frames: int, fps: float, cuts: list[float], data: st.DataObject
+) -> None:
     track = EmotionTrack.constant("unknown", frames, fps)
     times = sorted({0.0, track.seconds, *(cut * track.seconds for cut in cuts)})
     for start, end in zip(times, times[1:]):
@@ -211,9 +217,15 @@ def test_window_label_is_the_most_frequent_one_and_the_lower_among_equals() -> N
 
 def test_bad_tracks_are_refused() -> None:
     one, certain = torch.zeros(1), torch.zeros(1, 9)
-    cases = [(torch.zeros(0), certain, one, 30), (torch.zeros(2, 2), certain, one, 30), (torch.tensor([9]), certain, one, 30),
-             (torch.tensor([-1]), certain, one, 30), (one.long(), torch.zeros(1, 8), one, 30),
-             (one.long(), certain, torch.zeros(2), 30), (one.long(), certain, one, 0)]
+    cases = [
+        (torch.zeros(0), certain, one, 30),
+        (torch.zeros(2, 2), certain, one, 30),
+        (torch.tensor([9]), certain, one, 30),
+        (torch.tensor([-1]), certain, one, 30),
+        (one.long(), torch.zeros(1, 8), one, 30),
+        (one.long(), certain, torch.zeros(2), 30),
+        (one.long(), certain, one, 0),
+    ]
     for case in cases:
         with pytest.raises(EmotionError):
             EmotionTrack(*case)
@@ -265,8 +277,12 @@ def test_released_forms_of_model_pt_load(
     stored: dict[str, Tensor], tmp_path: Path, encoder: Emotion2Vec, nesting: tuple[str, ...], prefix: str
 ) -> None:
     content: dict = {prefix + name: value for name, value in stored.items()}
-    content |= {prefix + "modality_encoders.AUDIO.decoder.blocks.0.0.weight": torch.zeros(3), "proj.weight": torch.zeros(9, 32),
-                "proj.bias": torch.zeros(9), "_ema": {"blocks.0.norm1.weight": torch.zeros(32)}}
+    content |= {
+        prefix + "modality_encoders.AUDIO.decoder.blocks.0.0.weight": torch.zeros(3),
+        "proj.weight": torch.zeros(9, 32),
+        "proj.bias": torch.zeros(9),
+        "_ema": {"blocks.0.norm1.weight": torch.zeros(32)},
+    }
     for key in reversed(nesting):
         content = {key: content, "extra": 1}
     torch.save(content, tmp_path / "model.pt")
@@ -292,8 +308,12 @@ def test_weights_that_do_not_fit_are_listed(stored: dict[str, Tensor], tmp_path:
     with pytest.raises(CheckpointError) as caught:
         Emotion2Vec.from_pretrained(tmp_path)
     message = str(caught.value)
-    for part in ("missing blocks.0.norm1.weight", "blocks.1.norm1.weight has shape (5,), expected (32,)", "unexpected strange.0",
-                 "and 12 more"):
+    for part in (
+        "missing blocks.0.norm1.weight",
+        "blocks.1.norm1.weight has shape (5,), expected (32,)",
+        "unexpected strange.0",
+        "and 12 more",
+    ):
         assert part in message
     fitting = {name: value for name, value in stored.items() if not name.startswith("strange.")}
     torch.save({"model": fitting | {"blocks.0.norm1.weight": "a word"}}, tmp_path / "model.pt")
@@ -325,14 +345,23 @@ def test_code_in_a_checkpoint_is_never_run(stored: dict[str, Tensor], tmp_path: 
         Emotion2Vec.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("spec", ["__import__('os').getcwd()", "[(1, 2)]", "[]", "[(512, 10, 5)] * 10 ** 9", "(", "[(0, 1, 1)]", "5"])
+@pytest.mark.parametrize(
+    "spec",
+    ["__import__('os').getcwd()", "[(1, 2)]", "[]", "[(1, 1, 1)] * 101", "[(1, 1, 1)] ** 2", "(", "[(0, 1, 1)]", "5"],
+)
 def test_layer_specification_is_read_not_run(spec: str) -> None:
     with pytest.raises(CheckpointError, match="feature_encoder_spec"):
         Emotion2Vec.from_config({"modalities": {"audio": {"feature_encoder_spec": spec}}})
 
 
-@pytest.mark.parametrize("change", [{"layer_norm_first": True}, {"modalities": {"audio": {"learned_alibi": True}}},
-                                    {"modalities": {"audio": {"num_alibi_heads": 13}}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layer_norm_first": True},
+        {"modalities": {"audio": {"learned_alibi": True}}},
+        {"modalities": {"audio": {"num_alibi_heads": 13}}},
+    ],
+)
 def test_settings_that_are_not_implemented_are_refused(change: dict) -> None:
     with pytest.raises(CheckpointError, match="emotion2vec: "):
         Emotion2Vec.from_config(change)
@@ -349,8 +378,15 @@ SMALL = {
     "embed_dim": 24,
     "depth": 1,
     "num_heads": 3,
-    "modalities": {"audio": {"prenet_depth": 1, "num_alibi_heads": 3, "conv_pos_groups": 4, "conv_pos_width": 20,
-                             "feature_encoder_spec": "[(16, 10, 5)] + [(16, 8, 4)] * 2"}},
+    "modalities": {
+        "audio": {
+            "prenet_depth": 1,
+            "num_alibi_heads": 3,
+            "conv_pos_groups": 4,
+            "conv_pos_width": 20,
+            "feature_encoder_spec": "[(16, 10, 5)] + [(16, 8, 4)] * 2",
+        }
+    },
 }
 
 
@@ -360,14 +396,21 @@ def test_fresh_encoder_and_head_train_everywhere_and_survive_saving_in_halves(tm
     head = EmotionHead.from_config({"feature_dim": encoder.feature_dim, "hidden_dim": 12, "depth": 3})
     waveform = F.layer_norm(torch.randn(2, RATE), (RATE,))
     F.cross_entropy(head(encoder.train()(waveform).mean(dim=1)), torch.tensor([1, 2])).backward()
-    names = [name for module in (encoder, head) for name, p in module.named_parameters() if p.grad is None or not p.grad.any()]
+    names = [
+        name
+        for module in (encoder, head)
+        for name, p in module.named_parameters()
+        if p.grad is None or not p.grad.any()
+    ]
     assert not names
 
     for module, name in ((encoder.eval(), "e"), (head, "h")):
         module.save_pretrained(tmp_path / name, dtype=torch.float16)
     written = torch.load(tmp_path / "e" / "model.pt", weights_only=True)["model"]
     assert {t.dtype for t in written.values()} == {torch.float16}
-    assert {t.dtype for t in load_file(tmp_path / "h" / "diffusion_pytorch_model.safetensors").values()} == {torch.float16}
+    assert {t.dtype for t in load_file(tmp_path / "h" / "diffusion_pytorch_model.safetensors").values()} == {
+        torch.float16
+    }
     again, again_head = Emotion2Vec.from_pretrained(tmp_path / "e"), EmotionHead.from_pretrained(tmp_path / "h")
     assert {p.dtype for p in [*again.parameters(), *again_head.parameters()]} == {torch.float32}
     with torch.no_grad():

@@ -64,8 +64,9 @@ class Emotion2Vec(nn.Module):
     """The emotion2vec encoder.
 
     Args:
-        config: the `model_conf` part of a released config.yaml, or the whole of it; absent settings take emotion2vec base's
-            values. LayerDrop and stochastic depth, which it may name, are never applied; dropout is, in training mode.
+        config: the `model_conf` part of a released config.yaml, or the whole of it; absent settings take emotion2vec
+            base's values. LayerDrop and stochastic depth, which it may name, are never applied; dropout is, in training
+            mode.
 
     Raises:
         CheckpointError: for a setting that is not implemented.
@@ -131,9 +132,9 @@ class Emotion2Vec(nn.Module):
     ) -> Emotion2Vec:
         """Reads model.pt and config.yaml of a released emotion2vec.
 
-        The tensors may lie under "state_dict", "model_state_dict" and "model", in this order of nesting, and their names may
-        begin with a prefix that config.yaml's `scope_map` names, "d2v_model." or "module.". Decoder, teacher and
-        classification head are skipped.
+        The tensors may lie under "state_dict", "model_state_dict" and "model", in this order of nesting, and their
+        names may begin with a prefix that config.yaml's `scope_map` names, "d2v_model." or "module.". Decoder, teacher
+        and classification head are skipped.
 
         Raises CheckpointError when a file is absent or anything else in it does not fit.
         """
@@ -225,8 +226,8 @@ class _AudioEncoder(nn.Module):
         return hidden, bias
 
     def _alibi(self, hidden: Tensor) -> Tensor:
-        """Symmetric ALiBi (Press et al. 2021): minus the distance in time, times a slope per head, times a learned scale.
-        Extra tokens have no place in time, hence no bias; heads beyond the ALiBi ones have none either."""
+        """Symmetric ALiBi (Press et al. 2021): minus the distance in time, times a slope per head, times a learned
+        scale. Extra tokens have no place in time, hence no bias; heads beyond the ALiBi ones have none either."""
         position = torch.arange(hidden.shape[1], device=hidden.device)
         distance = (position[:, None] - position).abs().to(hidden.dtype)
         scale = self.alibi_scale.clamp_min(0)[0, 0]  # [alibi heads, 1, 1]

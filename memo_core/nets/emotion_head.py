@@ -82,5 +82,7 @@ class EmotionHead(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"_class_name": "AudioEmotionClassifierModel"}, indent=2) + "\n")
-        save_file({name: value.to(dtype=dtype or value.dtype).contiguous() for name, value in self.state_dict().items()},
-                  folder / _FILE)
+        save_file(
+            {name: value.to(dtype=dtype or value.dtype).contiguous() for name, value in self.state_dict().items()},
+            folder / _FILE,
+        )

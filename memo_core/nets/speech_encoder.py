@@ -70,7 +70,8 @@ class SpeechEncoder(nn.Module):
         """Encodes recordings, one set of hidden states per video frame.
 
         Args:
-            waveform: [B, T] at 16 kHz, normalised if `normalize`; shorter ones than `min_samples` are continued by zeros.
+            waveform: [B, T] at 16 kHz, normalised if `normalize`; shorter ones than `min_samples` are continued by
+                zeros.
             num_frames: F, the number of video frames that the T samples span.
 
         Returns:
@@ -120,11 +121,13 @@ class SpeechEncoder(nn.Module):
         if not path.is_file():
             raise CheckpointError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
         encoder = cls.from_config(Wav2Vec2Config.from_dict(config), settings.get("do_normalize", True))
-        load_strict(encoder, {_rename(name): value for name, value in read_tensors(path).items() if not _unused(name)}, path)
+        load_strict(
+            encoder, {_rename(name): value for name, value in read_tensors(path).items() if not _unused(name)}, path
+        )
         return encoder.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes a folder that `from_pretrained` and transformers read; `dtype` only changes the file's number format."""
+        """Writes a folder that `from_pretrained` and transformers read; `dtype` only changes the file."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -133,9 +136,15 @@ class SpeechEncoder(nn.Module):
         config = Wav2Vec2Config.from_dict(self.config.to_dict() | {"mask_time_prob": 0.0})
         config.architectures = ["Wav2Vec2Model"]
         config.save_pretrained(folder)
-        settings = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1, "padding_side": "right",
-                    "padding_value": 0.0, "return_attention_mask": False, "sampling_rate": SAMPLE_RATE,
-                    "do_normalize": self.normalize}
+        settings = {
+            "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+            "feature_size": 1,
+            "padding_side": "right",
+            "padding_value": 0.0,
+            "return_attention_mask": False,
+            "sampling_rate": SAMPLE_RATE,
+            "do_normalize": self.normalize,
+        }
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         tensors = {name: value.to(dtype=dtype or value.dtype).contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -15,8 +15,8 @@ from ..errors import CheckpointError
 def read_tensors(path: Path) -> dict:
     """Reads a .safetensors file, or a torch file with `weights_only=True` (which runs no code from the file).
 
-    Returns the dictionary as stored; a torch file may nest further dictionaries. Raises CheckpointError when the file is
-    absent, damaged, or holds anything but tensors and plain containers.
+    Returns the dictionary as stored; a torch file may nest further dictionaries. Raises CheckpointError when the file
+    is absent, damaged, or holds anything but tensors and plain containers.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
@@ -28,7 +28,8 @@ def read_tensors(path: Path) -> dict:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is damaged, or holds Python objects besides tensors, which are never run; re-save it with tensors only"
+            f"{path} is damaged, or holds Python objects besides tensors, which are never run; "
+            "re-save it with tensors only"
         ) from error
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
