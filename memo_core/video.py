@@ -1,7 +1,7 @@
 """Writes and reads video as a stream, frame by frame: H.264 and AAC in MP4, through PyAV.
 
-Memory stays constant whatever the length: frames are encoded as they come, sound follows the picture, and packets go to the
-file in the order of their time. A file appears under its final name only when it is whole.
+Memory stays constant whatever the length: frames are encoded as they come, sound follows the picture, and packets go to
+the file in the order of their time. A file appears under its final name only when it is whole.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from .errors import VideoError
 
-# Other rates are resampled to 48 kHz: every player takes it, and one AAC packet (1024 samples, the grain in which sound can
-# end) is then shorter than a frame at 30 fps; at 16 kHz it would be twice as long.
+# Other rates are resampled to 48 kHz: every player takes it, and one AAC packet (1024 samples, the grain in which sound
+# can end) is then shorter than a frame at 30 fps; at 16 kHz it would be twice as long.
 AAC_RATES = (44100, 48000)
 BT709, LIMITED_RANGE = 1, 1  # codes of ITU-T H.273: what players assume of MP4, here also written into the stream
 _Result = TypeVar("_Result")
@@ -51,7 +51,7 @@ class VideoInfo:
 
 
 def ai_statement(metadata: Mapping[str, Any]) -> str:
-    """One sentence that says that the video was made by AI, with which model and seed (`metadata["model"]`, `["seed"]`)."""
+    """One sentence: made by AI, with which model and seed (`metadata["model"]` and `metadata["seed"]`)."""
     model, seed = metadata.get("model", "not stated"), metadata.get("seed", "not stated")
     return f"This video was made by AI (artificial intelligence): MEMO talking video, model {model}, seed {seed}."
 
@@ -59,19 +59,20 @@ def ai_statement(metadata: Mapping[str, Any]) -> str:
 class VideoWriter:
     """Writes one MP4 file: H.264 (yuv420p, BT.709) and, when `sample_rate` is given, AAC stereo.
 
-    The file is written under a temporary name beside `path` and renamed by `finish`, which leaving the `with` block calls.
-    When the block is left by an exception the temporary file is removed, unless `finish(partial=True)` was called before:
-    that closes what was written so far into a playable file, for example after Ctrl-C.
+    The file is written under a temporary name beside `path` and renamed by `finish`, which leaving the `with` block
+    calls. When the block is left by an exception the temporary file is removed, unless `finish(partial=True)` was
+    called before: that closes what was written so far into a playable file, for example after Ctrl-C.
 
-    Sound may be written at any time, before, between or after the frames; the writer encodes it up to the picture's time.
-    At the end sound that is too long is cut and sound that is too short is filled with silence, so both last equally long.
+    Sound may be written at any time, before, between or after the frames; the writer encodes it up to the picture's
+    time. At the end sound that is too long is cut and sound that is too short is filled with silence, so that both last
+    equally long.
 
     Args:
         path: the final file, ending in .mp4 or .m4v, in a folder that exists.
         width, height: pixels, even (H.264 halves the colour planes).
         fps: frames per second.
-        sample_rate: of the sound in Hz; None for a silent video. Rates other than 44100 and 48000 are resampled to 48000.
-        metadata: tags of the file. Strings are kept, everything else is written as JSON, so that a whole workflow fits.
+        sample_rate: of the sound in Hz; None for a silent video. Others than 44100 and 48000 are resampled to 48000.
+        metadata: tags of the file. Strings are kept, everything else is written as JSON, so a whole workflow fits.
             `description` and, unless given, `comment` say in words that the video was made by AI (`ai_statement`).
 
     Raises:
@@ -106,7 +107,10 @@ class VideoWriter:
         self._temporary = self.path.with_name(f".{self.path.stem}.{uuid.uuid4().hex[:8]}.part")
         self._sound: deque[NDArray[np.float32]] = deque()  # [2, T], not encoded yet
         self._samples_written = 0
-        self._to_yuv = VideoReformatter()  # one for all frames: setting it up costs more than a small frame
+        self._to_yuv: Any = VideoReformatter()  # one for all frames: setting it up costs more than a small frame
+        self._file: Any = None
+        self._video: Any = None
+        self._audio: Any = None
         self._open = True
         # PyAV runs in one thread of its own: Ctrl-C then interrupts the waiting caller, never a packet halfway into the
         # file, and the file can still be closed properly.
@@ -145,10 +149,10 @@ class VideoWriter:
         self._run(lambda: self._encode_frames(pixels.reshape(-1, self.height, self.width, 3)))
 
     def write_audio(self, waveform: ArrayLike) -> None:
-        """Adds sound after what was added before: float [T] or [C, T] in [-1, 1] (louder is clipped), array or CPU tensor.
+        """Adds sound after what was added before: float [T] or [C, T] in [-1, 1] (louder is clipped).
 
-        One channel plays on both sides, two are left and right, more are averaged. The array is not copied before it is
-        encoded, which happens when the picture has come that far: do not change it.
+        An array or a CPU tensor. One channel plays on both sides, two are left and right, more are averaged. The array
+        is not copied before it is encoded, which happens when the picture has come that far: do not change it.
 
         Raises VideoError for another shape or type, or samples that are not finite.
         """
@@ -234,7 +238,6 @@ class VideoWriter:
         context.color_range = LIMITED_RANGE
         if not quality:  # other encoders have no constant quality in common: 0.2 bits a pixel is generous
             context.bit_rate = int(0.2 * self.width * self.height * self.fps)
-        self._audio = None
         if self.sample_rate is not None:
             rate = self.sample_rate if self.sample_rate in AAC_RATES else 48000
             self._audio = self._file.add_stream("aac", rate=rate, layout="stereo")
@@ -260,7 +263,7 @@ class VideoWriter:
     def _samples_due(self) -> int:
         return round(self.frames_written * (self.sample_rate or 0) / self.fps)
 
-    def _encode_samples(self, samples: NDArray[np.float32]) -> None:
+    def _encode_samples(self, samples: NDArray[np.floating]) -> None:
         if samples.shape[1] == 0:
             return
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.clip(-1, 1)), "fltp", "stereo")
@@ -288,7 +291,8 @@ class VideoWriter:
         return True
 
     def _abandon(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
@@ -301,7 +305,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
 
 
 def read_video(path: str | os.PathLike[str]) -> tuple[VideoInfo, Iterator[NDArray[np.uint8]]]:
-    """Opens a video: what it holds, and an iterator over its frames, each uint8 [H, W, 3] RGB, decoded as they are asked for.
+    """What a video holds, and an iterator over its frames, each uint8 [H, W, 3] RGB, decoded as they are asked for.
 
     Raises VideoError if the file cannot be opened, holds no video, or, while iterating, is damaged.
     """
@@ -318,7 +322,7 @@ def _frames(path: str | os.PathLike[str]) -> Iterator[NDArray[np.uint8]]:
                 return
             except av.FFmpegError as error:
                 raise VideoError(f"cannot read on in {path}: {error}") from error
-            # PyAV before 17 decodes everything as BT.601 unless told of two matrices that differ; that of RGB has no effect.
+            # PyAV before 17 takes all for BT.601 unless given two matrices that differ; that of RGB has no effect.
             matrices = {"src_colorspace": "ITU709", "dst_colorspace": "ITU601"} if frame.colorspace == BT709 else {}
             yield frame.to_ndarray(format="rgb24", **matrices)
 

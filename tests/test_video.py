@@ -1,4 +1,4 @@
-"""Streaming MP4: what is written is what is read, for any sizes and rates, in constant memory, and never half a file."""
+"""Streaming MP4: what is written is what is read, at any size and rate, in constant memory, and never half a file."""
 
 from __future__ import annotations
 
@@ -286,8 +286,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         VideoWriter(tmp_path / "a.mp4", 64, 64, 30)
 
 
-def test_without_any_h264_encoder_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for available in ({"aac", "mpeg4"}, {"h264_cuvid"}, {"libx264rgb"}):  # of the last two, one only decodes, one lacks yuv420p
+def test_without_any_h264_encoder_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for available in ({"aac", "mpeg4"}, {"h264_cuvid"}, {"libx264rgb"}):  # none; only decodes; lacks yuv420p
         monkeypatch.setattr(av, "codecs_available", available)
         with pytest.raises(VideoError, match="no H.264 encoder.*pip install av"):
             VideoWriter(tmp_path / "a.mp4", 64, 64, 30)
