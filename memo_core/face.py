@@ -397,8 +397,8 @@ def _to_rgb(image: PortraitImage) -> NDArray[np.uint8]:
         low, high = (float(value) for value in image.detach().aminmax())
         if not -1.001 <= low <= high <= 1.001:  # also refuses NaN
             raise PortraitError(f"the portrait's values reach from {low:g} to {high:g}; allowed is [-1, 1]")
-        levels = image.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255)
-        return levels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        levels_8bit = image.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255)
+        return levels_8bit.to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     if isinstance(image, Image.Image):
         picture = image
     else:
