@@ -1,8 +1,9 @@
 """Toon voices: a source-filter synthesiser whose mouth is known, and espeak-ng's voices with an estimated mouth.
 
-`speak` strings phonemes into words and words into phrases, draws a pitch contour in one of eight emotions, and filters a
-glottal source and noise with moving formants (G. Fant, Acoustic Theory of Speech Production, 1960; the source is the pulse of
-D. Klatt and L. Klatt, JASA 87, 1990). The same articulation gives the mouth, so that sound and picture agree exactly.
+`speak` strings phonemes into words and words into phrases, draws a pitch contour in one of eight emotions, and filters
+a glottal source and noise with moving formants (G. Fant, Acoustic Theory of Speech Production, 1960; the source is the
+pulse of D. Klatt and L. Klatt, JASA 87, 1990). The same articulation gives the mouth, so that sound and picture agree
+exactly.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Utterance:
 
     Attributes:
         waveform: [T] float32, mono at 16 kHz, within [-1, 1].
-        mouth_open: [F] float32 in [0, 1], F = round(30 T / 16000); frame f is the mouth at the middle of f/30 to (f+1)/30 s.
+        mouth_open: [F] float32 in [0, 1], F = round(30 T / 16000); frame f is the mouth at (f + 0.5)/30 s, the middle
+            of the time it covers.
         mouth_width: [F] float32 in [-1, 1]: -1 rounded, 1 spread.
         phonemes: (symbol, start, end) in seconds, in order, "" for silence; empty where unknown.
         emotion: index into `memo_core.emotion.EMOTIONS`.
@@ -134,25 +136,54 @@ CONSONANTS = {
     "m": Phoneme(seconds=0.085, formants=(260, 1000, 2200), voiced=0.45, nasal=True, lips_shut=True),
     "n": Phoneme(seconds=0.070, formants=(270, 1650, 2550), voiced=0.45, nasal=True, open=0.18),
     "ŋ": Phoneme(seconds=0.075, formants=(280, 2100, 2700), voiced=0.40, nasal=True, open=0.30),
-    "p": Phoneme(seconds=0.105, formants=(300, 850, 2200), voiced=0, noise=0.5, hiss=900, hiss_octaves=1.2, aspiration=0.6,
-                 stop=True, lips_shut=True),
-    "b": Phoneme(seconds=0.085, formants=(260, 900, 2200), voiced=0.15, noise=0.3, hiss=800, hiss_octaves=1.2, stop=True,
-                 lips_shut=True),
-    "t": Phoneme(seconds=0.095, formants=(320, 1750, 2650), voiced=0, noise=1.0, hiss=4500, aspiration=0.5, stop=True, open=0.15),
+    "p": Phoneme(
+        seconds=0.105, formants=(300, 850, 2200), voiced=0, noise=0.5, hiss=900, hiss_octaves=1.2, aspiration=0.6,
+        stop=True, lips_shut=True
+    ),
+    "b": Phoneme(
+        seconds=0.085, formants=(260, 900, 2200), voiced=0.15, noise=0.3, hiss=800, hiss_octaves=1.2, stop=True,
+        lips_shut=True
+    ),
+    "t": Phoneme(
+        seconds=0.095, formants=(320, 1750, 2650), voiced=0, noise=1.0, hiss=4500, aspiration=0.5, stop=True,
+        open=0.15
+    ),
     "d": Phoneme(seconds=0.075, formants=(280, 1720, 2600), voiced=0.15, noise=0.6, hiss=4000, stop=True, open=0.15),
-    "k": Phoneme(seconds=0.100, formants=(320, 1900, 2300), voiced=0, noise=0.9, hiss=2000, aspiration=0.6, stop=True, open=0.28),
+    "k": Phoneme(
+        seconds=0.100, formants=(320, 1900, 2300), voiced=0, noise=0.9, hiss=2000, aspiration=0.6, stop=True,
+        open=0.28
+    ),
     "g": Phoneme(seconds=0.080, formants=(280, 1850, 2250), voiced=0.15, noise=0.5, hiss=1900, stop=True, open=0.28),
-    "f": Phoneme(seconds=0.095, formants=(320, 1100, 2200), voiced=0, noise=0.30, hiss=5500, hiss_octaves=1.3, open=0.06, width=0.1),
-    "v": Phoneme(seconds=0.070, formants=(280, 1100, 2200), voiced=0.45, noise=0.15, hiss=5000, hiss_octaves=1.3, open=0.06,
-                 width=0.1),
-    "θ": Phoneme(seconds=0.090, formants=(320, 1400, 2600), voiced=0, noise=0.25, hiss=6200, hiss_octaves=0.9, open=0.22),
-    "s": Phoneme(seconds=0.100, formants=(320, 1650, 2600), voiced=0, noise=0.85, hiss=6000, hiss_octaves=0.3, open=0.10, width=0.45),
-    "z": Phoneme(seconds=0.080, formants=(280, 1650, 2600), voiced=0.4, noise=0.55, hiss=5800, hiss_octaves=0.3, open=0.10,
-                 width=0.45),
-    "ʃ": Phoneme(seconds=0.105, formants=(320, 1750, 2400), voiced=0, noise=1.0, hiss=3000, hiss_octaves=0.4, open=0.18, width=-0.6),
-    "ʒ": Phoneme(seconds=0.085, formants=(280, 1700, 2350), voiced=0.4, noise=0.6, hiss=2900, hiss_octaves=0.4, open=0.18,
-                 width=-0.6),
-    "x": Phoneme(seconds=0.090, formants=(380, 1500, 2300), voiced=0, noise=0.7, hiss=1700, hiss_octaves=0.4, open=0.35),
+    "f": Phoneme(
+        seconds=0.095, formants=(320, 1100, 2200), voiced=0, noise=0.30, hiss=5500, hiss_octaves=1.3, open=0.06,
+        width=0.1
+    ),
+    "v": Phoneme(
+        seconds=0.070, formants=(280, 1100, 2200), voiced=0.45, noise=0.15, hiss=5000, hiss_octaves=1.3, open=0.06,
+        width=0.1
+    ),
+    "θ": Phoneme(
+        seconds=0.090, formants=(320, 1400, 2600), voiced=0, noise=0.25, hiss=6200, hiss_octaves=0.9, open=0.22
+    ),
+    "s": Phoneme(
+        seconds=0.100, formants=(320, 1650, 2600), voiced=0, noise=0.85, hiss=6000, hiss_octaves=0.3, open=0.10,
+        width=0.45
+    ),
+    "z": Phoneme(
+        seconds=0.080, formants=(280, 1650, 2600), voiced=0.4, noise=0.55, hiss=5800, hiss_octaves=0.3, open=0.10,
+        width=0.45
+    ),
+    "ʃ": Phoneme(
+        seconds=0.105, formants=(320, 1750, 2400), voiced=0, noise=1.0, hiss=3000, hiss_octaves=0.4, open=0.18,
+        width=-0.6
+    ),
+    "ʒ": Phoneme(
+        seconds=0.085, formants=(280, 1700, 2350), voiced=0.4, noise=0.6, hiss=2900, hiss_octaves=0.4, open=0.18,
+        width=-0.6
+    ),
+    "x": Phoneme(
+        seconds=0.090, formants=(380, 1500, 2300), voiced=0, noise=0.7, hiss=1700, hiss_octaves=0.4, open=0.35
+    ),
     "h": Phoneme(seconds=0.065, formants=(520, 1500, 2450), voiced=0.1, aspiration=1.0, open=0.50),
     "l": Phoneme(seconds=0.065, formants=(360, 1250, 2750), voiced=0.65, open=0.35),
     "r": Phoneme(seconds=0.070, formants=(380, 1250, 1650), voiced=0.65, open=0.28, width=-0.35),
@@ -184,7 +215,7 @@ class Prosody:
         declination: pitch change over a phrase, semitones.
         glide: pitch change within every syllable, semitones.
         tremor: depth (semitones) of a pitch and loudness tremor of 6.5 Hz.
-        jitter: relative standard deviation of the pitch from one millisecond to the next.
+        jitter: relative standard deviation of the pitch from one millisecond to the next; a period averages it.
         creak: 0 to 1, how much weaker every second glottal pulse is.
         voicing: level of the glottal source; what is missing is breath.
         breath: added aspiration.
@@ -202,7 +233,7 @@ class Prosody:
     declination: float = -1.5
     glide: float = 0.0
     tremor: float = 0.0
-    jitter: float = 0.004
+    jitter: float = 0.008
     creak: float = 0.0
     voicing: float = 1.0
     breath: float = 0.0
@@ -215,20 +246,32 @@ class Prosody:
 
 
 PROSODY = dict(
-    angry=Prosody(pitch=1.25, accent=4.0, wander=0.8, slope=-3.0, jitter=0.05, tilt=5.0, rate=1.15, pause=(0.2, 0.12), gain=1.7,
-                  opening=1.1),
-    disgusted=Prosody(pitch=0.78, accent=0.8, glide=-3.5, jitter=0.02, creak=0.7, tilt=1.0, rate=0.9, stretch=1.35,
-                      pause=(0.3, 0.25), gain=0.9, opening=0.95),
-    fearful=Prosody(pitch=1.5, accent=1.0, wander=0.8, tremor=1.2, jitter=0.01, breath=0.5, tilt=-1.0, rate=1.3,
-                    pause=(0.45, 0.12), gain=0.8, opening=0.95),
-    happy=Prosody(pitch=1.3, accent=6.0, wander=2.0, slope=1.0, declination=0.0, tilt=2.5, rate=1.1, pause=(0.15, 0.15), gain=1.2,
-                  opening=1.05),
+    angry=Prosody(
+        pitch=1.25, accent=4.0, wander=0.8, slope=-3.0, jitter=0.1, tilt=5.0, rate=1.15, pause=(0.2, 0.12),
+        gain=1.7, opening=1.1
+    ),
+    disgusted=Prosody(
+        pitch=0.78, accent=0.8, glide=-3.5, jitter=0.04, creak=0.7, tilt=1.0, rate=0.9, stretch=1.35,
+        pause=(0.3, 0.25), gain=0.9, opening=0.95
+    ),
+    fearful=Prosody(
+        pitch=1.5, accent=1.0, wander=0.8, tremor=1.2, jitter=0.02, breath=0.5, tilt=-1.0, rate=1.3,
+        pause=(0.45, 0.12), gain=0.8, opening=0.95
+    ),
+    happy=Prosody(
+        pitch=1.3, accent=6.0, wander=2.0, slope=1.0, declination=0.0, tilt=2.5, rate=1.1, pause=(0.15, 0.15),
+        gain=1.2, opening=1.05
+    ),
     neutral=Prosody(),
     other=Prosody(accent=0.3, wander=0.2, declination=0.0, voicing=0.12, breath=1.6, tilt=1.0, gain=0.6, rate=0.95),
-    sad=Prosody(pitch=0.88, accent=0.6, wander=0.4, declination=-3.5, glide=-1.0, breath=0.25, tilt=-6.0, rate=0.75,
-                pause=(0.5, 0.4), gain=0.55, opening=0.9),
-    surprised=Prosody(pitch=1.35, accent=1.5, wander=0.6, slope=9.0, declination=2.0, breath=0.2, tilt=0.5, rate=1.0, stretch=1.15,
-                      pause=(0.5, 0.25), gain=1.2, opening=1.1),
+    sad=Prosody(
+        pitch=0.88, accent=0.6, wander=0.4, declination=-3.5, glide=-1.0, breath=0.25, tilt=-6.0, rate=0.75,
+        pause=(0.5, 0.4), gain=0.55, opening=0.9
+    ),
+    surprised=Prosody(
+        pitch=1.35, accent=1.5, wander=0.6, slope=9.0, declination=2.0, breath=0.2, tilt=0.5, rate=1.0, stretch=1.15,
+        pause=(0.5, 0.25), gain=1.2, opening=1.1
+    ),
 )
 
 
@@ -289,17 +332,13 @@ def _compose(prosody: Prosody, rate: float, seconds: float, rng: np.random.Gener
             phrase += 1
             add("", mean * rng.uniform(0.6, 1.4), 1.0, "ə")
     # Cut what is too long: the last sounds end early and the mouth shuts.
-    end = max(seconds - 0.06, 0.0)
+    end = seconds - 0.06
     while at - score.seconds[-1] > end:
         at -= score.seconds[-1]
         for column in vars(score).values():
             column.pop()
-        if not score.symbols:
-            break
-    if score.symbols:
-        score.seconds[-1] -= at - end
-    at = end
-    add("", seconds - end, 1.0, "ə")
+    score.seconds[-1] -= at - end
+    add("", 0.06, 1.0, "ə")
     return score
 
 
@@ -335,7 +374,7 @@ def _pitch(score: _Score, counts: NDArray[np.int64], voice: Voice, prosody: Pros
     semitones += prosody.wander * _drift(rng, length, 150.0)
     time = np.arange(length) / CONTROL
     semitones += prosody.tremor * np.sin(2 * np.pi * (6.5 * time + 0.4 * _drift(rng, length, 200.0) + rng.random()))
-    semitones += 12.0 * np.log2(1.0 + np.clip(prosody.jitter * rng.standard_normal(length), -0.3, 0.3) * np.sqrt(4.0))
+    semitones += 12.0 * np.log2(1.0 + np.clip(prosody.jitter * rng.standard_normal(length), -0.6, 0.6))
     return np.clip(voice.pitch * prosody.pitch * 2.0 ** (semitones / 12.0), 50.0, 700.0)
 
 
@@ -359,16 +398,14 @@ def _mouth(score: _Score, counts: NDArray[np.int64], opening: float) -> tuple[Ar
     return np.clip(opened, 0.0, 1.0), np.clip(width, -1.0, 1.0)
 
 
-def _levels(
-    score: _Score, counts: NDArray[np.int64], voice: Voice, prosody: Prosody
-) -> tuple[Array, Array, Array]:
+def _levels(score: _Score, counts: NDArray[np.int64], voice: Voice, prosody: Prosody) -> tuple[Array, Array, Array]:
     """Levels of glottal pulses, aspiration and frication at the control rate."""
     voiced, breath, noise = (np.zeros(int(counts.sum())) for _ in range(3))
     start = 0
     for symbol, stress, count in zip(score.symbols, score.stress, counts.tolist(), strict=True):
         phoneme, end = PHONEMES[symbol], start + count
         if phoneme.stop:
-            burst = end - min(max(count // 3, 12), 30)
+            burst = max(start, end - min(max(count // 3, 12), 30))
             voiced[start:burst] = phoneme.voiced
             noise[burst : burst + 12] = phoneme.noise * stress
             breath[burst:end] = phoneme.aspiration * 0.6
@@ -475,10 +512,12 @@ def speak(voice: Voice, emotion: int, seconds: float, rng: np.random.Generator) 
     response = _tract(np.minimum(centres, 7600.0), widths)
     response *= 10.0 ** ((prosody.tilt + voice.brightness) * _TILT / 20.0)
 
-    hiss, octaves = (_held([getattr(PHONEMES[s], a) for s in score.symbols], counts)[at, None] for a in ("hiss", "hiss_octaves"))
+    hiss = _held([PHONEMES[s].hiss for s in score.symbols], counts)[at, None]
+    octaves = _held([PHONEMES[s].hiss_octaves for s in score.symbols], counts)[at, None]
     band = np.exp(-0.5 * ((_OCTAVES - np.log2(hiss)) / octaves) ** 2).astype(np.float32)
 
-    glottal = _glottis(_pitch(score, counts, voice, prosody, rng), prosody.creak, length, rng) * _to_samples(voiced * swell, length)
+    pitch = _pitch(score, counts, voice, prosody, rng)
+    glottal = _glottis(pitch, prosody.creak, length, rng) * _to_samples(voiced * swell, length)
     white = rng.standard_normal((2, length))
     spectra = _frames(glottal + 0.12 * white[0] * _to_samples(breath * swell, length), count) * response
     spectra += _frames(0.25 * white[1] * _to_samples(noise * swell, length), count) * band
@@ -494,7 +533,11 @@ def speak(voice: Voice, emotion: int, seconds: float, rng: np.random.Generator) 
     starts = (ends - counts) / CONTROL
     spans = zip(score.symbols, starts.tolist(), (ends / CONTROL).tolist(), strict=True)
     return Utterance(
-        waveform.astype(np.float32), opened[middle].astype(np.float32), width[middle].astype(np.float32), tuple(spans), emotion
+        waveform.astype(np.float32),
+        opened[middle].astype(np.float32),
+        width[middle].astype(np.float32),
+        tuple(spans),
+        emotion,
     )
 
 
@@ -508,9 +551,10 @@ _CALIBRATION = (160, 3.0)  # utterances, seconds each
 
 
 def _loudness(waveform: NDArray[np.floating]) -> Array:
-    """What the mouth is estimated from: [F, K] log energies of 12 bands and in all, neighbours in time, and products.
+    """What the mouth is estimated from, [F, K]: log energies of 12 bands and in all, their neighbours and products.
 
-    Energies are relative to the utterance's loud parts; half of its mean spectrum is removed, for voices are bright or dark.
+    Energies are relative to the utterance's loud parts; half of its mean spectrum is removed, for voices are bright or
+    dark. The last column is the level in all, 0 in silence to 1.
     """
     frames = round(len(waveform) / RATE * FPS)
     middle = ((np.arange(frames) + 0.5) * RATE / FPS).astype(np.int64)
@@ -518,8 +562,8 @@ def _loudness(waveform: NDArray[np.floating]) -> Array:
     heard = padded[(middle + _LISTEN // 2)[:, None] + np.arange(_LISTEN)] * np.hanning(_LISTEN)
     power = np.abs(np.fft.rfft(heard, 1024, axis=1)) ** 2
     frequencies = np.fft.rfftfreq(1024, 1 / RATE)
-    bands = [power[:, (frequencies >= low) & (frequencies < high)].sum(axis=1) for low, high in zip(_EDGES[:-1], _EDGES[1:])]
-    energy = np.stack(bands, axis=1)
+    edges = zip(_EDGES[:-1], _EDGES[1:], strict=True)
+    energy = np.stack([power[:, (frequencies >= a) & (frequencies < b)].sum(axis=1) for a, b in edges], axis=1)
     total = energy.sum(axis=1)
     loud = np.percentile(total, 95) + 1e-9
     level = np.log(energy / loud + np.exp(-_FLOOR)) + _FLOOR
@@ -527,10 +571,11 @@ def _loudness(waveform: NDArray[np.floating]) -> Array:
     if speaking.any():
         mean = level[speaking].mean(axis=0)
         level -= 0.5 * (mean - mean.mean())
-    now = np.column_stack([level / _FLOOR, np.log(total / loud + np.exp(-_FLOOR)) / _FLOOR + 1.0, total / loud / _FLOOR])
+    whole = np.log(total / loud + np.exp(-_FLOOR)) / _FLOOR + 1.0
+    now = np.column_stack([level / _FLOOR, total / loud / _FLOOR, whole])
     around = np.pad(now, ((1, 1), (0, 0)), mode="edge")
     i, j = np.triu_indices(now.shape[1])
-    return np.column_stack([around[:-2], now, around[2:], now[:, i] * now[:, j], np.ones(frames)])
+    return np.column_stack([around[:-2], now, around[2:], now[:, i] * now[:, j], np.ones(frames), whole])
 
 
 @lru_cache(maxsize=1)
@@ -547,8 +592,8 @@ def _calibration() -> Array:
 def estimate_mouth(waveform: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """How open and how wide the mouth of a speaker is, guessed from the sound alone.
 
-    On held-out synthesised voices the guesses correlate 0.91 (opening) and 0.67 (width) with the truth. The first call of a
-    process calibrates the estimate, about three seconds.
+    On held-out synthesised voices the guesses correlate 0.91 (opening) and 0.67 (width) with the truth. The first call
+    of a process calibrates the estimate, which takes about three seconds.
 
     Args:
         waveform: [T], mono at 16 kHz, clean speech.
@@ -560,11 +605,13 @@ def estimate_mouth(waveform: NDArray[np.floating]) -> tuple[NDArray[np.float32],
         AudioError: if the waveform is not one channel of at least 0.1 s of finite samples.
     """
     if waveform.ndim != 1 or len(waveform) < 0.1 * RATE or not np.isfinite(waveform).all():
-        raise AudioError(f"a mouth is estimated from [T] finite samples, at least 0.1 s at {RATE} Hz, got {waveform.shape}")
+        wanted = f"[T] finite samples, at least 0.1 s at {RATE} Hz"
+        raise AudioError(f"a mouth is estimated from {wanted}, got shape {tuple(waveform.shape)}")
     heard = _loudness(waveform)
     opened, width = (heard @ _calibration()).T
     if np.abs(waveform).max() < 1e-3:  # nothing but noise: there are no loud parts to compare with
         opened, width = np.zeros_like(opened), np.zeros_like(width)
+    opened = opened * np.clip((heard[:, -1] - 0.03) / 0.12, 0.0, 1.0)
     opened = np.where(opened < SLIT, 0.0, opened)
     return np.clip(opened, 0.0, 1.0).astype(np.float32), np.clip(width, -1.0, 1.0).astype(np.float32)
 
@@ -646,11 +693,13 @@ def espeak(
     prosody = PROSODY[EMOTIONS[emotion]]
     pitch = int(np.clip(pitch + 60.0 * np.log2(prosody.pitch), 0, 99))
     speed = int(np.clip(speed * prosody.rate, 80, 450))
-    command = ["espeak-ng", "-v", voice_name, "-p", str(pitch), "-s", str(speed), "-a", str(amplitude), "--stdin", "--stdout"]
+    options = ["-v", voice_name, "-p", str(pitch), "-s", str(speed), "-a", str(amplitude)]
     try:
-        done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=60)
+        done = subprocess.run(
+            ["espeak-ng", *options, "--stdin", "--stdout"], input=text.encode(), capture_output=True, timeout=60
+        )
     except FileNotFoundError:
-        raise AudioError("espeak-ng is not installed; install it, or use the synthesised voices (training.voices.speak)") from None
+        raise AudioError("espeak-ng is not installed; install it, or use training.voices.speak instead") from None
     if done.returncode or len(done.stdout) <= 44:
         reason = done.stderr.decode(errors="replace").strip().splitlines()
         raise AudioError(f"espeak-ng said nothing with voice {voice_name!r}: {reason[0] if reason else 'empty text?'}")
@@ -692,5 +741,10 @@ def default_voice_recording() -> Utterance:
     voice = Voice(pitch=195.0, tract=1.12, breath=0.15, rate=0.97, loudness=0.09, brightness=0.5, bandwidth=1.0)
     first, second = (speak(voice, EMOTIONS.index(name), s, rng) for name, s in (("happy", 2.8), ("neutral", 2.4)))
     later = tuple((symbol, start + 2.8, end + 2.8) for symbol, start, end in second.phonemes)
-    joined = (np.concatenate([getattr(first, a), getattr(second, a)]) for a in ("waveform", "mouth_open", "mouth_width"))
-    return Utterance(*joined, first.phonemes + later, first.emotion)
+    return Utterance(
+        np.concatenate([first.waveform, second.waveform]),
+        np.concatenate([first.mouth_open, second.mouth_open]),
+        np.concatenate([first.mouth_width, second.mouth_width]),
+        first.phonemes + later,
+        first.emotion,
+    )
