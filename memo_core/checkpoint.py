@@ -14,13 +14,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import CheckpointError
@@ -28,6 +27,7 @@ from .nets.config import NetConfig
 from .nets.diffusion_net import DiffusionNet
 from .nets.projections import AudioProjection, ImageProjection
 from .nets.reference_net import ReferenceNet
+from .nets.weights import WEIGHTS, load_strict, read_json, read_tensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -36,11 +36,8 @@ if TYPE_CHECKING:
     from .nets.emotion_head import EmotionHead
     from .nets.speech_encoder import SpeechEncoder
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 EMBEDDED = ("toon",)  # checkpoints that ship with the program, loaded by name
-FACE_MODELS = "misc/face_analysis/models"
 EMOTION_HEAD = "misc/audio_emotion_classifier"
-VOCAL_SEPARATOR = "misc/vocal_separator/Kim_Vocal_2.onnx"
 
 
 @dataclass(kw_only=True)
@@ -58,10 +55,11 @@ class Networks:
     folder: Path
     digest: str  # identifies the four MEMO networks and the VAE, whatever the dtype they run in
     sample_size: int  # latent height and width of training
-    face_models: Path = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.face_models = self.folder / FACE_MODELS
+    @property
+    def embedded(self) -> bool:
+        """Whether this is a checkpoint that ships with the program; those know no faces, only toon heads."""
+        return self.folder.resolve().parent == assets().resolve()
 
 
 def assets() -> Path:
@@ -84,8 +82,8 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
         )
     required = [f"{net}/{name}" for net in ("reference_net", "diffusion_net", "image_proj", "audio_proj") for name in
                 ("config.json", WEIGHTS)]
-    required += ["vae/config.json", f"vae/{WEIGHTS}", "wav2vec2/config.json", "emotion2vec/model.pt",
-                 f"{EMOTION_HEAD}/{WEIGHTS}"]
+    required += ["vae/config.json", f"vae/{WEIGHTS}", "wav2vec2/config.json", "emotion2vec/config.yaml",
+                 "emotion2vec/model.pt", f"{EMOTION_HEAD}/{WEIGHTS}"]
     missing = [name for name in required if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -95,51 +93,11 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, memory-mapped."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-
-
-def check_keys(name: str, weights: dict[str, Tensor], module: nn.Module) -> None:
-    """Raises CheckpointError that lists the first ten missing, extra or misshapen keys."""
-    wanted = module.state_dict()
-    problems = [f"missing {key}" for key in wanted if key not in weights]
-    problems += [f"extra {key}" for key in weights if key not in wanted]
-    problems += [
-        f"{key} is {list(weights[key].shape)}, should be {list(tensor.shape)}"
-        for key, tensor in wanted.items()
-        if key in weights and weights[key].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(f"{name}: {len(problems)} keys do not fit the network: {'; '.join(problems[:10])}{more}")
-
-
-def load_module(
-    path: Path, build: Callable[[dict[str, Tensor]], nn.Module], dtype: torch.dtype, device: torch.device | str
-) -> tuple[nn.Module, str]:
-    """Builds a network for the weights in `path` and fills it, strictly; returns it with a digest of the weights."""
-    weights = read_weights(path)
-    with torch.device("meta"):
-        module = build(weights)
-    check_keys(str(path.parent.name), weights, module)
-    digest = weights_digest(weights)
-    module.load_state_dict({k: v.to(device, dtype) for k, v in weights.items()}, assign=True)
-    return module.eval().requires_grad_(False), digest
-
-
 def weights_digest(weights: dict[str, Tensor]) -> str:
-    """Names, shapes and 32 values of every tensor, hashed: tells checkpoints apart without reading gigabytes."""
+    """Names, shapes and 32 to 63 values of every tensor, hashed: tells checkpoints apart without reading gigabytes.
+
+    Equal for the same values in another number format; a change that spares all the values read goes unnoticed.
+    """
     digest = hashlib.sha256()
     for name in sorted(weights):
         flat = weights[name].flatten()
@@ -162,48 +120,62 @@ def load(
         CheckpointError: files or keys are missing, extra or misshapen, or a setting is not supported.
     """
     from diffusers import AutoencoderKL
-    from diffusers.utils import logging as diffusers_logging
 
     from .nets.emotion2vec import Emotion2Vec
     from .nets.emotion_head import EmotionHead
     from .nets.speech_encoder import SpeechEncoder
 
     folder = find(checkpoint)
+    digests: list[str] = []
 
-    def net(name: str, build: Callable[[dict[str, Tensor]], nn.Module]) -> tuple[Any, str]:
-        return load_module(folder / name / WEIGHTS, build, dtype, device)
+    def net(
+        name: str,
+        build: Callable[[dict[str, Tensor]], nn.Module],
+        rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda weights: weights,
+    ) -> Any:
+        path = folder / name / WEIGHTS
+        weights = rename(read_tensors(path))
+        try:
+            with torch.device("meta"):
+                module = build(weights)
+        except KeyError as error:
+            raise CheckpointError(f"{path} lacks {error}, which gives the network's size") from error
+        load_strict(module, {key: tensor.to(device, dtype) for key, tensor in weights.items()}, path)
+        digests.append(weights_digest(weights))
+        return module.eval().requires_grad_(False)
 
     def shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
         return {key: tensor.shape for key, tensor in weights.items()}
 
-    config = {name: NetConfig.from_json(read_json(folder / name / "config.json")) for name in ("reference_net", "diffusion_net")}
-    reference_net, digest_r = net("reference_net", lambda _: ReferenceNet(config["reference_net"], ops))
-    diffusion_net, digest_d = net("diffusion_net", lambda _: DiffusionNet(config["diffusion_net"], ops))
-    image_proj, digest_i = net("image_proj", lambda weights: ImageProjection.from_shapes(shapes(weights), ops))
-    audio_proj, digest_a = net("audio_proj", lambda weights: AudioProjection.from_shapes(shapes(weights), ops))
-
+    reference_config, diffusion_config = (_net_config(folder / name) for name in ("reference_net", "diffusion_net"))
+    reference_net = net("reference_net", lambda _: ReferenceNet(reference_config, ops))
+    diffusion_net = net("diffusion_net", lambda _: DiffusionNet(diffusion_config, ops))
+    image_proj = net("image_proj", lambda weights: ImageProjection.from_shapes(shapes(weights), ops))
+    audio_proj = net("audio_proj", lambda weights: AudioProjection.from_shapes(shapes(weights), ops))
     vae_config = read_json(folder / "vae" / "config.json")
-    vae_weights = _current_vae_keys(read_weights(folder / "vae" / WEIGHTS))
-    diffusers_logging.set_verbosity_error()
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(vae_config)
-    check_keys("vae", vae_weights, vae)
-    vae.load_state_dict({k: v.to(device, dtype) for k, v in vae_weights.items()}, assign=True)
+    vae = net("vae", lambda _: AutoencoderKL.from_config(vae_config), _current_vae_keys)
 
-    digests = "".join([digest_r, digest_d, digest_i, digest_a, weights_digest(vae_weights)])
     return Networks(
         reference_net=reference_net,
         diffusion_net=diffusion_net,
         image_proj=image_proj,
         audio_proj=audio_proj,
-        vae=vae.eval().requires_grad_(False),
+        vae=vae,
         speech_encoder=SpeechEncoder.from_pretrained(folder / "wav2vec2", dtype=torch.float32, device=device),
         emotion_encoder=Emotion2Vec.from_pretrained(folder / "emotion2vec").to(device),
         emotion_head=EmotionHead.from_pretrained(folder / EMOTION_HEAD).to(device),
         folder=folder,
-        digest=hashlib.sha256(digests.encode()).hexdigest()[:16],
+        digest=hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
         sample_size=read_json(folder / "diffusion_net" / "config.json").get("sample_size") or 64,
     )
+
+
+def _net_config(folder: Path) -> NetConfig:
+    path = folder / "config.json"
+    try:
+        return NetConfig.from_json(read_json(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not the configuration of a MEMO network: {error!r}") from error
 
 
 # Stable Diffusion's VAE was saved before diffusers renamed the layers of its attention block.

@@ -99,7 +99,7 @@ class MemoPipeline:
         if size is None:
             is_tensor = isinstance(image, Tensor)
             size = tuple(image.shape[-2:]) if is_tensor else self.default_size
-        analyzer = None if face_embedding is not None else FaceAnalyzer.from_folder(self.nets.face_models)
+        analyzer = None if face_embedding is not None else FaceAnalyzer.from_folder(self.nets.folder)
         portrait = prepare_portrait(
             image, size, crop=crop, face_index=face_index, analyzer=analyzer, no_face=no_face if face_embedding is None else "warn"
         )

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .weights import load_strict, read_tensors
-
-_FILE = "diffusion_pytorch_model.safetensors"
+from .weights import WEIGHTS, load_strict, read_tensors
 
 
 class EmotionHead(nn.Module):
@@ -64,7 +62,7 @@ class EmotionHead(nn.Module):
 
         Raises CheckpointError when the file is absent or its tensors do not form such a head.
         """
-        path = Path(folder) / _FILE
+        path = Path(folder) / WEIGHTS
         tensors = read_tensors(path)
         shapes = {name: value.shape for name, value in tensors.items()}
         depth = len(shapes) // 2
@@ -84,5 +82,5 @@ class EmotionHead(nn.Module):
         (folder / "config.json").write_text(json.dumps({"_class_name": "AudioEmotionClassifierModel"}, indent=2) + "\n")
         save_file(
             {name: value.to(dtype=dtype or value.dtype).contiguous() for name, value in self.state_dict().items()},
-            folder / _FILE,
+            folder / WEIGHTS,
         )

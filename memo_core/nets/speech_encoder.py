@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from ..errors import CheckpointError
-from .weights import load_strict, read_tensors
+from .weights import load_strict, read_json, read_tensors
 
 SAMPLE_RATE = 16000
 
@@ -108,11 +108,11 @@ class SpeechEncoder(nn.Module):
         Raises CheckpointError when a file is absent or anything in it does not fit.
         """
         folder = Path(folder)
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         if config.get("model_type") != "wav2vec2":
             raise CheckpointError(f"{folder}/config.json: model_type {config.get('model_type')!r} is not 'wav2vec2'")
         preprocessing = folder / "preprocessor_config.json"
-        settings = _read_json(preprocessing) if preprocessing.is_file() else {}
+        settings = read_json(preprocessing) if preprocessing.is_file() else {}
         if settings.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
             raise CheckpointError(f"{preprocessing}: sampling_rate {settings['sampling_rate']} is not {SAMPLE_RATE}")
         path = folder / "model.safetensors"
@@ -148,13 +148,6 @@ class SpeechEncoder(nn.Module):
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         tensors = {name: value.to(dtype=dtype or value.dtype).contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _unused(name: str) -> bool:

@@ -1,19 +1,34 @@
-"""Reading weights from disk into a module: strict about names and shapes, free about the number format."""
+"""Reading weights and settings from disk: strict about names and shapes, free about the number format."""
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # as diffusers names it
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not settings by name")
+    return content
+
 
 def read_tensors(path: Path) -> dict:
-    """Reads a .safetensors file, or a torch file with `weights_only=True` (which runs no code from the file).
+    """Reads a .safetensors file (memory-mapped), or a torch file with `weights_only=True` (which runs no code from the file).
 
     Returns the dictionary as stored; a torch file may nest further dictionaries. Raises CheckpointError when the file
     is absent, damaged, or holds anything but tensors and plain containers.
@@ -39,7 +54,9 @@ def read_tensors(path: Path) -> dict:
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Copies `tensors` into `module`, keeping the module's dtype and device.
+    """Fills `module` with `tensors`.
+
+    They are copied, keeping the module's dtype and device; a module on the meta device takes them over as they are.
 
     Args:
         source: where the tensors come from, for the message.
@@ -60,4 +77,4 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: object
         listed = "\n  ".join(problems[:10])
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise CheckpointError(f"{source} does not fit {type(module).__name__}:\n  {listed}{more}")
-    module.load_state_dict(tensors, strict=True)
+    module.load_state_dict(tensors, strict=True, assign=any(value.is_meta for value in own.values()))
