@@ -1,0 +1,467 @@
+"""The `memo` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import MemoError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from .memory import MemoryState
+    from .sampling import Window
+    from .video import VideoWriter
+
+FPS = 30  # the rate MEMO was trained at
+OK, FAILED, INTERRUPTED = 0, 1, 130  # exit codes; argparse adds 2 for wrong usage
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with the given arguments (None: the process's) and returns the exit code.
+
+    0 when all is done, 1 after an error (one line on stderr says which), 2 for wrong usage, 130 after Ctrl-C.
+    """
+    logging.basicConfig(format="memo: %(message)s")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    parser = build_parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as end:  # argparse has said why
+        return int(end.code or 0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the libraries, to their programmers
+            return args.run(args)
+    except KeyboardInterrupt:
+        _say("interrupted; no file was written")
+        return INTERRUPTED
+    except MemoError as error:
+        return _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        return _fail("out of memory: try a smaller --size, or --dtype bfloat16")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    about = "A portrait and a voice in, a talking video out."
+    parser = argparse.ArgumentParser("memo", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"memo {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    text = "Make a video of PORTRAIT speaking VOICE. Ctrl-C keeps what is finished and says how to go on."
+    _add_generate(command("generate", generate, text))
+
+    sub = command("emotion", detect, "Print the emotions heard in VOICE and draw them.")
+    sub.add_argument("voice", metavar="VOICE", help="any file with sound")
+    sub.add_argument("-o", "--output", metavar="PNG", help="the picture (default: VOICE.emotion.png, here)")
+    _add_checkpoint(sub)
+
+    sub = command("info", info, "Describe a checkpoint folder or a memory state file.")
+    sub.add_argument("target", metavar="CHECKPOINT|STATE", help="a folder or an embedded checkpoint's name; a file")
+
+    sub = command("sheet", sheet, "Draw evenly spaced frames of VIDEO, with their times, as one picture.")
+    sub.add_argument("video", metavar="VIDEO")
+    sub.add_argument("-o", "--output", metavar="PNG", help="the picture (default: VIDEO.png, here)")
+    sub.add_argument("--frames", type=_positive_int, default=12, help="how many frames (default: %(default)s)")
+    sub.add_argument("--columns", type=_positive_int, default=4, help="how many side by side (default: %(default)s)")
+
+    text = "Print the licences of the released weights and fetch them (13 GB) into FOLDER. Called again it goes on."
+    sub = command("download", download, text)
+    sub.add_argument("folder", metavar="FOLDER", nargs="?", default="memo-weights", help="(default: %(default)s, here)")
+    sub.add_argument("--only", metavar="PART", nargs="+", help="fetch these parts, named as in the licences")
+    return parser
+
+
+def _add_checkpoint(sub: argparse.ArgumentParser) -> None:
+    text = "folder in the released layout, or the name of an embedded checkpoint (default: %(default)s)"
+    sub.add_argument("--checkpoint", default="toon", help=text)
+
+
+def _add_generate(sub: argparse.ArgumentParser) -> None:
+    def add(name: str, text: str, **more: Any) -> None:
+        sub.add_argument(name, help=text, **more)
+
+    add("portrait", "a picture of a face", metavar="PORTRAIT")
+    add("voice", "any file with sound, also a video", metavar="VOICE")
+    sub.add_argument("-o", "--output", metavar="OUT.mp4", help="the video (default: VOICE.mp4, here)")
+    _add_checkpoint(sub)
+    add("--steps", "sampling steps per window of 16 frames (default: %(default)s)", type=int, default=20)
+    add("--guidance", "guidance scale; 1 is none, in half the time (default: %(default)s)", type=float, default=3.5)
+    add("--seed", "of the noise (default: %(default)s)", type=int, default=42)
+    add("--emotion", "detect, null (none), or one by name: happy, sad, ... (default: %(default)s)", default="detect")
+    add("--size", "pixels, multiples of 64 (default: as trained)", type=_size, metavar="N|WxH")
+    add("--crop", "around the face, or the middle (default: %(default)s)", choices=("face", "none"), default="face")
+    add("--face", "which face, 0 is the largest (default: the largest)", type=int, metavar="N")
+    add("--context", "how much sound around each part it is heard in; auto is whole up to a minute (default: auto)", type=_context, default="auto", metavar="auto|whole|SECONDS")
+    add("--separate-vocals", "let the voice alone drive the face, without music (audio-separator)", action="store_true")
+    add("--start", "begin here in VOICE (default: 0)", type=_seconds, default=0.0, metavar="SECONDS")
+    add("--duration", "make this much (default: all to the end)", type=_seconds, metavar="SECONDS")
+    add("--memory-in", "go on from this memory state", metavar="STATE")
+    add("--memory-out", "save the memory state after the last frame", metavar="STATE")
+    add("--horizon", "remember only the last N windows (default: all the past)", type=_positive_int, metavar="N")
+    add("--device", "auto, cpu, cuda, cuda:1, ... (default: %(default)s)", default="auto")
+    add("--dtype", "auto is bfloat16 on cuda, else float32 (default: %(default)s)", default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"))
+
+
+# --- memo generate ----------------------------------------------------------------------------------------------------
+
+
+def generate(args: argparse.Namespace) -> int:
+    output = Path(args.output or Path(args.voice).with_suffix(".mp4").name)
+    for given in (args.portrait, args.voice):
+        if output.exists() and Path(given).exists() and output.samefile(given):
+            raise MemoError(f"the video would replace {given}; name another with -o")
+    _check_folder(args.memory_out)
+    if args.memory_in and args.horizon:
+        raise MemoError("--horizon is for a new video; the state given with --memory-in brings its own")
+
+    from .audio import load_audio, separate_vocals
+    from .checkpoint import EMBEDDED, VOCAL_SEPARATOR
+    from .emotion import EmotionTrack, emotion_index
+    from .memory import MemoryState
+    from .pipeline import MemoPipeline
+    from .sampling import Settings
+    from .video import VideoWriter
+
+    # What can be found wrong without the networks, before they are loaded.
+    settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed)
+    if args.emotion not in ("detect", "null"):
+        emotion_index(args.emotion)
+    memory = MemoryState.load(args.memory_in) if args.memory_in else MemoryState.empty(args.horizon)
+    portrait = _open_picture(args.portrait)
+    waveform, rate = load_audio(args.voice)
+    start, count = _span(args, waveform.shape[1] / rate)
+    device, dtype = _device(args)
+    if args.checkpoint in EMBEDDED:  # they were made without face models, so that lacking them is no news
+        logging.getLogger(f"{__package__}.face").setLevel(logging.ERROR)
+
+    pipe = MemoPipeline.from_pretrained(args.checkpoint, device, dtype)
+    reference = pipe.encode_reference(portrait, size=args.size, crop=args.crop, face_index=args.face)
+    height, width = reference.pixels.shape[1:]
+    model = f"{Path(args.checkpoint).name} ({pipe.nets.digest})"
+    about = {"model": model, "seed": args.seed, "steps": args.steps, "guidance": args.guidance, "emotion": args.emotion}
+    with VideoWriter(output, width, height, FPS, rate, about) as writer:
+        sound = waveform[:, round(start * rate / FPS) : round((start + count) * rate / FPS)]
+        writer.write_audio(sound)
+        if args.separate_vocals:
+            waveform, rate = separate_vocals(waveform, rate, pipe.nets.folder / VOCAL_SEPARATOR)
+        audio = pipe.encode_audio(waveform, rate, FPS, None if args.context == "whole" else args.context)
+        count = min(count, audio.num_frames - start)
+        if args.emotion == "detect":
+            emotion = pipe.detect_emotion(waveform, rate, audio.num_padded_frames, FPS)
+        else:
+            label = args.emotion
+            emotion = None if label == "null" else EmotionTrack.constant(label, audio.num_padded_frames, FPS)
+        del waveform
+        with _Bar(count) as bar:
+            windows = pipe.sample_windows(
+                reference, audio, emotion, memory, start=start, num_frames=count, steps=settings.steps,
+                guidance_scale=settings.guidance_scale, seed=settings.seed, on_progress=bar.steps,
+            )
+            memory, interrupted = _write(windows, writer, memory)
+        if interrupted:
+            return _interrupted(args, writer, memory, start)
+    if args.memory_out:
+        memory.save(args.memory_out)
+    print(f"{output}: {count} frames, {count / FPS:.2f} s, {width}x{height}, {count / bar.seconds:.2f} frames/s")
+    return OK
+
+
+def _write(windows: Iterator[Window], writer: VideoWriter, memory: MemoryState) -> tuple[MemoryState, bool]:
+    """Writes window after window; returns the memory after the last one written, and whether Ctrl-C came."""
+    from .clips import to_uint8
+
+    before = after = memory
+    written = 0
+    try:
+        for window in windows:
+            before, after, written = after, window.memory, writer.frames_written
+            writer.write_frames(to_uint8(window.frames))
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one shall not spoil the file
+        # Only the writer knows whether the interrupt came before or after it took the last window.
+        writer.finish(partial=True)
+        return (after if writer.frames_written > written else before), True
+    return after, False
+
+
+def _interrupted(args: argparse.Namespace, writer: VideoWriter, memory: MemoryState, start: int) -> int:
+    """Saves the memory after Ctrl-C, and says what there is and how to go on."""
+    done = writer.frames_written
+    if not done:
+        _say("interrupted before the first frames were finished; no file was written")
+        return INTERRUPTED
+    state = args.memory_out or str(writer.path.with_suffix(".memory.safetensors"))
+    memory.save(state)
+    changes = {"start": (start + done) / FPS, "memory_in": state, "horizon": None, "memory_out": args.memory_out}
+    changes["output"] = str(writer.path.with_stem(f"{writer.path.stem}-rest"))
+    if args.duration is not None:
+        changes["duration"] = args.duration - done / FPS
+    holds = f"{writer.path} holds the first {done} frames ({done / FPS:.2f} s)"
+    _say(f"interrupted: {holds}. To go on: {_command(args, changes)}")
+    return INTERRUPTED
+
+
+def _command(args: argparse.Namespace, changes: dict[str, object]) -> str:
+    """The command line of `memo generate` with these arguments, some of them changed."""
+    defaults = argparse.ArgumentParser()
+    _add_generate(defaults)
+    words = ["memo", "generate", args.portrait, args.voice]
+    for name, value in (vars(args) | changes).items():
+        if name in ("portrait", "voice", "run") or value == defaults.get_default(name):
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, tuple):
+            value = f"{value[1]}x{value[0]}"
+        if isinstance(value, float):
+            value = f"{value:.6f}".rstrip("0").rstrip(".")
+        if value is not True:
+            words.append(str(value))
+    return shlex.join(words)
+
+
+def _span(args: argparse.Namespace, seconds: float) -> tuple[int, int]:
+    """First frame and number of frames, within a recording of so many seconds."""
+    start, end = round(args.start * FPS), math.ceil(seconds * FPS)
+    if start >= end:
+        raise MemoError(f"--start is {args.start:g} s, but {args.voice} lasts {seconds:.2f} s")
+    count = end - start
+    if args.duration is not None:
+        count = min(count, max(1, round(args.duration * FPS)))
+    return start, count
+
+
+def _device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    import torch
+
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MemoError(f"--device is {args.device!r}; allowed are auto, cpu, cuda, cuda:0, ...") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = f"torch {torch.__version__} sees {torch.cuda.device_count()} cuda devices"
+        raise MemoError(f"--device is {args.device!r}, but {seen}")
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return device, getattr(torch, dtype)
+
+
+class _Bar:
+    """Progress in frames, with frames per second and the time left; nothing where no one watches."""
+
+    def __init__(self, frames: int) -> None:
+        from tqdm import tqdm
+
+        layout = "{percentage:3.0f}% |{bar}| {n:.0f}/{total} frames, {rate_noinv_fmt}, {remaining} left"
+        self._frames = frames
+        self._started = time.monotonic()
+        self._bar = tqdm(total=frames, unit=" frames", bar_format=layout, smoothing=0.1, disable=None)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def steps(self, done: int, total: int) -> None:
+        self._bar.update(self._frames * done / total - self._bar.n)
+
+
+# --- memo emotion, info, download, sheet ------------------------------------------------------------------------------
+
+
+def detect(args: argparse.Namespace) -> int:
+    output = Path(args.output or Path(args.voice).with_suffix(".emotion.png").name)
+    _check_folder(output)
+
+    from .audio import load_audio
+    from .checkpoint import EMOTION_HEAD, find
+    from .clips import WINDOW
+    from .emotion import EMOTIONS, detect_emotion, draw_emotion
+    from .nets.emotion2vec import Emotion2Vec
+    from .nets.emotion_head import EmotionHead
+
+    folder = find(args.checkpoint)
+    waveform, rate = load_audio(args.voice)
+    encoder = Emotion2Vec.from_pretrained(folder / "emotion2vec")
+    head = EmotionHead.from_pretrained(folder / EMOTION_HEAD)
+    seconds = waveform.shape[1] / rate
+    track = detect_emotion(waveform, rate, encoder, head, math.ceil(seconds * FPS / WINDOW) * WINDOW, FPS)
+
+    labels = track.probabilities.argmax(dim=1).tolist()
+    times = [*track.segment_starts.tolist(), seconds]
+    changes = [i for i in range(len(labels)) if i == 0 or labels[i] != labels[i - 1]] + [len(labels)]
+    print(f"{'from':>9} {'to':>9}  {'emotion':<10} probability")
+    for first, last in zip(changes, changes[1:]):
+        mean = float(track.probabilities[first:last, labels[first]].mean())
+        print(f"{times[first]:7.2f} s {times[last]:7.2f} s  {EMOTIONS[labels[first]]:<10} {mean:11.2f}")
+    _save_picture(draw_emotion(track, waveform, rate), output)
+    return OK
+
+
+def info(args: argparse.Namespace) -> int:
+    from . import checkpoint, face
+    from .memory import MemoryState
+
+    if args.target not in checkpoint.EMBEDDED and Path(args.target).is_file():
+        print(MemoryState.load(args.target).inspect())
+        return OK
+    nets = checkpoint.load(args.target)  # all of it: what is printed is known to fit together
+    parts = {
+        "reference_net": nets.reference_net, "diffusion_net": nets.diffusion_net, "image_proj": nets.image_proj,
+        "audio_proj": nets.audio_proj, "vae": nets.vae, "wav2vec2": nets.speech_encoder,
+        "emotion2vec": nets.emotion_encoder, checkpoint.EMOTION_HEAD: nets.emotion_head,
+    }
+    face_models = [f"{checkpoint.FACE_MODELS}/{name}" for name in (face.DETECTOR, face.EMBEDDER)]
+    side = 8 * nets.sample_size
+    print(f"checkpoint   {nets.folder}\ndigest       {nets.digest}\ntrained at   {side}x{side} pixels\n")
+    print(f"{'network':<32} {'parameters':>14} {'on disk':>10}")
+    for name, net in parts.items():
+        size = sum(file.stat().st_size for file in (nets.folder / name).iterdir() if file.is_file())
+        print(f"{name:<32} {sum(p.numel() for p in net.parameters()):>14,} {size / 1e6:>7.1f} MB")
+    print()
+    for name in (*face_models, checkpoint.VOCAL_SEPARATOR):
+        print(f"{'there  ' if (nets.folder / name).is_file() else 'missing'}      {name} (optional)")
+    return OK
+
+
+def download(args: argparse.Namespace) -> int:
+    from . import download as weights
+
+    print(weights.licences(args.only), flush=True)
+    if not args.only or "face" in args.only:
+        print("The face models are not for commercial use: leave them out with --only and the other names.", flush=True)
+    try:
+        fetched = weights.download(args.folder, args.only)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on from here")
+        return INTERRUPTED
+    print(f"{args.folder}: {len(fetched)} files fetched" if fetched else f"{args.folder}: nothing was missing")
+    return OK
+
+
+def sheet(args: argparse.Namespace) -> int:
+    from PIL import Image, ImageDraw, ImageFont
+
+    from .video import read_video
+
+    output = Path(args.output or Path(args.video).with_suffix(".png").name)
+    about, frames = read_video(args.video)
+    count = min(args.frames, about.frames)
+    wanted = {round((i + 0.5) * about.frames / count - 0.5) for i in range(count)}
+    columns = min(args.columns, count)
+    picture = Image.new("RGB", (columns * about.width, -(-count // columns) * (about.height + 20)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    place = 0
+    for number, pixels in enumerate(frames):
+        if number in wanted:
+            x, y = place % columns * about.width, place // columns * (about.height + 20)
+            picture.paste(Image.fromarray(pixels), (x, y))
+            draw.text((x + 4, y + about.height + 3), f"{number / about.fps:.2f} s", fill="black", font=font)
+            place += 1
+    _save_picture(picture, output)
+    return OK
+
+
+# --- Helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _open_picture(path: str) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except UnidentifiedImageError as error:
+        raise MemoError(f"{path} is not a picture") from error
+    except Image.DecompressionBombError as error:
+        raise MemoError(f"{path} is too large: {error}") from error
+    except SyntaxError as error:  # what Pillow raises for some damaged files
+        raise MemoError(f"{path} is damaged: {error}") from error
+    return picture
+
+
+def _save_picture(picture: Image.Image, path: Path) -> None:
+    try:
+        picture.save(path)
+    except ValueError as error:
+        raise MemoError(f"cannot write {path}: {error}; name a .png") from error
+    print(path)
+
+
+def _check_folder(path: str | Path | None) -> None:
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise MemoError(f"cannot write {path}: there is no folder {Path(path).parent}")
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value
+
+
+def _context(text: str) -> float | str:
+    return text if text in ("auto", "whole") else _seconds(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Height and width from "N" or "WxH"."""
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+        width, height = sides * 2 if len(sides) == 1 else sides
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor WIDTHxHEIGHT") from None
+    return height, width
+
+
+def _say(text: str) -> None:
+    print(f"memo: {text}", file=sys.stderr)
+
+
+def _fail(text: str) -> int:
+    _say(f"error: {text}")
+    return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
