@@ -2,7 +2,7 @@
 
 The memory layers read nothing but Reference Net features of past frames, so their sums can be rebuilt from the past frames'
 latents. A state is a short list of windows with weights; the sums themselves (gigabytes at released sizes) never travel.
-With the released decay of 0.9 per frame a window older than six windows weighs less than 4e-5 and is left out.
+With the released decay of 0.9 per frame a window older than six windows weighs less than 4.1e-5 and is left out.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .clips import WINDOW
 from .errors import MemoryStateError
 from .kernels import DECAY
+from .reference import tensors_digest
 
 FORMAT, VERSION = "memo-memory-state", 1
-KEEP = 6  # windows kept at least; the seventh stays until the eighth comes, then both leave
+KEEP = 6 * WINDOW  # frames kept at least; a seventh window stays until the eighth comes, then both leave
 MAX_FILE_BYTES = 256 * 2**20
 _FORGOTTEN = 1e-9  # weight below which an entry is dropped
 
@@ -47,12 +49,18 @@ class MemoryEntry:
     digest: str = ""
 
     def __post_init__(self) -> None:
-        if self.latents.ndim != 4 or not 0 < self.latents.shape[0] <= 64:
-            raise MemoryStateError(f"an entry's latents are [F, 4, h, w], received {list(self.latents.shape)}")
-        if not torch.isfinite(self.latents).all():
-            raise MemoryStateError("an entry's latents hold NaN or infinite values")
+        if self.latents.ndim != 4 or not 0 < self.latents.shape[0] <= WINDOW:
+            raise MemoryStateError(
+                f"an entry's latents are [F, 4, h, w] with F from 1 to {WINDOW}, received {list(self.latents.shape)}"
+            )
+        if self.face_embedding.ndim != 2 or len(self.face_embedding) != 1:
+            raise MemoryStateError(f"an entry's face embedding is [1, 512], received {list(self.face_embedding.shape)}")
+        if not (torch.isfinite(self.latents).all() and torch.isfinite(self.face_embedding).all()):
+            raise MemoryStateError("an entry holds NaN or infinite values")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise MemoryStateError(f"an entry's weight is finite and above 0, received {self.weight!r}")
         if not self.digest:
-            object.__setattr__(self, "digest", _digest_tensors(self.latents, self.face_embedding))
+            object.__setattr__(self, "digest", tensors_digest(self.latents, self.face_embedding))
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +69,7 @@ class MemoryState:
 
     Attributes:
         entries: windows remembered, oldest first.
-        horizon: how many windows are remembered at most; None for all of the past (six to seven windows by weight).
+        horizon: how many windows are remembered at most; None for all of the past (by weight that is the last 96 to 112 frames).
         windows: how many windows of video this memory has seen.
         model, reference: digests of the checkpoint and of the reference it belongs to; empty for a state without a past.
     """
@@ -76,6 +84,9 @@ class MemoryState:
     def __post_init__(self) -> None:
         if self.horizon is not None and (not isinstance(self.horizon, int) or self.horizon < 1):
             raise MemoryStateError(f"horizon must be None (all of the past) or a whole number from 1, received {self.horizon!r}")
+        sizes = {tuple(entry.latents.shape[1:]) for entry in self.entries}
+        if len(sizes) > 1:
+            raise MemoryStateError(f"all windows of a memory have one latent size, received {sorted(map(list, sizes))}")
         parts = [self.model, self.reference, str(self.horizon)]
         parts += [f"{entry.digest}:{entry.weight:.12g}" for entry in self.entries]
         object.__setattr__(self, "digest", hashlib.sha256("|".join(parts).encode()).hexdigest()[:16])
@@ -124,20 +135,16 @@ class MemoryState:
         """
         self.require(model, reference)
         entry = MemoryEntry(latents.detach().float().cpu().contiguous(), face_embedding.detach().float().cpu())
-        if self.entries and self.entries[-1].latents.shape[1:] != entry.latents.shape[1:]:
-            raise MemoryStateError(
-                f"this memory was made at latent size {list(self.entries[-1].latents.shape[2:])}, "
-                f"the new window has {list(entry.latents.shape[2:])}"
-            )
-        entries = (*self._faded(len(entry.latents)), entry)
-        if self.horizon is not None and self.horizon <= KEEP:
+        entries = _recent((*self._faded(len(entry.latents)), entry))
+        if self.horizon is not None:
             entries = entries[-self.horizon :]
-        elif len(entries) > KEEP + 1:
-            entries = entries[-KEEP:]
         return replace(self, entries=entries, windows=self.windows + windows, model=model, reference=reference)
 
     def decayed(self, seconds: float, fps: float = 30.0) -> MemoryState:
-        """The state as if `seconds` of silence had passed: everything fades by 0.9 per frame, nothing is added."""
+        """The state as if `seconds` of silence had passed: everything fades by 0.9 per frame, nothing is added.
+
+        After about 7 s nothing is left; what is sampled then starts from the portrait, as a new video does.
+        """
         if not (math.isfinite(seconds) and seconds >= 0):
             raise MemoryStateError(f"seconds must be finite and at least 0, received {seconds!r}")
         return replace(self, entries=self._faded(round(seconds * fps)))
@@ -150,7 +157,7 @@ class MemoryState:
     def blend(a: MemoryState, b: MemoryState, weight: float) -> MemoryState:
         """(1 - weight) of `a` and `weight` of `b`, as their sums would blend; weight in [0, 1].
 
-        Windows both remember are joined. More than seven windows together: the heaviest seven stay.
+        Windows both remember are joined. Where that is more than seven windows of frames, the heaviest stay.
         """
         if not 0 <= weight <= 1:
             raise MemoryStateError(f"weight must be from 0 to 1, received {weight!r}")
@@ -161,11 +168,11 @@ class MemoryState:
             for entry in state.entries:
                 before = joined[entry.digest].weight if entry.digest in joined else 0.0
                 joined[entry.digest] = replace(entry, weight=before + share * entry.weight)
-        heaviest = sorted(joined.values(), key=lambda entry: -entry.weight)[: KEEP + 1]
-        entries = sorted((e for e in heaviest if e.weight > _FORGOTTEN), key=lambda e: e.weight)
+        entries = sorted(joined.values(), key=lambda entry: (entry.weight, entry.digest))
+        entries = _recent(tuple(entry for entry in entries if entry.weight > _FORGOTTEN))
         horizon = None if None in (a.horizon, b.horizon) else max(a.horizon, b.horizon)
         return MemoryState(
-            tuple(entries), horizon, max(a.windows, b.windows), a.model or b.model, a.reference or b.reference
+            entries, horizon, max(a.windows, b.windows), a.model or b.model, a.reference or b.reference
         )
 
     def inspect(self) -> str:
@@ -236,11 +243,26 @@ class MemoryState:
                 for i, weight in enumerate(state["weights"])
             )
             loaded = cls(entries, state["horizon"], int(state["windows"]), state["model"], state["reference"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MemoryStateError(f"{path} is damaged: {error}") from error
         if loaded.digest != state["digest"]:
             raise MemoryStateError(f"{path} is damaged: its contents have digest {loaded.digest}, its header says {state['digest']}")
         return loaded
+
+
+def _recent(entries: tuple[MemoryEntry, ...]) -> tuple[MemoryEntry, ...]:
+    """The last KEEP frames or somewhat more, once there are more than seven windows of them; entries oldest first.
+
+    Dropping two windows every second time costs less than one every time: the sums are rebuilt when the oldest changes.
+    """
+    frames = sum(len(entry.latents) for entry in entries)
+    if frames <= KEEP + WINDOW:
+        return entries
+    first = 0
+    while frames - len(entries[first].latents) >= KEEP:
+        frames -= len(entries[first].latents)
+        first += 1
+    return entries[first:]
 
 
 Sums = list[tuple[Tensor, Tensor]]
@@ -287,10 +309,3 @@ def _horner(entries: tuple[MemoryEntry, ...]) -> list[tuple[float, MemoryEntry]]
     weights = [entry.weight for entry in entries]
     ratios = [0.0] + [before / after for before, after in zip(weights, weights[1:])]
     return list(zip((float(f"{ratio:.9g}") for ratio in ratios), entries))
-
-
-def _digest_tensors(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str(tuple(tensor.shape)).encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,12 +17,10 @@ from .checkpoint import Networks
 from .clips import WINDOW, Clip
 from .emotion import EmotionTrack
 from .errors import PortraitError
-from .face import FaceAnalyzer, prepare_portrait
+from .face import EMBEDDING_SIZE, FaceAnalyzer, PortraitImage, prepare_portrait
 from .memory import MemoryState, SumsCache
 from .reference import Reference
 from .sampling import Settings, Window, decode, encode, sample_windows
-
-FACE_EMBEDDING_DIM = 512
 
 
 class MemoPipeline:
@@ -71,42 +71,57 @@ class MemoPipeline:
             waveform, sample_rate, self.nets.emotion_encoder, self.nets.emotion_head, num_padded_frames, fps
         )
 
+    @cached_property
+    def face_analyzer(self) -> FaceAnalyzer | None:
+        """The checkpoint's face models; None where it has none, which is logged once unless it is an embedded one."""
+        return None if self.nets.embedded else FaceAnalyzer.from_folder(self.nets.folder)
+
     @torch.no_grad()
     def encode_reference(
         self,
-        image,
-        face_embedding: Tensor | None = None,
+        image: PortraitImage,
+        face_embedding: Tensor | np.ndarray | None = None,
         *,
         size: int | tuple[int, int] | None = None,
-        crop: str = "none",
+        crop: Literal["face", "none"] = "none",
+        margin: float = 0.35,
         face_index: int | None = None,
-        no_face: str = "warn",
+        face_box: Any = None,
+        no_face: Literal["warn", "error"] = "warn",
     ) -> Reference:
-        """The portrait as the networks see it.
+        """The portrait as the networks see it; `face.prepare_portrait` describes what happens to the picture.
 
         Args:
-            image: float [3, H, W] in [-1, 1], uint8 [H, W, 3], or a PIL image.
+            image: float tensor [3, H, W] in [-1, 1], uint8 [H, W, 3], or a PIL image.
             face_embedding: [512] or [1, 512]; None embeds the face with the checkpoint's face models, or zeros without them.
-            size: side or (height, width) of the video in multiples of 64; None keeps a tensor's size, and takes the size the
-                checkpoint was trained at for a picture.
-            crop: "face" crops to the face with a margin, "none" to the middle.
-            face_index: which face, from left to right; None takes the largest.
+            size: side or (height, width) of the video in multiples of 64. None keeps that of a float tensor, whose values then
+                pass unchanged if nothing is cropped, and takes the size the checkpoint was trained at for a picture.
+            crop: "face" crops to the face, "none" to the middle.
+            margin: room at each side of the face, in parts of the face's size.
+            face_index: which face, 0 for the largest; None takes the largest.
+            face_box: where the face is: left, top, right, bottom in pixels, or a mask [H, W].
             no_face: "warn" goes on with a zero embedding, "error" raises.
 
         Raises:
             PortraitError: wrong shape, range or size (names the nearest allowed sizes), or no face where one was demanded.
         """
         if size is None:
-            is_tensor = isinstance(image, Tensor)
-            size = tuple(image.shape[-2:]) if is_tensor else self.default_size
-        analyzer = None if face_embedding is not None else FaceAnalyzer.from_folder(self.nets.folder)
+            keeps_size = isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and len(image) == 3
+            size = (image.shape[1], image.shape[2]) if keeps_size else self.default_size
+        given = None if face_embedding is None else _check_face_embedding(face_embedding)
+        looks_for_face = given is None or (crop == "face" and face_box is None)
         portrait = prepare_portrait(
-            image, size, crop=crop, face_index=face_index, analyzer=analyzer, no_face=no_face if face_embedding is None else "warn"
+            image,
+            size,
+            crop=crop,
+            margin=margin,
+            face_index=face_index,
+            analyzer=self.face_analyzer if looks_for_face else None,
+            no_face=no_face if looks_for_face else "warn",
+            face_box=face_box,
         )
-        embedding = portrait.face_embedding if face_embedding is None else torch.as_tensor(face_embedding).float().reshape(1, -1)
-        if embedding.shape != (1, FACE_EMBEDDING_DIM):
-            raise PortraitError(f"a face embedding has {FACE_EMBEDDING_DIM} numbers, received {embedding.shape[1]}")
-        return Reference(portrait.pixels, encode(self.nets.vae, portrait.pixels[None]).cpu(), embedding)
+        latents = encode(self.nets.vae, portrait.pixels[None]).cpu()
+        return Reference(portrait.pixels, latents, portrait.face_embedding if given is None else given)
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -127,8 +142,8 @@ class MemoPipeline:
         guidance_scale: float = 3.5,
         seed: int = 42,
         noise: Tensor | None = None,
-        emotion_per: str = "window",
-        face_token_rows: str = "released",
+        emotion_per: Literal["window", "frame"] = "window",
+        face_token_rows: Literal["released", "grouped"] = "released",
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Window]:
@@ -147,7 +162,17 @@ class MemoPipeline:
         audio: AudioTrack,
         emotion: EmotionTrack | None = None,
         memory: MemoryState | None = None,
-        **options,
+        *,
+        start: int = 0,
+        num_frames: int | None = None,
+        steps: int = 20,
+        guidance_scale: float = 3.5,
+        seed: int = 42,
+        noise: Tensor | None = None,
+        emotion_per: Literal["window", "frame"] = "window",
+        face_token_rows: Literal["released", "grouped"] = "released",
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> tuple[Clip, MemoryState]:
         """Samples frames [start, start + num_frames) of the audio.
 
@@ -167,24 +192,30 @@ class MemoPipeline:
             SamplingError: arguments out of range. MemoryStateError: a memory of another checkpoint or reference.
         """
         memory = MemoryState.empty() if memory is None else memory
+        memory = MemoryState.empty() if memory is None else memory
         latents = [torch.zeros(4, 0, *ref.latents.shape[2:])]
-        wanted = options.get("num_frames")
-        start = options.get("start", 0)
-        wanted = audio.num_frames - start if wanted is None else wanted
-        for window in self.sample_windows(ref, audio, emotion, memory, **options):
+        for window in self.sample_windows(
+            ref, audio, emotion, memory, start=start, num_frames=num_frames, steps=steps, guidance_scale=guidance_scale,
+            seed=seed, noise=noise, emotion_per=emotion_per, face_token_rows=face_token_rows,
+            on_progress=on_progress, should_stop=should_stop,
+        ):
             latents.append(window.latents)
             memory = window.memory
-        clip_latents = torch.cat(latents, dim=1)
-        clip = Clip(
-            latents=clip_latents,
-            start=start,
-            fps=audio.fps,
-            decode=lambda window: self.decode(window),
-            stopped=clip_latents.shape[1] < wanted,
-        )
-        return clip, memory
+        sampled = torch.cat(latents, dim=1)
+        wanted = audio.num_frames - start if num_frames is None else num_frames
+        return Clip(sampled, start, audio.fps, self.decode, stopped=sampled.shape[1] < wanted), memory
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1]."""
         return decode(self.nets.vae, latents)
+
+
+def _check_face_embedding(embedding: Tensor | np.ndarray) -> Tensor:
+    embedding = torch.as_tensor(embedding).detach().to("cpu", torch.float32, copy=True)
+    if embedding.shape not in ((EMBEDDING_SIZE,), (1, EMBEDDING_SIZE)) or not torch.isfinite(embedding).all():
+        raise PortraitError(
+            f"a face embedding is {EMBEDDING_SIZE} finite numbers, [{EMBEDDING_SIZE}] or [1, {EMBEDDING_SIZE}]; received "
+            f"{list(embedding.shape)}{'' if torch.isfinite(embedding).all() else ' with NaN or infinite values'}"
+        )
+    return embedding.reshape(1, -1)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from .errors import PortraitError
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,22 @@ class Reference:
     digest: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        content = hashlib.sha256()
-        for tensor in (self.latents, self.face_embedding):
-            content.update(str(tuple(tensor.shape)).encode() + tensor.float().cpu().contiguous().numpy().tobytes())
-        object.__setattr__(self, "digest", content.hexdigest()[:16])
+        height, width = self.pixels.shape[-2:]
+        for name, tensor, shape in (
+            ("pixels", self.pixels, [3, height, width]),
+            ("latents", self.latents, [1, 4, height // 8, width // 8]),
+            ("face_embedding", self.face_embedding, [1, 512]),
+        ):
+            if list(tensor.shape) != shape:
+                raise PortraitError(f"a reference of {height} x {width} pixels has {name} {shape}, received {list(tensor.shape)}")
+            if not torch.isfinite(tensor).all():
+                raise PortraitError(f"the reference's {name} hold NaN or infinite values")
+        object.__setattr__(self, "digest", tensors_digest(self.latents, self.face_embedding))
+
+
+def tensors_digest(*tensors: Tensor) -> str:
+    """Shapes and float32 values, hashed to 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -42,7 +42,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
             raise SamplingError(f"steps must be a whole number from 1 to 1000, received {self.steps!r}")
-        if not 1 <= self.guidance_scale <= 100:
+        if not isinstance(self.guidance_scale, (int, float)) or not 1 <= self.guidance_scale <= 100:
             raise SamplingError(f"guidance_scale must be from 1 (no guidance) to 100, received {self.guidance_scale!r}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise SamplingError(f"seed must be a whole number from 0 to 2^63 - 1, received {self.seed!r}")
@@ -131,19 +131,21 @@ class Sampler:
         self.nets, self.reference, self.settings, self.cache = nets, reference, settings, cache
         weight = nets.diffusion_net.conv_in.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self._tokens = nets.image_proj(
-            torch.cat([torch.zeros_like(reference.face_embedding), reference.face_embedding]).to(self.device, self.dtype)
-        )
+        self._tokens = self._face_tokens(reference.face_embedding)
         self._reference_features: list[Tensor] | None = None
+
+    def _face_tokens(self, embedding: Tensor) -> Tensor:
+        """[1, 512] -> [2, tokens, C]: unconditional, conditional."""
+        return self.nets.image_proj(torch.cat([torch.zeros_like(embedding), embedding]).to(self.device, self.dtype))
 
     # Rows of the Reference Net. In the released code they are, with guidance, [reference, 16 past frames] twice, and row r
     # reads the unconditional face tokens if r is even. `row` below is r.
-    def _token_rows(self, rows: list[int], conditional: list[bool]) -> Tensor:
+    def _token_rows(self, tokens: Tensor, rows: list[int], conditional: list[bool]) -> Tensor:
         if not self.settings.guided:
-            return self._tokens[1:].expand(len(rows), -1, -1)
+            return tokens[1:].expand(len(rows), -1, -1)
         if self.settings.face_token_rows == "released":
-            return self._tokens[[row % 2 for row in rows]]
-        return self._tokens[[int(flag) for flag in conditional]]
+            return tokens[[row % 2 for row in rows]]
+        return tokens[[int(flag) for flag in conditional]]
 
     def reference_features(self) -> list[Tensor]:
         """Features of the portrait for the conditional row, one set per frame where they differ between frames."""
@@ -151,7 +153,8 @@ class Sampler:
             latents = self.reference.latents.to(self.device, self.dtype)
             if self.settings.guided and self.settings.face_token_rows == "released":
                 # The released code tiles the rows (0 and 17) of its two portraits over the frames, so frames see them in turn.
-                pair = self.nets.reference_net(latents.expand(2, -1, -1, -1), self._token_rows([0, 17], [False, True]))
+                tokens = self._token_rows(self._tokens, [0, 1 + WINDOW], [False, True])
+                pair = self.nets.reference_net(latents.expand(2, -1, -1, -1), tokens)
                 self._reference_features = [feature.repeat(WINDOW // 2, 1, 1) for feature in pair]
             else:
                 self._reference_features = self.nets.reference_net(latents, self._tokens[1:])
@@ -164,7 +167,8 @@ class Sampler:
         batch = 2 if self.settings.guided else 1
         rows = [b * (1 + WINDOW) + 1 + j for b in range(batch) for j in range(frames)]
         conditional = [bool(b) for b in range(batch) for _ in range(frames)]
-        features = self.nets.reference_net(latents.repeat(batch, 1, 1, 1), self._token_rows(rows, conditional))
+        tokens = self._token_rows(self._face_tokens(entry.face_embedding), rows, conditional)
+        features = self.nets.reference_net(latents.repeat(batch, 1, 1, 1), tokens)
         return self.nets.diffusion_net.memory_sums(features, height, width, frames)
 
     def conditions(self, audio: Tensor, emotion: Tensor, memory: MemoryState) -> Conditions:
@@ -191,14 +195,6 @@ class Sampler:
             audio_tokens=tokens,
             emotion=emotion,
         )
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1]."""
-        return decode(self.nets.vae, latents)
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """Frames [F, 3, H, W] in [0, 1] -> scaled VAE means [F, 4, h, w]."""
-        return encode(self.nets.vae, frames * 2 - 1)
 
 
 def _chunk(height: int, width: int) -> int:
@@ -251,13 +247,18 @@ def sample_windows(
         noise: [windows, 4, 16, h, w] instead of the seeded noise.
         on_progress: called as (steps done, steps in all).
         should_stop: asked before every step; when true, ends after the last finished window.
+
+    Raises:
+        SamplingError: arguments out of range or of the wrong shape. MemoryStateError: a memory of another checkpoint or reference.
     """
-    num_frames = _check_span(audio, emotion, start, num_frames)
+    num_frames = _check_span(audio, emotion, start, num_frames, nets.audio_proj.proj1.in_features)
     height, width = reference.latents.shape[2:]
     windows = -(-num_frames // WINDOW)
     shape = (4, WINDOW, height, width)
     if noise is not None and tuple(noise.shape) != (windows, *shape):
         raise SamplingError(f"noise must be {[windows, *shape]} for {windows} windows, received {list(noise.shape)}")
+    if noise is not None and not torch.isfinite(noise).all():
+        raise SamplingError("noise holds NaN or infinite values")
     memory.require(nets.digest, reference.digest)
     sampler = Sampler(nets, reference, settings, cache)
     if memory.is_empty:  # before the first window the past is the portrait, held still
@@ -266,8 +267,8 @@ def sample_windows(
     labels = torch.full((audio.num_padded_frames,), NULL_EMOTION) if emotion is None else emotion.labels
     for index in range(windows):
         first = start + index * WINDOW
-        frames = torch.arange(first, first + WINDOW).clamp_max(audio.num_padded_frames - 1)
-        conditions = sampler.conditions(audio.embeddings[frames], labels[frames.clamp_max(len(labels) - 1)], memory)
+        heard = torch.arange(first, first + WINDOW).clamp_max(audio.num_padded_frames - 1)
+        conditions = sampler.conditions(audio.embeddings[heard], labels[heard.clamp_max(len(labels) - 1)], memory)
         start_noise = noise[index] if noise is not None else window_noise(settings.seed, first, shape)
         done = index * settings.steps
         latents = sample_window(
@@ -277,20 +278,35 @@ def sample_windows(
         )
         if latents is None:
             return
-        keep = min(WINDOW, start + num_frames - first)
-        pictures = sampler.decode(latents[0])[:keep]
-        memory = memory.push(sampler.encode(pictures), reference.face_embedding, nets.digest, reference.digest)
-        yield Window(first, latents[0, :, :keep].float().cpu(), pictures.cpu(), memory)
+        if not torch.isfinite(latents).all():
+            raise SamplingError(f"the networks gave NaN or infinite values in {sampler.dtype}; run them in float32 or bfloat16")
+        latents = latents[0, :, : start + num_frames - first]
+        frames = decode(nets.vae, latents)
+        past = encode(nets.vae, frames * 2 - 1)  # what the viewer sees, not the latents themselves, as released
+        memory = memory.push(past, reference.face_embedding, nets.digest, reference.digest)
+        yield Window(first, latents.cpu().contiguous(), frames.cpu(), memory)
 
 
-def _check_span(audio: AudioTrack, emotion: EmotionTrack | None, start: int, num_frames: int | None) -> int:
+def _check_span(
+    audio: AudioTrack, emotion: EmotionTrack | None, start: int, num_frames: int | None, features: int
+) -> int:
+    """Number of frames to sample; SamplingError where the arguments do not fit each other."""
     if not isinstance(start, int) or not 0 <= start < audio.num_frames:
         raise SamplingError(f"start must be a frame from 0 to {audio.num_frames - 1} (the audio's last), received {start!r}")
     left = audio.num_frames - start
     if num_frames is None:
         num_frames = left
     if not isinstance(num_frames, int) or not 1 <= num_frames <= left:
-        raise SamplingError(f"num_frames must be from 1 to {left} (from frame {start} to the audio's end), received {num_frames!r}")
+        raise SamplingError(
+            f"num_frames must be from 1 to {left} (from frame {start} to the audio's end), received {num_frames!r}"
+        )
+    if audio.embeddings[0].numel() != features:
+        raise SamplingError(
+            f"the checkpoint reads {features} speech features per frame, the audio track has "
+            f"{list(audio.embeddings.shape[1:])}: encode the audio with the same checkpoint"
+        )
     if emotion is not None and len(emotion.labels) < audio.num_frames:
-        raise SamplingError(f"the emotion track has {len(emotion.labels)} frames, the audio {audio.num_frames}: make both from one recording")
+        raise SamplingError(
+            f"the emotion track has {len(emotion.labels)} frames, the audio {audio.num_frames}: make both from one recording"
+        )
     return num_frames
