@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .video import VideoWriter
 
 FPS = 30  # the rate MEMO was trained at
+VOCAL_SEPARATOR = "misc/vocal_separator/Kim_Vocal_2.onnx"  # in a checkpoint, optional
 OK, FAILED, INTERRUPTED = 0, 1, 130  # exit codes; argparse adds 2 for wrong usage
 
 
@@ -115,7 +117,8 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     add("--size", "pixels, multiples of 64 (default: as trained)", type=_size, metavar="N|WxH")
     add("--crop", "around the face, or the middle (default: %(default)s)", choices=("face", "none"), default="face")
     add("--face", "which face, 0 is the largest (default: the largest)", type=int, metavar="N")
-    add("--context", "how much sound around each part it is heard in; auto is whole up to a minute (default: auto)", type=_context, default="auto", metavar="auto|whole|SECONDS")
+    add("--context", "how much sound around each part it is heard in; auto is whole up to a minute (default: auto)",
+        type=_context, default="auto", metavar="auto|whole|SECONDS")
     add("--separate-vocals", "let the voice alone drive the face, without music (audio-separator)", action="store_true")
     add("--start", "begin here in VOICE (default: 0)", type=_seconds, default=0.0, metavar="SECONDS")
     add("--duration", "make this much (default: all to the end)", type=_seconds, metavar="SECONDS")
@@ -140,7 +143,6 @@ def generate(args: argparse.Namespace) -> int:
         raise MemoError("--horizon is for a new video; the state given with --memory-in brings its own")
 
     from .audio import load_audio, separate_vocals
-    from .checkpoint import EMBEDDED, VOCAL_SEPARATOR
     from .emotion import EmotionTrack, emotion_index
     from .memory import MemoryState
     from .pipeline import MemoPipeline
@@ -156,8 +158,6 @@ def generate(args: argparse.Namespace) -> int:
     waveform, rate = load_audio(args.voice)
     start, count = _span(args, waveform.shape[1] / rate)
     device, dtype = _device(args)
-    if args.checkpoint in EMBEDDED:  # they were made without face models, so that lacking them is no news
-        logging.getLogger(f"{__package__}.face").setLevel(logging.ERROR)
 
     pipe = MemoPipeline.from_pretrained(args.checkpoint, device, dtype)
     reference = pipe.encode_reference(portrait, size=args.size, crop=args.crop, face_index=args.face)
@@ -183,8 +183,8 @@ def generate(args: argparse.Namespace) -> int:
                 guidance_scale=settings.guidance_scale, seed=settings.seed, on_progress=bar.steps,
             )
             memory, interrupted = _write(windows, writer, memory)
-        if interrupted:
-            return _interrupted(args, writer, memory, start)
+    if interrupted and writer.frames_written < count:
+        return _interrupted(args, writer, memory, start)
     if args.memory_out:
         memory.save(args.memory_out)
     print(f"{output}: {count} frames, {count / FPS:.2f} s, {width}x{height}, {count / bar.seconds:.2f} frames/s")
@@ -192,21 +192,33 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def _write(windows: Iterator[Window], writer: VideoWriter, memory: MemoryState) -> tuple[MemoryState, bool]:
-    """Writes window after window; returns the memory after the last one written, and whether Ctrl-C came."""
+    """Writes window after window and ends the file, after Ctrl-C with what there is.
+
+    Returns the memory after the last window in the file, and whether Ctrl-C came.
+    """
     from .clips import to_uint8
 
-    before = after = memory
-    written = 0
+    before, after, written, interrupted = memory, memory, 0, False
     try:
         for window in windows:
             before, after, written = after, window.memory, writer.frames_written
             writer.write_frames(to_uint8(window.frames))
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one shall not spoil the file
-        # Only the writer knows whether the interrupt came before or after it took the last window.
-        writer.finish(partial=True)
-        return (after if writer.frames_written > written else before), True
-    return after, False
+        interrupted = True
+    with _uninterrupted():
+        writer.finish(partial=interrupted)
+    # Only the writer knows whether the interrupt came before or after it took the last window.
+    return (after if writer.frames_written > written else before), interrupted
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C has no effect inside: closing a file takes a moment, and half of it is no use to anyone."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupted(args: argparse.Namespace, writer: VideoWriter, memory: MemoryState, start: int) -> int:
@@ -344,7 +356,7 @@ def info(args: argparse.Namespace) -> int:
         "audio_proj": nets.audio_proj, "vae": nets.vae, "wav2vec2": nets.speech_encoder,
         "emotion2vec": nets.emotion_encoder, checkpoint.EMOTION_HEAD: nets.emotion_head,
     }
-    face_models = [f"{checkpoint.FACE_MODELS}/{name}" for name in (face.DETECTOR, face.EMBEDDER)]
+    face_models = [f"{face.FOLDER}/{name}" for name in (face.DETECTOR, face.EMBEDDER)]
     side = 8 * nets.sample_size
     print(f"checkpoint   {nets.folder}\ndigest       {nets.digest}\ntrained at   {side}x{side} pixels\n")
     print(f"{'network':<32} {'parameters':>14} {'on disk':>10}")
@@ -352,7 +364,7 @@ def info(args: argparse.Namespace) -> int:
         size = sum(file.stat().st_size for file in (nets.folder / name).iterdir() if file.is_file())
         print(f"{name:<32} {sum(p.numel() for p in net.parameters()):>14,} {size / 1e6:>7.1f} MB")
     print()
-    for name in (*face_models, checkpoint.VOCAL_SEPARATOR):
+    for name in (*face_models, VOCAL_SEPARATOR):
         print(f"{'there  ' if (nets.folder / name).is_file() else 'missing'}      {name} (optional)")
     return OK
 

@@ -1,0 +1,44 @@
+# `make demo`: a talking video from assets/ in demo.mp4, and a sheet of its frames in demo.png.
+# `make test`: the tests. Both set up .venv first, once; they need python3 (3.10 or later) and make.
+
+PYTHON ?= python3
+# Only where .venv has no torch yet. Name another build here, e.g. make demo TORCH="torch==2.13.0 --index-url <index>".
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.for-demo
+	$(BIN)/memo generate assets/portrait.png assets/voice.wav -o demo.mp4
+	$(BIN)/memo sheet demo.mp4 -o demo.png
+
+test: $(VENV)/.for-test
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo.mp4 demo.png
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "memo needs Python 3.10 or later; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments; install its venv package (on Debian and Ubuntu:" \
+	    "apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: so that the build named above is the one that the other packages find.
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.for-demo: pyproject.toml | $(VENV)/.torch
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.for-test: pyproject.toml | $(VENV)/.torch
+	$(PIP) -e '.[test]'
+	touch $@ $(VENV)/.for-demo
