@@ -1,0 +1,349 @@
+"""The `memo` command, run as users run it, on the small checkpoint."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from memo_core import cli, memory
+from memo_core.video import probe, read_video
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 0.8  # of the voice: 24 frames, a window and a half
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with face.png and voice.wav."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (80, 70, 3), np.uint8)).save("face.png")
+    _write_voice("voice.wav", SECONDS)
+    return tmp_path
+
+
+def _write_voice(path: str, seconds: float) -> None:
+    time = np.arange(round(seconds * 16000)) / 16000
+    samples = 0.4 * np.sin(2 * np.pi * 220 * time) * (0.6 + 0.4 * np.sin(2 * np.pi * 4 * time))
+    with wave.open(path, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes((samples * 32767).astype("<i2").tobytes())
+
+
+@pytest.fixture
+def generate(memo_tiny: Path):
+    """Runs `memo generate face.png voice.wav` with a small size and few steps; gives the exit code."""
+
+    def run(*more: str, voice: str = "voice.wav") -> int:
+        small = ["--checkpoint", str(memo_tiny), "--size", "64", "--steps", "1", "--device", "cpu"]
+        return cli.main(["generate", "face.png", voice, *small, *more])
+
+    return run
+
+
+def _frames(path: str) -> np.ndarray:
+    return np.stack(list(read_video(path)[1]))
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_generate_makes_a_video_with_the_sound_of_the_voice_and_says_that_it_is_made_by_ai(here, generate, capsys):
+    assert generate("--seed", "7", "--size", "128x64", "--emotion", "happy") == 0
+    assert sorted(os.listdir()) == ["face.png", "voice.mp4", "voice.wav"]
+    about = probe("voice.mp4")
+    assert (about.frames, about.width, about.height, about.fps) == (24, 128, 64, 30)
+    assert about.duration == pytest.approx(SECONDS, abs=1 / 30)
+    assert about.audio_duration == pytest.approx(SECONDS, abs=1 / 30)
+    statement = about.metadata["description"]
+    assert "made by AI" in statement and "memo_tiny" in statement and "seed 7" in statement
+    assert "24 frames" in capsys.readouterr().out
+
+
+def test_a_span_of_the_voice_gets_its_own_stretch_of_sound(here, generate):
+    with wave.open("voice.wav", "rb") as file:
+        half = file.readframes(6400)
+    with wave.open("late.wav", "wb") as file:  # 0.4 s of silence, then sound
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(bytes(len(half)) + half)
+    from memo_core.audio import load_audio
+
+    loudness = []
+    for start in ("0", "0.5"):
+        assert generate("--start", start, "--duration", "0.2", "--emotion", "null", "-o", "span.mp4", voice="late.wav") == 0
+        assert probe("span.mp4").frames == 6
+        loudness.append(float(load_audio("span.mp4")[0].abs().max()))
+    assert loudness[0] < 0.01 and loudness[1] > 0.1
+
+
+def test_a_video_longer_than_the_voice_ends_with_it(here, generate):
+    assert generate("--start", "0.5", "--duration", "9", "--emotion", "null") == 0
+    assert probe("voice.mp4").frames == 24 - 15
+
+
+def test_going_on_from_a_saved_memory_equals_one_run(here, generate):
+    assert generate("-o", "whole.mp4", "--memory-out", "whole.memory") == 0
+    cut = 16 / 30
+    assert generate("-o", "first.mp4", "--duration", f"{cut:.6f}", "--memory-out", "first.memory") == 0
+    assert generate("-o", "rest.mp4", "--start", f"{cut:.6f}", "--memory-in", "first.memory", "--memory-out", "rest.memory") == 0
+    states = [memory.MemoryState.load(f"{name}.memory") for name in ("whole", "rest")]
+    assert states[0].digest == states[1].digest  # the frames that were made are in it, bit by bit
+    whole, rest = _frames("whole.mp4"), _frames("rest.mp4")
+    assert len(whole) == 24 and len(rest) == 8
+    # Each file's encoder loses a little of its own; another noise would be far away.
+    assert np.abs(whole[16:].astype(int) - rest).mean() < 4
+    assert np.abs(whole[:8].astype(int) - rest).mean() > 8
+
+
+def test_horizon_limits_what_is_remembered(here, generate):
+    assert generate("--horizon", "1", "--memory-out", "short.memory", "--emotion", "null") == 0
+    assert len(memory.MemoryState.load("short.memory").entries) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--steps", "0"], "steps"),
+        (["--seed", "-1"], "seed"),
+        (["--guidance", "nan"], "guidance"),
+        (["--emotion", "hungry"], "hungry"),
+        (["--size", "100"], "64"),
+        (["--start", "5"], "lasts 0.80 s"),
+        (["--device", "toaster"], "toaster"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--memory-in", "nothing.memory"], "nothing.memory"),
+        (["--memory-in", "face.png"], "face.png"),
+        (["--memory-out", "nowhere/state"], "nowhere"),
+        (["-o", "nowhere/out.mp4"], "nowhere"),
+        (["-o", "out.avi"], ".mp4"),
+        (["-o", "voice.wav"], "replace voice.wav"),
+        (["--separate-vocals"], "Kim_Vocal_2.onnx"),
+    ],
+    ids=lambda value: value[0] + "=" + value[-1] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_said_in_a_line_and_leaves_no_file(here, generate, capsys, more, said):
+    before = {name: Path(name).read_bytes() for name in os.listdir()}
+    assert generate(*more) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("memo: error: ") and said in error
+    assert {name: Path(name).read_bytes() for name in os.listdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("portrait", "voice", "said"),
+    [("none.png", "voice.wav", "none.png"), ("voice.wav", "voice.wav", "not a picture"), ("face.png", "face.png", "audio"),
+     ("face.png", "none.wav", "none.wav")],
+)
+def test_a_portrait_or_voice_that_is_none_is_named(here, memo_tiny, capsys, portrait, voice, said):
+    assert cli.main(["generate", portrait, voice, "--checkpoint", str(memo_tiny), "-o", "out.mp4"]) == 1
+    assert said in capsys.readouterr().err
+    assert not Path("out.mp4").exists()
+
+
+@pytest.mark.parametrize("argv", [[], ["paint"], ["generate"], ["generate", "a", "b", "--size", "big"],
+                                  ["generate", "a", "b", "--start", "-1"], ["generate", "a", "b", "--horizon", "0"]])
+def test_wrong_usage_exits_with_2(argv, capsys):
+    assert cli.main(argv) == 2
+    assert "usage: memo" in capsys.readouterr().err
+
+
+def test_an_existing_video_stays_when_the_new_one_fails(here, generate, monkeypatch):
+    Path("out.mp4").write_bytes(b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "out.mp4")
+
+    monkeypatch.setattr("memo_core.video.VideoWriter._encode_frames", full)
+    assert generate("-o", "out.mp4", "--emotion", "null") == 1
+    assert sorted(os.listdir()) == ["face.png", "out.mp4", "voice.wav"]
+    assert Path("out.mp4").read_bytes() == b"old"
+
+
+def _interrupt_when(here: Path, memo_tiny: Path, *more: str, finished_windows: int) -> subprocess.CompletedProcess[str]:
+    """Runs `memo generate` in a process that gets SIGINT while it samples the window after so many finished ones."""
+    # The process says when it starts a window: then, and only then, it is interrupted from outside.
+    program = f"""
+import sys, time
+from memo_core import cli, sampling
+count = 0
+sample = sampling.sample_window
+def announce(*args, **kwargs):
+    global count
+    count += 1
+    if count > {finished_windows}:
+        print("sampling", flush=True)
+        time.sleep(60)
+    return sample(*args, **kwargs)
+sampling.sample_window = announce
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    argv = ["generate", "face.png", "voice.wav", "--checkpoint", str(memo_tiny), "--size", "64", "--steps", "1", *more]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *argv], cwd=here, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    guard = threading.Timer(120, process.kill)
+    guard.start()
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said == "sampling\n", said + process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    finally:
+        guard.cancel()
+        process.kill()
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
+def test_ctrl_c_leaves_a_video_that_plays_and_the_command_that_goes_on(here, generate, memo_tiny):
+    ended = _interrupt_when(here, memo_tiny, "-o", "a b.mp4", "--seed", "5", finished_windows=1)
+    assert ended.returncode == 130
+    assert "Traceback" not in ended.stderr
+    about = probe("a b.mp4")
+    assert about.frames == len(_frames("a b.mp4")) == 16
+    assert about.audio_duration == pytest.approx(16 / 30, abs=1 / 30)
+    import shlex
+
+    words = shlex.split(ended.stderr.strip().splitlines()[-1].split("To go on: ")[1])
+    assert words[0] == "memo"
+    assert cli.main(words[1:]) == 0
+    rest = words[words.index("--output") + 1]
+    assert _frames(rest).shape[0] == 8
+    assert generate("-o", "whole.mp4", "--seed", "5") == 0
+    assert np.abs(_frames("whole.mp4")[16:].astype(int) - _frames(rest)).mean() < 4
+
+
+def test_ctrl_c_before_the_first_window_leaves_no_file(here, memo_tiny):
+    ended = _interrupt_when(here, memo_tiny, finished_windows=0)
+    assert ended.returncode == 130
+    assert "no file was written" in ended.stderr
+    assert sorted(os.listdir()) == ["face.png", "voice.wav"]
+
+
+def test_the_command_to_go_on_keeps_every_choice():
+    given = ("generate 'my face.png' v.wav --steps 7 --guidance 2.0 --size 128x64 --context whole --separate-vocals "
+             "--crop none --face 1 --start 1.5 --duration 4 --emotion sad --dtype float16 --device cpu --output o.mp4")
+    import shlex
+
+    args = cli.build_parser().parse_args(shlex.split(given))
+    again = cli.build_parser().parse_args(shlex.split(cli._command(args, {}))[1:])
+    assert vars(again) == vars(args)
+
+
+# --- emotion, info, sheet, download -----------------------------------------------------------------------------------
+
+
+def test_emotion_prints_spans_that_fill_the_voice_and_draws_them(here, memo_tiny, capsys):
+    _write_voice("long.wav", 3.5)
+    assert cli.main(["emotion", "long.wav", "--checkpoint", str(memo_tiny)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[1:-1]]
+    assert rows[0][0] == "0.00" and rows[-1][2] == "3.50"
+    assert all(later[0] == earlier[2] for earlier, later in zip(rows, rows[1:]))
+    from memo_core import EMOTIONS
+
+    assert all(row[4] in EMOTIONS and 0 < float(row[5]) <= 1 for row in rows)
+    assert lines[-1] == "long.emotion.png"
+    assert Image.open("long.emotion.png").size == (1200, 440)
+
+
+def test_info_describes_a_checkpoint(memo_tiny, capsys):
+    assert cli.main(["info", str(memo_tiny)]) == 0
+    out = capsys.readouterr().out
+    from memo_core import MemoPipeline
+
+    nets = MemoPipeline.from_pretrained(memo_tiny).nets
+    assert nets.digest in out
+    assert f"{sum(p.numel() for p in nets.diffusion_net.parameters()):,}" in out
+    assert "missing      misc/vocal_separator/Kim_Vocal_2.onnx" in out
+
+
+def test_info_describes_a_memory_state(here, generate, capsys):
+    assert generate("--emotion", "null", "--memory-out", "state.memory") == 0
+    capsys.readouterr()
+    assert cli.main(["info", "state.memory"]) == 0
+    assert capsys.readouterr().out == memory.MemoryState.load("state.memory").inspect() + "\n"
+
+
+def test_info_names_what_a_checkpoint_lacks(here, memo_tiny, capsys):
+    shutil.copytree(memo_tiny, "broken")
+    Path("broken/vae/config.json").unlink()
+    assert cli.main(["info", "broken"]) == 1
+    assert "vae/config.json" in capsys.readouterr().err
+
+
+def test_sheet_shows_evenly_spaced_frames(here, capsys):
+    from memo_core.video import VideoWriter
+
+    with VideoWriter("v.mp4", 64, 32, 30) as writer:
+        for level in range(0, 240, 4):
+            writer.write_frames(np.full((32, 64, 3), level, np.uint8))
+    assert cli.main(["sheet", "v.mp4", "-o", "s.png", "--frames", "6", "--columns", "3"]) == 0
+    picture = np.asarray(Image.open("s.png")).astype(int)
+    assert picture.shape == (2 * 52, 3 * 64, 3)
+    levels = [picture[row * 52 + 16, column * 64 + 32, 0] for row in (0, 1) for column in range(3)]
+    assert np.abs(np.diff(levels) - 40).max() <= 3 and 12 <= levels[0] <= 28
+
+
+def test_download_without_network_shows_licences_and_says_which_file_goes_where(here, capsys, monkeypatch):
+    from huggingface_hub import constants, file_download
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}",
+                        raising=False)
+    assert cli.main(["download", "weights", "--only", "face", "vae"]) == 1
+    out, error = capsys.readouterr()
+    assert "NOT for commercial use" in out and "MIT" in out
+    assert str(here / "weights" / "vae" / "diffusion_pytorch_model.safetensors") in error
+    assert str(here / "weights" / "misc" / "face_analysis" / "models" / "glintr100.onnx") in error
+    assert "wav2vec2" not in error
+    assert cli.main(["download", "weights", "--only", "feet"]) == 1
+
+
+# --- the package ------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_imports_nothing_heavy_until_asked_also_inside_another(tmp_path):
+    (tmp_path / "custom_pack").mkdir()
+    (tmp_path / "custom_pack" / "__init__.py").touch()
+    shutil.copytree(ROOT / "memo_core", tmp_path / "custom_pack" / "memo_core")
+    program = (
+        "import sys, custom_pack.memo_core as memo, custom_pack.memo_core.cli\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'diffusers', 'librosa', 'av', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert all(getattr(memo, name) is not None for name in memo.__all__)\n"
+        "assert memo.MemoPipeline.__module__ == 'custom_pack.memo_core.pipeline'\n"
+        "assert 'memo_core' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120,
+                   env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    import memo_core
+
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"memo {memo_core.__version__}\n"
+
+
+def test_every_folder_of_modules_is_packed():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = next(ast.literal_eval(line.split("=", 1)[1].strip()) for line in text.splitlines() if line.startswith("packages"))
+    folders = {path.parent for top in ("memo_core", "training") for path in (ROOT / top).rglob("*.py")}
+    assert {".".join(path.relative_to(ROOT).parts) for path in folders} | {"memo_core.assets"} == set(listed)
