@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -85,7 +86,8 @@ def test_a_span_of_the_voice_gets_its_own_stretch_of_sound(here, generate):
 
     loudness = []
     for start in ("0", "0.5"):
-        assert generate("--start", start, "--duration", "0.2", "--emotion", "null", "-o", "span.mp4", voice="late.wav") == 0
+        span = ("--start", start, "--duration", "0.2")
+        assert generate(*span, "--emotion", "null", "-o", "span.mp4", voice="late.wav") == 0
         assert probe("span.mp4").frames == 6
         loudness.append(float(load_audio("span.mp4")[0].abs().max()))
     assert loudness[0] < 0.01 and loudness[1] > 0.1
@@ -98,9 +100,10 @@ def test_a_video_longer_than_the_voice_ends_with_it(here, generate):
 
 def test_going_on_from_a_saved_memory_equals_one_run(here, generate):
     assert generate("-o", "whole.mp4", "--memory-out", "whole.memory") == 0
-    cut = 16 / 30
-    assert generate("-o", "first.mp4", "--duration", f"{cut:.6f}", "--memory-out", "first.memory") == 0
-    assert generate("-o", "rest.mp4", "--start", f"{cut:.6f}", "--memory-in", "first.memory", "--memory-out", "rest.memory") == 0
+    cut = f"{16 / 30:.6f}"
+    assert generate("-o", "first.mp4", "--duration", cut, "--memory-out", "first.memory") == 0
+    going_on = ("--start", cut, "--memory-in", "first.memory", "--memory-out", "rest.memory")
+    assert generate("-o", "rest.mp4", *going_on) == 0
     states = [memory.MemoryState.load(f"{name}.memory") for name in ("whole", "rest")]
     assert states[0].digest == states[1].digest  # the frames that were made are in it, bit by bit
     whole, rest = _frames("whole.mp4"), _frames("rest.mp4")
@@ -146,8 +149,12 @@ def test_what_cannot_be_done_is_said_in_a_line_and_leaves_no_file(here, generate
 
 @pytest.mark.parametrize(
     ("portrait", "voice", "said"),
-    [("none.png", "voice.wav", "none.png"), ("voice.wav", "voice.wav", "not a picture"), ("face.png", "face.png", "audio"),
-     ("face.png", "none.wav", "none.wav")],
+    [
+        ("none.png", "voice.wav", "none.png"),
+        ("voice.wav", "voice.wav", "not a picture"),
+        ("face.png", "face.png", "audio"),
+        ("face.png", "none.wav", "none.wav"),
+    ],
 )
 def test_a_portrait_or_voice_that_is_none_is_named(here, memo_tiny, capsys, portrait, voice, said):
     assert cli.main(["generate", portrait, voice, "--checkpoint", str(memo_tiny), "-o", "out.mp4"]) == 1
@@ -178,8 +185,9 @@ def _interrupt_when(here: Path, memo_tiny: Path, *more: str, finished_windows: i
     """Runs `memo generate` in a process that gets SIGINT while it samples the window after so many finished ones."""
     # The process says when it starts a window: then, and only then, it is interrupted from outside.
     program = f"""
-import sys, time
+import signal, sys, time
 from memo_core import cli, sampling
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
 count = 0
 sample = sampling.sample_window
 def announce(*args, **kwargs):
@@ -218,8 +226,6 @@ def test_ctrl_c_leaves_a_video_that_plays_and_the_command_that_goes_on(here, gen
     about = probe("a b.mp4")
     assert about.frames == len(_frames("a b.mp4")) == 16
     assert about.audio_duration == pytest.approx(16 / 30, abs=1 / 30)
-    import shlex
-
     words = shlex.split(ended.stderr.strip().splitlines()[-1].split("To go on: ")[1])
     assert words[0] == "memo"
     assert cli.main(words[1:]) == 0
@@ -239,8 +245,6 @@ def test_ctrl_c_before_the_first_window_leaves_no_file(here, memo_tiny):
 def test_the_command_to_go_on_keeps_every_choice():
     given = ("generate 'my face.png' v.wav --steps 7 --guidance 2.0 --size 128x64 --context whole --separate-vocals "
              "--crop none --face 1 --start 1.5 --duration 4 --emotion sad --dtype float16 --device cpu --output o.mp4")
-    import shlex
-
     args = cli.build_parser().parse_args(shlex.split(given))
     again = cli.build_parser().parse_args(shlex.split(cli._command(args, {}))[1:])
     assert vars(again) == vars(args)
@@ -305,8 +309,8 @@ def test_download_without_network_shows_licences_and_says_which_file_goes_where(
     from huggingface_hub import constants, file_download
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}",
-                        raising=False)
+    address = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"  # nobody listens there
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
     assert cli.main(["download", "weights", "--only", "face", "vae"]) == 1
     out, error = capsys.readouterr()
     assert "NOT for commercial use" in out and "MIT" in out
@@ -343,7 +347,7 @@ def test_the_version_is_that_of_the_package(capsys):
 
 
 def test_every_folder_of_modules_is_packed():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = next(ast.literal_eval(line.split("=", 1)[1].strip()) for line in text.splitlines() if line.startswith("packages"))
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    listed = next(ast.literal_eval(line.split("=", 1)[1].strip()) for line in lines if line.startswith("packages"))
     folders = {path.parent for top in ("memo_core", "training") for path in (ROOT / top).rglob("*.py")}
     assert {".".join(path.relative_to(ROOT).parts) for path in folders} | {"memo_core.assets"} == set(listed)
