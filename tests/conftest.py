@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
+
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -21,6 +23,36 @@ def memo_tiny() -> Path:
 def expected(memo_tiny: Path) -> dict[str, torch.Tensor]:
     """What the reference implementation computes from `memo_tiny`, by name."""
     return load_file(memo_tiny / "expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def pipe(memo_tiny: Path) -> MemoPipeline:
+    """The small checkpoint, loaded in fp32 on the CPU."""
+    return MemoPipeline.from_pretrained(memo_tiny)
+
+
+@pytest.fixture(scope="session")
+def reference(pipe: MemoPipeline, expected: dict[str, torch.Tensor]) -> Reference:
+    """The fixture's portrait, 128 x 128."""
+    return pipe.encode_reference(expected["in.reference_image"][0], expected["in.face_embedding"])
+
+
+@pytest.fixture(scope="session")
+def small(pipe: MemoPipeline, expected: dict[str, torch.Tensor]) -> Reference:
+    """A 64 x 64 piece of it, for tests that need many windows."""
+    return pipe.encode_reference(expected["in.reference_image"][0, :, 32:96, 32:96], expected["in.face_embedding"])
+
+
+@pytest.fixture(scope="session")
+def track(pipe: MemoPipeline, expected: dict[str, torch.Tensor]) -> AudioTrack:
+    """The fixture's voice: 69 frames, 80 when padded to whole windows."""
+    return pipe.encode_audio(expected["in.waveform"], 16000)
+
+
+@pytest.fixture(scope="session")
+def emotions(pipe: MemoPipeline, expected: dict[str, torch.Tensor], track: AudioTrack) -> EmotionTrack:
+    """What is heard in it: disgust, then fear."""
+    return pipe.detect_emotion(expected["in.waveform"], 16000, track.num_padded_frames)
 
 
 def relative_l2(actual: torch.Tensor, wanted: torch.Tensor) -> float:
