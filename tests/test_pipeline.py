@@ -86,6 +86,7 @@ def test_a_picture_gets_the_size_of_training_or_the_one_asked_for(pipe: MemoPipe
         (torch.zeros(1, 3, 128, 128), {}, r"tensor \[1, 3, 128, 128\]"),
         (torch.zeros(128, 128, 3), {}, r"tensor \[128, 128, 3\]"),
         (torch.zeros(128), {}, r"tensor \[128\]"),
+        (torch.zeros(3, 100, 128, dtype=torch.uint8), {}, r"uint8 \[3, 100, 128\]"),
         (torch.full((3, 64, 64), 2.0), {}, "from 2 to 2"),
         (torch.full((3, 64, 64), float("nan")), {}, "nan"),
         (np.zeros((64, 64, 3), np.float32), {}, r"float32 \[64, 64, 3\]"),

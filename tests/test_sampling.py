@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
 from memo_core.errors import MemoryStateError, SamplingError
-from memo_core.sampling import Window
+from memo_core.sampling import Window, window_noise
 
 CHAINED = 1e-4  # relative L2
 WINDOWS = 3
@@ -65,7 +65,9 @@ def test_seeded_noise_depends_on_seed_and_place_alone(pipe: MemoPipeline, small:
     whole = sample(num_frames=32)
     assert torch.equal(whole[:, :16], sample(num_frames=16))
     assert not torch.equal(whole[:, :16], sample(num_frames=16, seed=43))
-    assert not torch.equal(whole[:, 16:], sample(start=16, num_frames=16))  # without its past
+    first, second = (window_noise(42, frame, (4, 16, 8, 8)) for frame in (0, 16))
+    assert not torch.equal(first, second)
+    assert torch.equal(whole, sample(num_frames=32, noise=torch.stack([first, second])))
 
 
 def count_rows(pipe: MemoPipeline, run: Callable[[], object]) -> list[int]:
