@@ -78,7 +78,8 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     folder = assets() / checkpoint if str(checkpoint) in EMBEDDED else Path(checkpoint).expanduser()
     if not folder.is_dir():
         raise CheckpointError(
-            f"no checkpoint at {str(checkpoint)!r}: give a folder in the released layout, or one of {', '.join(EMBEDDED)}"
+            f"no checkpoint at {str(checkpoint)!r}: "
+            f"give a folder in the released layout, or one of {', '.join(EMBEDDED)}"
         )
     required = [f"{net}/{name}" for net in ("reference_net", "diffusion_net", "image_proj", "audio_proj") for name in
                 ("config.json", WEIGHTS)]
@@ -107,13 +108,17 @@ def weights_digest(weights: dict[str, Tensor]) -> str:
 
 
 def load(
-    checkpoint: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, ops: Any = nn
+    checkpoint: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    ops: Any = nn,
 ) -> Networks:
     """Loads a checkpoint in the released layout.
 
     Args:
         checkpoint: folder, or the name of an embedded checkpoint.
-        device, dtype: where and in what precision the networks run. The speech and emotion encoders stay in fp32, as released.
+        device, dtype: where and in what precision the networks run. The speech and emotion encoders stay in fp32, as
+            released.
         ops: namespace of layer classes for the MEMO networks.
 
     Raises:

@@ -46,11 +46,11 @@ class Clip:
 
     def to_tensor(self) -> Tensor:
         """All frames, float32 [F, H, W, 3] in [0, 1]."""
-        windows = [self.decode(w).permute(0, 2, 3, 1).float().cpu() for w in self.latents.split(WINDOW, dim=1) if w.shape[1]]
-        if not windows:
+        if not self.num_frames:
             height, width = (8 * size for size in self.latents.shape[2:])
             return torch.zeros(0, height, width, 3)
-        return torch.cat(windows)
+        windows = (self.decode(window) for window in self.latents.split(WINDOW, dim=1))
+        return torch.cat([frames.permute(0, 2, 3, 1).float().cpu() for frames in windows])
 
 
 def to_uint8(frames: Tensor) -> np.ndarray:

@@ -1,8 +1,9 @@
 """MemoryState: what the networks remember of the video so far, as a small immutable value (MEMO section 3.2).
 
-The memory layers read nothing but Reference Net features of past frames, so their sums can be rebuilt from the past frames'
-latents. A state is a short list of windows with weights; the sums themselves (gigabytes at released sizes) never travel.
-With the released decay of 0.9 per frame a window older than six windows weighs less than 4.1e-5 and is left out.
+The memory layers read nothing but Reference Net features of past frames, so their sums can be rebuilt from the past
+frames' latents. A state is a short list of windows with weights; the sums themselves (gigabytes at released sizes)
+never travel. With the released decay of 0.9 per frame a window older than six windows weighs less than 4.1e-5 and is
+left out.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class MemoryEntry:
     """One window of past frames.
 
     Attributes:
-        latents: [F, 4, h, w] float32 on the CPU, scaled VAE means of the decoded frames, oldest first; F is 16 or, where a clip
-            was cut inside a window, less.
+        latents: [F, 4, h, w] float32 on the CPU, scaled VAE means of the decoded frames, oldest first; F is 16 or,
+            where a clip was cut inside a window, less.
         face_embedding: [1, 512] float32, what the Reference Net reads along with them.
         weight: factor of this window's sums in the memory.
         digest: hash of latents and face embedding.
@@ -69,9 +70,11 @@ class MemoryState:
 
     Attributes:
         entries: windows remembered, oldest first.
-        horizon: how many windows are remembered at most; None for all of the past (by weight that is the last 96 to 112 frames).
+        horizon: how many windows are remembered at most; None for all of the past (by weight that is the last 96 to 112
+            frames).
         windows: how many windows of video this memory has seen.
-        model, reference: digests of the checkpoint and of the reference it belongs to; empty for a state without a past.
+        model, reference: digests of the checkpoint and of the reference it belongs to; empty for a state without a
+            past.
     """
 
     entries: tuple[MemoryEntry, ...] = ()
@@ -83,7 +86,9 @@ class MemoryState:
 
     def __post_init__(self) -> None:
         if self.horizon is not None and (not isinstance(self.horizon, int) or self.horizon < 1):
-            raise MemoryStateError(f"horizon must be None (all of the past) or a whole number from 1, received {self.horizon!r}")
+            raise MemoryStateError(
+                f"horizon must be None (all of the past) or a whole number from 1, received {self.horizon!r}"
+            )
         sizes = {tuple(entry.latents.shape[1:]) for entry in self.entries}
         if len(sizes) > 1:
             raise MemoryStateError(f"all windows of a memory have one latent size, received {sorted(map(list, sizes))}")
@@ -131,11 +136,13 @@ class MemoryState:
             latents: [F, 4, h, w] scaled VAE means of the window's decoded frames.
             face_embedding: [1, 512].
             model, reference: digests of what made them.
-            windows: what it adds to the count of windows seen; 0 for the portrait held still before a video's first window.
+            windows: what it adds to the count of windows seen; 0 for the portrait held still before a video's first
+                window.
         """
         self.require(model, reference)
         # Copies: nobody who holds the tensors given here can change the state through them.
-        entry = MemoryEntry(*(t.detach().to("cpu", torch.float32, copy=True).contiguous() for t in (latents, face_embedding)))
+        copies = (t.detach().to("cpu", torch.float32, copy=True).contiguous() for t in (latents, face_embedding))
+        entry = MemoryEntry(*copies)
         entries = _recent((*self._faded(len(entry.latents)), entry))
         if self.horizon is not None:
             entries = entries[-self.horizon :]
@@ -157,8 +164,8 @@ class MemoryState:
     def blend(a: MemoryState, b: MemoryState, weight: float) -> MemoryState:
         """(1 - weight) of `a` and `weight` of `b`, as their sums would blend; weight in [0, 1].
 
-        Windows both remember are joined. Where that is more than seven windows of frames, the heaviest stay: of two full pasts
-        three windows each, and what is left out weighs less than 0.9^48, 0.6%.
+        Windows both remember are joined. Where that is more than seven windows of frames, the heaviest stay: of two
+        full pasts three windows each, and what is left out weighs less than 0.9^48, 0.6%.
         """
         if not 0 <= weight <= 1:
             raise MemoryStateError(f"weight must be from 0 to 1, received {weight!r}")
@@ -169,7 +176,8 @@ class MemoryState:
             for entry in state.entries:
                 weights[entry.digest] = weights.get(entry.digest, 0.0) + share * entry.weight
         joined = {entry.digest: entry for entry in (*a.entries, *b.entries)}
-        entries = _weighted((joined[digest], weights[digest]) for digest in sorted(joined, key=lambda d: (weights[d], d)))
+        by_weight = sorted(joined, key=lambda digest: (weights[digest], digest))
+        entries = _weighted((joined[digest], weights[digest]) for digest in by_weight)
         horizon = None if None in (a.horizon, b.horizon) else max(a.horizon, b.horizon)
         return MemoryState(
             _recent(entries), horizon, max(a.windows, b.windows), a.model or b.model, a.reference or b.reference
@@ -188,7 +196,8 @@ class MemoryState:
         ]
         for entry in reversed(self.entries):
             frames, _, height, width = entry.latents.shape
-            lines.append(f"  {entry.digest[:8]}  weight {entry.weight:.3g}  {frames} frames at {height} x {width} latents")
+            size = f"{frames} frames at {height} x {width} latents"
+            lines.append(f"  {entry.digest[:8]}  weight {entry.weight:.3g}  {size}")
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -246,7 +255,9 @@ class MemoryState:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MemoryStateError(f"{path} is damaged: {error}") from error
         if loaded.digest != state["digest"]:
-            raise MemoryStateError(f"{path} is damaged: its contents have digest {loaded.digest}, its header says {state['digest']}")
+            raise MemoryStateError(
+                f"{path} is damaged: its contents have digest {loaded.digest}, its header says {state['digest']}"
+            )
         return loaded
 
 
@@ -276,7 +287,8 @@ Sums = list[tuple[Tensor, Tensor]]
 class SumsCache:
     """The resident sums of the last state used: going on from it costs one window instead of seven.
 
-    A cached result has the same bits as a rebuilt one, because both add the windows in the same order (Horner's scheme).
+    A cached result has the same bits as a rebuilt one, because both add the windows in the same order (Horner's
+    scheme).
     """
 
     def __init__(self) -> None:

@@ -38,7 +38,10 @@ class MemoPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str] = "toon", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | os.PathLike[str] = "toon",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> MemoPipeline:
         """Loads a folder in the released layout, or an embedded checkpoint by name ("toon").
 
@@ -58,10 +61,12 @@ class MemoPipeline:
 
         Args:
             waveform: [T] or [channels, T], any rate.
-            context: None encodes the whole recording at once, as released; a number encodes chunks with that many seconds of
-                context on either side; "auto" is None up to 60 s and chunks above.
+            context: None encodes the whole recording at once, as released; a number encodes chunks with that many
+                seconds of context on either side; "auto" is None up to 60 s and chunks above.
         """
-        return encode_audio(waveform, sample_rate, self.nets.speech_encoder, fps=fps, context=context, window_frames=WINDOW)
+        return encode_audio(
+            waveform, sample_rate, self.nets.speech_encoder, fps=fps, context=context, window_frames=WINDOW
+        )
 
     def detect_emotion(
         self, waveform: Tensor | np.ndarray, sample_rate: int, num_padded_frames: int, fps: float = 30
@@ -93,9 +98,11 @@ class MemoPipeline:
 
         Args:
             image: float tensor [3, H, W] in [-1, 1], uint8 [H, W, 3], or a PIL image.
-            face_embedding: [512] or [1, 512]; None embeds the face with the checkpoint's face models, or zeros without them.
-            size: side or (height, width) of the video in multiples of 64. None keeps that of a float tensor, whose values then
-                pass unchanged if nothing is cropped, and takes the size the checkpoint was trained at for a picture.
+            face_embedding: [512] or [1, 512]; None embeds the face with the checkpoint's face models, or zeros without
+                them.
+            size: side or (height, width) of the video in multiples of 64. None keeps that of a float tensor, whose
+                values then pass unchanged if nothing is cropped, and takes the size the checkpoint was trained at for a
+                picture.
             crop: "face" crops to the face, "none" to the middle.
             margin: room at each side of the face, in parts of the face's size.
             face_index: which face, 0 for the largest; None takes the largest.
@@ -103,7 +110,8 @@ class MemoPipeline:
             no_face: "warn" goes on with a zero embedding, "error" raises.
 
         Raises:
-            PortraitError: wrong shape, range or size (names the nearest allowed sizes), or no face where one was demanded.
+            PortraitError: wrong shape, range or size (names the nearest allowed sizes), or no face where one was
+                demanded.
         """
         if size is None:
             keeps_size = isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and len(image) == 3
@@ -147,13 +155,15 @@ class MemoPipeline:
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Window]:
-        """As `sample_clip`, but hands over each window of frames as soon as it is finished; constant memory at any length."""
+        """As `sample_clip`, but hands over each window of frames as soon as it is finished, in constant memory."""
         settings = Settings(
-            steps=steps, guidance_scale=guidance_scale, seed=seed, emotion_per=emotion_per, face_token_rows=face_token_rows
+            steps=steps, guidance_scale=guidance_scale, seed=seed, emotion_per=emotion_per,
+            face_token_rows=face_token_rows
         )
         return sample_windows(
             self.nets, ref, audio, emotion, MemoryState.empty() if memory is None else memory, settings=settings,
-            cache=self._sums, start=start, num_frames=num_frames, noise=noise, on_progress=on_progress, should_stop=should_stop,
+            cache=self._sums, start=start, num_frames=num_frames, noise=noise, on_progress=on_progress,
+            should_stop=should_stop,
         )
 
     def sample_clip(
@@ -213,9 +223,10 @@ class MemoPipeline:
 
 def _check_face_embedding(embedding: Tensor | np.ndarray) -> Tensor:
     embedding = torch.as_tensor(embedding).detach().to("cpu", torch.float32, copy=True)
-    if embedding.shape not in ((EMBEDDING_SIZE,), (1, EMBEDDING_SIZE)) or not torch.isfinite(embedding).all():
+    finite = bool(torch.isfinite(embedding).all())
+    if embedding.shape not in ((EMBEDDING_SIZE,), (1, EMBEDDING_SIZE)) or not finite:
         raise PortraitError(
-            f"a face embedding is {EMBEDDING_SIZE} finite numbers, [{EMBEDDING_SIZE}] or [1, {EMBEDDING_SIZE}]; received "
-            f"{list(embedding.shape)}{'' if torch.isfinite(embedding).all() else ' with NaN or infinite values'}"
+            f"a face embedding is {EMBEDDING_SIZE} finite numbers, [{EMBEDDING_SIZE}] or [1, {EMBEDDING_SIZE}]; "
+            f"received {list(embedding.shape)}{'' if finite else ' with NaN or infinite values'}"
         )
     return embedding.reshape(1, -1)

@@ -35,7 +35,9 @@ class Reference:
             ("face_embedding", self.face_embedding, [1, 512]),
         ):
             if list(tensor.shape) != shape:
-                raise PortraitError(f"a reference of {height} x {width} pixels has {name} {shape}, received {list(tensor.shape)}")
+                raise PortraitError(
+                    f"a reference of {height} x {width} pixels has {name} {shape}, received {list(tensor.shape)}"
+                )
             if not torch.isfinite(tensor).all():
                 raise PortraitError(f"the reference's {name} hold NaN or infinite values")
         object.__setattr__(self, "digest", tensors_digest(self.latents, self.face_embedding))

@@ -1,4 +1,4 @@
-"""Sampling: one function denoises one window, a loop makes a clip of windows and hands the memory on (MEMO sections 3 and 4.1)."""
+"""Sampling: one function denoises one window, a loop makes a clip and hands the memory on (MEMO sections 3 and 4.1)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Settings:
         guidance_scale: classifier-free guidance; 1 samples without it, in half the time.
         seed: of the noise; each window draws from (seed, number of its first frame).
         emotion_per: "window" gives every frame of a window the most frequent label, as released; "frame" its own.
-        face_token_rows: with guidance the released code hands the two sets of face tokens to the Reference Net's rows in turn
-            ("released"); "grouped" gives each batch row its own.
+        face_token_rows: with guidance the released code hands the two sets of face tokens to the Reference Net's rows
+            in turn ("released"); "grouped" gives each batch row its own.
     """
 
     steps: int = 20
@@ -138,8 +138,8 @@ class Sampler:
         """[1, 512] -> [2, tokens, C]: unconditional, conditional."""
         return self.nets.image_proj(torch.cat([torch.zeros_like(embedding), embedding]).to(self.device, self.dtype))
 
-    # Rows of the Reference Net. In the released code they are, with guidance, [reference, 16 past frames] twice, and row r
-    # reads the unconditional face tokens if r is even. `row` below is r.
+    # Rows of the Reference Net. In the released code they are, with guidance, [reference, 16 past frames] twice, and
+    # row r reads the unconditional face tokens if r is even. `row` below is r.
     def _token_rows(self, tokens: Tensor, rows: list[int], conditional: list[bool]) -> Tensor:
         if not self.settings.guided:
             return tokens[1:].expand(len(rows), -1, -1)
@@ -152,7 +152,8 @@ class Sampler:
         if self._reference_features is None:
             latents = self.reference.latents.to(self.device, self.dtype)
             if self.settings.guided and self.settings.face_token_rows == "released":
-                # The released code tiles the rows (0 and 17) of its two portraits over the frames, so frames see them in turn.
+                # The released code tiles the rows (0 and 17) of its two portraits over the frames, so frames see them
+                # in turn.
                 tokens = self._token_rows(self._tokens, [0, 1 + WINDOW], [False, True])
                 pair = self.nets.reference_net(latents.expand(2, -1, -1, -1), tokens)
                 self._reference_features = [feature.repeat(WINDOW // 2, 1, 1) for feature in pair]
@@ -187,7 +188,8 @@ class Sampler:
             tokens = torch.cat([torch.zeros_like(tokens), tokens])
             emotion = torch.cat([torch.full_like(emotion, NULL_EMOTION), emotion])
             face = self._tokens
-        context = f"{self.nets.digest}|{self.dtype}|{self.device}|{self.settings.guided}|{self.settings.face_token_rows}"
+        settings = self.settings
+        context = f"{self.nets.digest}|{self.dtype}|{self.device}|{settings.guided}|{settings.face_token_rows}"
         return Conditions(
             reference=self.reference_features(),
             memory=self.cache.sums(memory, context, self.entry_sums),
@@ -218,7 +220,7 @@ def encode(vae, frames: Tensor) -> Tensor:
 
 
 def window_noise(seed: int, first_frame: int, shape: tuple[int, ...]) -> Tensor:
-    """Noise of a window, the same on every device: it depends on the seed and on the window's place in the audio alone."""
+    """Noise of a window, the same on every device: it depends on the seed and the window's place in the audio alone."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + first_frame) % 2**63)
     return torch.randn(shape, generator=generator)
 
@@ -249,7 +251,8 @@ def sample_windows(
         should_stop: asked before every step; when true, ends after the last finished window.
 
     Raises:
-        SamplingError: arguments out of range or of the wrong shape. MemoryStateError: a memory of another checkpoint or reference.
+        SamplingError: arguments out of range or of the wrong shape. MemoryStateError: a memory of another checkpoint or
+            reference.
     """
     num_frames = _check_span(audio, emotion, start, num_frames, nets.audio_proj.proj1.in_features)
     height, width = reference.latents.shape[2:]
@@ -279,7 +282,9 @@ def sample_windows(
         if latents is None:
             return
         if not torch.isfinite(latents).all():
-            raise SamplingError(f"the networks gave NaN or infinite values in {sampler.dtype}; run them in float32 or bfloat16")
+            raise SamplingError(
+                f"the networks gave NaN or infinite values in {sampler.dtype}; run them in float32 or bfloat16"
+            )
         latents = latents[0, :, : start + num_frames - first]
         frames = decode(nets.vae, latents)
         past = encode(nets.vae, frames * 2 - 1)  # what the viewer sees, not the latents themselves, as released
@@ -292,7 +297,9 @@ def _check_span(
 ) -> int:
     """Number of frames to sample; SamplingError where the arguments do not fit each other."""
     if not isinstance(start, int) or not 0 <= start < audio.num_frames:
-        raise SamplingError(f"start must be a frame from 0 to {audio.num_frames - 1} (the audio's last), received {start!r}")
+        raise SamplingError(
+            f"start must be a frame from 0 to {audio.num_frames - 1} (the audio's last), received {start!r}"
+        )
     left = audio.num_frames - start
     if num_frames is None:
         num_frames = left
@@ -307,6 +314,7 @@ def _check_span(
         )
     if emotion is not None and len(emotion.labels) < audio.num_frames:
         raise SamplingError(
-            f"the emotion track has {len(emotion.labels)} frames, the audio {audio.num_frames}: make both from one recording"
+            f"the emotion track has {len(emotion.labels)} frames, the audio {audio.num_frames}: "
+            "make both from one recording"
         )
     return num_frames

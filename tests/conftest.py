@@ -1,4 +1,4 @@
-"""Shared fixtures: the small checkpoint in the released layout and what the reference implementation computes from it."""
+"""Shared fixtures: the small checkpoint in the released layout and what the reference computes from it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+# An example's time says more about what else the machine does than about the code.
+settings.register_profile("memo", deadline=None)
+settings.load_profile("memo")
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +46,8 @@ def reference(pipe: MemoPipeline, expected: dict[str, torch.Tensor]) -> Referenc
 def small(pipe: MemoPipeline, expected: dict[str, torch.Tensor]) -> Reference:
     """A 64 x 64 piece of it, for tests that need many windows.
 
-    So small, the random weights' deepest group norms see two numbers each and amplify rounding a hundredfold: compare bits.
+    So small, the random weights' deepest group norms see two numbers each and amplify rounding a hundredfold: compare
+    bits.
     """
     return pipe.encode_reference(expected["in.reference_image"][0, :, 32:96, 32:96], expected["in.face_embedding"])
 

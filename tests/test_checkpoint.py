@@ -60,7 +60,9 @@ def test_unknown_names_are_refused(name: str) -> None:
         checkpoint.load(name)
 
 
-def test_embedded_checkpoints_are_found_by_name(memo_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_checkpoints_are_found_by_name(
+    memo_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(memo_tiny, tmp_path / "toon")
     monkeypatch.setattr(checkpoint, "assets", lambda: tmp_path)
     assert checkpoint.find("toon") == tmp_path / "toon"
@@ -81,7 +83,9 @@ def test_missing_files_are_listed(folder: Path) -> None:
 
 @pytest.mark.parametrize("net", ["reference_net", "diffusion_net", "vae"])
 def test_the_first_ten_keys_that_do_not_fit_are_listed(folder: Path, net: str) -> None:
-    key = "conv_out.weight" if net == "diffusion_net" else "decoder.conv_out.weight" if net == "vae" else "conv_in.weight"
+    key = (
+        "conv_out.weight" if net == "diffusion_net" else "decoder.conv_out.weight" if net == "vae" else "conv_in.weight"
+    )
     bias = key.replace("weight", "bias")
 
     def change(weights: dict[str, Tensor]) -> None:
@@ -132,7 +136,12 @@ def test_the_old_names_of_the_vae_load(folder: Path) -> None:
     digest = checkpoint.load(folder).digest
 
     def change(weights: dict[str, Tensor]) -> None:
-        for new, old in ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")):
+        for new, old in (
+            (".to_q.", ".query."),
+            (".to_k.", ".key."),
+            (".to_v.", ".value."),
+            (".to_out.0.", ".proj_attn."),
+        ):
             for name in [name for name in weights if ".mid_block.attentions." in name and new in name]:
                 tensor = weights.pop(name)
                 weights[name.replace(new, old)] = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
@@ -162,7 +171,8 @@ def test_weights_digest() -> None:
     weights = {"a": torch.arange(100.0), "b": torch.ones(2, 3)}
     digest = weights_digest(weights)
     assert weights_digest(dict(reversed(weights.items()))) == digest
-    assert weights_digest({name: tensor.half() for name, tensor in weights.items()}) == digest  # halves hold these exactly
+    halves = {name: tensor.half() for name, tensor in weights.items()}  # which hold these numbers exactly
+    assert weights_digest(halves) == digest
     changes = [{"a": torch.arange(100.0) + 1}, {"b": torch.ones(3, 2)}, {"c": torch.ones(1)}]
     assert len({digest, *(weights_digest(weights | change) for change in changes)}) == 4
     assert weights_digest({"a": weights["a"], "c": weights["b"]}) != digest

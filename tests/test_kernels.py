@@ -9,7 +9,6 @@ import torch
 from conftest import relative_l2
 from torch import Tensor
 
-from memo_core import kernels
 from memo_core.kernels import fused, naive
 
 # batch, frames, locations, heads, head width: usual; a single frame; head wider than the window; more frames than wide
@@ -34,8 +33,12 @@ def test_sums_follow_the_equations() -> None:
 def test_attention_follows_the_equations() -> None:
     """Two frames, one location, one head of width 2, by hand."""
     log = math.log
-    query = torch.tensor([[0.0, log(3.0)], [0.0, 0.0]]).view(1, 2, 1, 1, 2)  # softmax over width: (1/4, 3/4), (1/2, 1/2)
-    key = torch.tensor([[0.0, 0.0], [log(3.0), 0.0]]).view(1, 2, 1, 1, 2)  # softmax over frames: columns (1/4, 3/4), (1/2, 1/2)
+    query = torch.tensor([[0.0, log(3.0)], [0.0, 0.0]]).view(
+        1, 2, 1, 1, 2
+    )  # softmax over width: (1/4, 3/4), (1/2, 1/2)
+    key = torch.tensor([[0.0, 0.0], [log(3.0), 0.0]]).view(
+        1, 2, 1, 1, 2
+    )  # softmax over frames: columns (1/4, 3/4), (1/2, 1/2)
     value = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(1, 2, 1, 1, 2)
     kv = torch.tensor([[0.25 * 1 + 0.75 * 3, 0.25 * 2 + 0.75 * 4], [0.5 * 1 + 0.5 * 3, 0.5 * 2 + 0.5 * 4]])
     alone = torch.stack([torch.tensor([0.25, 0.75]) @ kv, torch.tensor([0.5, 0.5]) @ kv])  # sums of the keys are 1

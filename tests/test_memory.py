@@ -18,14 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
+from memo_core import AudioTrack, MemoPipeline, MemoryState, Reference
 from memo_core.errors import MemoryStateError
 from memo_core.kernels import DECAY, memory_sums
 from memo_core.memory import MemoryEntry, Sums, SumsCache
 
 FACE = torch.ones(1, 512)
 MODEL, PORTRAIT = "0123456789abcdef", "fedcba9876543210"
-TRUNCATION = DECAY**96 / (1 - DECAY**16)  # all that lies before the last 96 frames, against the newest window
+FADED = DECAY**96 / (1 - DECAY)  # at most, of windows of a frame each before the last 96
 MIB = 2**20
 
 frame_counts = st.lists(st.integers(1, 16), min_size=1, max_size=20)
@@ -80,12 +80,11 @@ def same_entries(a: MemoryState, b: MemoryState) -> bool:
 
 @given(pasts, seeds)
 def test_sums_follow_the_recurrence_but_for_what_has_faded(counts: list[int], seed: int) -> None:
-    kv, z = sums(make(counts, seed))
-    exact_kv, exact_z = recurrence(counts, seed)
-    assert (z - exact_z).norm() <= 1e-6 * exact_z.norm() + TRUNCATION * 10
-    assert (kv - exact_kv).norm() <= 1e-6 * exact_kv.norm() + TRUNCATION * 10
-    if sum(counts) <= 96:
-        assert relative_l2(kv, exact_kv) < 1e-8 and relative_l2(z, exact_z) < 1e-8
+    each = [entry_sums(MemoryEntry(window(frames, seed + i), FACE))[0] for i, frames in enumerate(counts)]
+    for mine, exact, windows in zip(sums(make(counts, seed)), recurrence(counts, seed), zip(*each)):
+        largest = max(float(part.norm()) for part in windows)
+        assert (mine - exact).norm() <= 1e-8 * exact.norm() + FADED * largest
+        assert sum(counts) > 96 or relative_l2(mine, exact) < 1e-8
 
 
 @given(frame_counts, seeds, st.integers(1, 5))
@@ -147,7 +146,7 @@ def test_split(first: list[int], second: list[int], seed: int) -> None:
 
 
 @given(pasts, seeds)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_resume(tmp_path: Path, counts: list[int], seed: int) -> None:
     state = make(counts, seed).decayed(0.5)
     state.save(tmp_path / "state")
@@ -158,7 +157,7 @@ def test_resume(tmp_path: Path, counts: list[int], seed: int) -> None:
 
 
 @given(st.lists(st.integers(1, 16), min_size=0, max_size=300), seeds)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_constant(counts: list[int], seed: int) -> None:
     state = make([16] * 9 + counts, seed)
     assert 96 <= sum(len(entry.latents) for entry in state.entries) <= 112
@@ -203,7 +202,7 @@ def test_a_state_is_frozen_and_keeps_its_values_when_the_given_tensor_changes() 
 
 sizes = st.sampled_from([(64, 64), (64, 128), (128, 64)])
 lengths = st.integers(1, 69)
-networks = settings(deadline=None, max_examples=5, suppress_health_check=list(HealthCheck))
+networks = settings(max_examples=5, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +225,21 @@ def test_value_of_sampling(pipe, references, track, emotions, size, frames, seed
     noise = torch.randn(-(-frames // 16), 4, 16, *reference.latents.shape[2:])
 
     def inputs() -> list[Tensor]:
-        return [noise, reference.pixels, reference.latents, reference.face_embedding, track.embeddings, emotions.labels,
-                emotions.probabilities, *(part for entry in memory.entries for part in (entry.latents, entry.face_embedding))]
+        return [
+            noise,
+            reference.pixels,
+            reference.latents,
+            reference.face_embedding,
+            track.embeddings,
+            emotions.labels,
+            emotions.probabilities,
+            *(part for entry in memory.entries for part in (entry.latents, entry.face_embedding)),
+        ]
 
     def sample() -> tuple[Tensor, MemoryState]:
-        clip, after = pipe.sample_clip(reference, track, emotions, memory, num_frames=frames, steps=1, seed=seed, noise=noise)
+        clip, after = pipe.sample_clip(
+            reference, track, emotions, memory, num_frames=frames, steps=1, seed=seed, noise=noise
+        )
         return clip.latents, after
 
     before, digest = [tensor.clone() for tensor in inputs()], memory.digest
@@ -240,16 +249,28 @@ def test_value_of_sampling(pipe, references, track, emotions, size, frames, seed
     assert memory.digest == digest and all(torch.equal(a, b) for a, b in zip(inputs(), before, strict=True))
 
 
-@given(size=sizes, windows=st.integers(2, 4), split=st.integers(1, 3), tail=st.integers(1, 16), seed=seeds,
-       steps=st.integers(1, 2), start=st.integers(0, 5), horizon=st.sampled_from([None, 1, 2]))
+@given(
+    size=sizes,
+    windows=st.integers(2, 4),
+    split=st.integers(1, 3),
+    tail=st.integers(1, 16),
+    seed=seeds,
+    steps=st.integers(1, 2),
+    start=st.integers(0, 5),
+    horizon=st.sampled_from([None, 1, 2]),
+)
 @networks
-def test_split_of_sampling(pipe, references, track, emotions, size, windows, split, tail, seed, steps, start, horizon) -> None:
+def test_split_of_sampling(
+    pipe, references, track, emotions, size, windows, split, tail, seed, steps, start, horizon
+) -> None:
     split = min(split, windows - 1)
     frames = 16 * (windows - 1) + tail
     options = dict(steps=steps, seed=seed)
 
     def sample(memory: MemoryState, first: int, count: int) -> tuple[Tensor, MemoryState]:
-        clip, after = pipe.sample_clip(references[size], track, emotions, memory, start=first, num_frames=count, **options)
+        clip, after = pipe.sample_clip(
+            references[size], track, emotions, memory, start=first, num_frames=count, **options
+        )
         return clip.latents, after
 
     at_once, after = sample(MemoryState.empty(horizon), start, frames)
@@ -302,7 +323,11 @@ def test_resume_of_sampling_in_another_process(
     environment = os.environ | {"PYTHONPATH": str(FIXTURES.parent.parent)}
     subprocess.run(
         [sys.executable, "-c", RESUME, str(memo_tiny), str(state), str(out)],
-        input=str(torch.get_num_threads()), text=True, env=environment, check=True, timeout=120,
+        input=str(torch.get_num_threads()),
+        text=True,
+        env=environment,
+        check=True,
+        timeout=120,
     )
     assert torch.equal(load_file(out)["latents"], whole.latents[:, 32:])
     assert MemoryState.load(state).digest == after.digest
@@ -325,7 +350,9 @@ def test_silence_fades_the_sums_and_adds_up(counts: list[int], seed: int, some: 
     assert state.decayed(1e9).is_empty
 
 
-def test_long_silence_leaves_nothing_and_then_the_portrait(pipe: MemoPipeline, small: Reference, track: AudioTrack) -> None:
+def test_long_silence_leaves_nothing_and_then_the_portrait(
+    pipe: MemoPipeline, small: Reference, track: AudioTrack
+) -> None:
     _, memory = pipe.sample_clip(small, track, num_frames=16, steps=1)
     forgotten = memory.decayed(10)
     assert forgotten.is_empty and not memory.decayed(5).is_empty
@@ -351,12 +378,16 @@ def test_blending_by_hand() -> None:
     left, right = push(shared, 16, 1), push(shared, 8, 2)
     blended = MemoryState.blend(left, right, 0.25)
     weights = {entry.digest: entry.weight for entry in blended.entries}
-    assert weights == pytest.approx({
-        shared.entries[0].digest: 0.75 * DECAY**16 + 0.25 * DECAY**8,
-        left.entries[1].digest: 0.75,
-        right.entries[1].digest: 0.25,
-    })
-    assert same_entries(MemoryState.blend(left, right, 0), left) and same_entries(MemoryState.blend(left, right, 1), right)
+    assert weights == pytest.approx(
+        {
+            shared.entries[0].digest: 0.75 * DECAY**16 + 0.25 * DECAY**8,
+            left.entries[1].digest: 0.75,
+            right.entries[1].digest: 0.25,
+        }
+    )
+    assert same_entries(MemoryState.blend(left, right, 0), left) and same_entries(
+        MemoryState.blend(left, right, 1), right
+    )
     assert same_entries(MemoryState.blend(left, left.fork(), 0.5), left)
     half = MemoryState.blend(left, MemoryState.empty(), 0.5)
     assert [entry.weight for entry in half.entries] == pytest.approx([0.5 * DECAY**16, 0.5])
@@ -384,8 +415,18 @@ def test_forks_go_on_independently() -> None:
 def test_inspection_tells_what_is_remembered() -> None:
     state = make([16, 16, 4], horizon=2).decayed(0.1)
     text = state.inspect()
-    for part in (state.digest, MODEL, PORTRAIT, "3 seen, 2 remembered", "last 2 windows", f"bytes        {state.nbytes}",
-                 "16 frames at 2 x 2 latents", "4 frames", "weight 0.729", f"weight {DECAY**7:.3g}"):
+    for part in (
+        state.digest,
+        MODEL,
+        PORTRAIT,
+        "3 seen, 2 remembered",
+        "last 2 windows",
+        f"bytes        {state.nbytes}",
+        "16 frames at 2 x 2 latents",
+        "4 frames",
+        "weight 0.729",
+        f"weight {DECAY**7:.3g}",
+    ):
         assert part in text
     assert "all past" in MemoryState.empty().inspect() and "last 1 window\n" in MemoryState.empty(1).inspect()
     assert state.nbytes == 20 * 4 * 2 * 2 * 4 + 2 * 512 * 4
@@ -393,8 +434,15 @@ def test_inspection_tells_what_is_remembered() -> None:
 
 def test_digests_tell_states_apart() -> None:
     state = make([16, 16])
-    others = [make([16]), make([16, 15]), make([16, 16], seed=1), state.decayed(0.1), make([16, 16], horizon=3),
-              MemoryState(state.entries, None, 2, MODEL, MODEL), MemoryState(state.entries, None, 2, PORTRAIT, PORTRAIT)]
+    others = [
+        make([16]),
+        make([16, 15]),
+        make([16, 16], seed=1),
+        state.decayed(0.1),
+        make([16, 16], horizon=3),
+        MemoryState(state.entries, None, 2, MODEL, MODEL),
+        MemoryState(state.entries, None, 2, PORTRAIT, PORTRAIT),
+    ]
     assert len({other.digest for other in [state, *others]}) == 1 + len(others)
     assert make([16, 16]).digest == state.digest
 
@@ -410,12 +458,17 @@ def test_digests_tell_states_apart() -> None:
         (lambda: make([17]), r"\[F, 4, h, w\] with F from 1 to 16, received \[17, 4, 2, 2\]"),
         (lambda: make([16]).push(window(16, 0)[0], FACE, MODEL, PORTRAIT), r"received \[4, 2, 2\]"),
         (lambda: make([16]).push(window(16, 0) / 0, FACE, MODEL, PORTRAIT), "NaN or infinite"),
-        (lambda: make([16]).push(window(16, 0), FACE[0], MODEL, PORTRAIT), r"face embedding is \[1, 512\], received \[512\]"),
+        (
+            lambda: make([16]).push(window(16, 0), FACE[0], MODEL, PORTRAIT),
+            r"face embedding is \[1, 512\], received \[512\]",
+        ),
         (lambda: push(make([16]), 16, 0, side=4), r"one latent size, received \[\[4, 2, 2\], \[4, 4, 4\]\]"),
         (lambda: make([16]).push(window(16, 0), FACE, "other", PORTRAIT), f"checkpoint {MODEL}, .* other"),
         (lambda: make([16]).push(window(16, 0), FACE, MODEL, "other"), f"reference {PORTRAIT}, .* other"),
-        (lambda: MemoryState.blend(make([16]), MemoryState(make([16]).entries, None, 1, "other", PORTRAIT), 0.5),
-         f"checkpoint other, .* {MODEL}"),
+        (
+            lambda: MemoryState.blend(make([16]), MemoryState(make([16]).entries, None, 1, "other", PORTRAIT), 0.5),
+            f"checkpoint other, .* {MODEL}",
+        ),
     ],
 )
 def test_bad_values_are_named(make_it, named: str) -> None:
@@ -446,7 +499,7 @@ def test_an_empty_state_is_saved_too(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 def test_damaged_files_are_refused(tmp_path: Path, data) -> None:
     path = tmp_path / "state"
     make([16, 16, 5]).save(path)
@@ -456,7 +509,9 @@ def test_damaged_files_are_refused(tmp_path: Path, data) -> None:
         damaged = content[: data.draw(st.integers(0, len(content) - 1), "length")]
     else:
         place = data.draw(st.integers(header, len(content) - 1), "place")
-        damaged = content[:place] + bytes([content[place] ^ data.draw(st.integers(1, 255), "flipped")]) + content[place + 1 :]
+        damaged = (
+            content[:place] + bytes([content[place] ^ data.draw(st.integers(1, 255), "flipped")]) + content[place + 1 :]
+        )
     path.write_bytes(damaged)
     with pytest.raises(MemoryStateError, match="damaged|not a readable memory state"):
         MemoryState.load(path)
@@ -478,10 +533,22 @@ def test_other_files_are_refused(saved: Path, changes: dict[str, str], named: st
         MemoryState.load(saved)
 
 
-@pytest.mark.parametrize("change", [
-    {"model": "x"}, {"reference": "x"}, {"horizon": 2}, {"horizon": 0}, {"weights": [1, 1]}, {"weights": [0.1, 0.2, 1]},
-    {"weights": [float("nan")] * 3}, {"weights": [1] * 4}, {"windows": float("inf")}, {"windows": "many"},
-], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "x"},
+        {"reference": "x"},
+        {"horizon": 2},
+        {"horizon": 0},
+        {"weights": [1, 1]},
+        {"weights": [0.1, 0.2, 1]},
+        {"weights": [float("nan")] * 3},
+        {"weights": [1] * 4},
+        {"windows": float("inf")},
+        {"windows": "many"},
+    ],
+    ids=str,
+)
 def test_a_header_that_does_not_fit_is_refused(saved: Path, change: dict) -> None:
     with safe_open(saved, "pt") as file:
         state = json.loads(file.metadata()["state"])
@@ -542,7 +609,9 @@ first.push(torch.zeros(16, 4, 8, 8), torch.ones(1, 512), "m", "r").save(sys.argv
 def test_a_process_killed_while_it_saves_leaves_the_state_before(tmp_path: Path) -> None:
     path = tmp_path / "state"
     environment = os.environ | {"PYTHONPATH": str(FIXTURES.parent.parent)}
-    process = subprocess.Popen([sys.executable, "-c", SAVER, str(path)], stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVER, str(path)], stdout=subprocess.PIPE, text=True, env=environment
+    )
     try:
         digest, half = process.stdout.readline().strip(), process.stdout.readline().strip()
     finally:

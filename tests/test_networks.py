@@ -91,14 +91,18 @@ def test_portrait_latents_equal_the_reference(reference: Reference, expected: Ex
 
 
 @pytest.mark.parametrize("window", range(WINDOWS))
-def test_audio_tokens_equal_the_reference(pipe: MemoPipeline, track: AudioTrack, expected: Expected, window: int) -> None:
+def test_audio_tokens_equal_the_reference(
+    pipe: MemoPipeline, track: AudioTrack, expected: Expected, window: int
+) -> None:
     with torch.no_grad():
         tokens = pipe.nets.audio_proj(track.embeddings[None, 16 * window : 16 * window + 16])
     assert relative_l2(tokens, expected[f"clip{window}.audio_tokens"]) < SINGLE
 
 
 @pytest.mark.parametrize("window", range(WINDOWS))
-def test_memory_sums_equal_the_reference(pipe: MemoPipeline, reference: Reference, expected: Expected, window: int) -> None:
+def test_memory_sums_equal_the_reference(
+    pipe: MemoPipeline, reference: Reference, expected: Expected, window: int
+) -> None:
     memory = memory_before(window, pipe, reference, expected)
     with torch.no_grad():
         sums = SumsCache().sums(memory, "", sampler_of(pipe, reference).entry_sums)
@@ -146,11 +150,18 @@ def test_bfloat16_stays_close_in_every_pass_and_window(
     for layer in LAYER_NUMBERS:
         assert max(sums_error(conditions.memory, expected, window, layer)) < HALF
     clip, _ = half.sample_clip(
-        reference, track, emotions, memory_before(window, half, reference, expected), start=16 * window, num_frames=16,
-        steps=4, noise=expected[f"clip{window}.noise"],
+        reference,
+        track,
+        emotions,
+        memory_before(window, half, reference, expected),
+        start=16 * window,
+        num_frames=16,
+        steps=4,
+        noise=expected[f"clip{window}.noise"],
     )
     assert relative_l2(clip.latents, expected[f"clip{window}.latents"][0]) < HALF
-    # (chained, each window's rounding enters the next one's past: 0.018, 0.031, 0.036 in latents, 0.024 in frames at most)
+    # (chained, each window's rounding enters the next one's past: 0.018, 0.031, 0.036 in latents, 0.024 in frames at
+    # most)
 
 
 @pytest.mark.parametrize("name, build", [("diffusion_net", DiffusionNet), ("reference_net", ReferenceNet)])
@@ -164,8 +175,11 @@ def test_released_size_has_exactly_the_released_keys_and_shapes(name: str, build
 def test_memory_can_be_absent(pipe: MemoPipeline, reference: Reference, track, emotions, expected: Expected) -> None:
     conditions = conditions_of(pipe, reference, track, emotions, expected, 0)
     without = Conditions(
-        reference=conditions.reference, memory=None, face_tokens=conditions.face_tokens,
-        audio_tokens=conditions.audio_tokens, emotion=conditions.emotion,
+        reference=conditions.reference,
+        memory=None,
+        face_tokens=conditions.face_tokens,
+        audio_tokens=conditions.audio_tokens,
+        emotion=conditions.emotion,
     )
     noise = expected["clip0.noise"]
     change = relative_l2(velocity_of(pipe, without, noise), velocity_of(pipe, conditions, noise))
@@ -209,8 +223,14 @@ def test_a_call_changes_none_of_its_arguments(
 ) -> None:
     conditions = conditions_of(pipe, reference, track, emotions, expected, 0)
     noise = expected["clip0.noise"].clone()
-    given = [*conditions.reference, *(part for pair in conditions.memory for part in pair), conditions.face_tokens,
-             conditions.audio_tokens, conditions.emotion, noise]
+    given = [
+        *conditions.reference,
+        *(part for pair in conditions.memory for part in pair),
+        conditions.face_tokens,
+        conditions.audio_tokens,
+        conditions.emotion,
+        noise,
+    ]
     before = [tensor.clone() for tensor in given]
     velocity_of(pipe, conditions, noise)
     assert all(torch.equal(a, b) for a, b in zip(given, before))

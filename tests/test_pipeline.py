@@ -147,7 +147,11 @@ def test_no_face_warns_or_is_an_error(
 
 
 def test_absent_face_models_are_told_once_and_not_of_an_embedded_checkpoint(
-    memo_tiny: Path, tmp_path: Path, picture: Image.Image, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    memo_tiny: Path,
+    tmp_path: Path,
+    picture: Image.Image,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = shutil.copytree(memo_tiny, tmp_path / "toon", ignore=shutil.ignore_patterns("expected*"))
     with caplog.at_level(logging.WARNING):
@@ -192,8 +196,9 @@ def test_signature_is_the_documented_one() -> None:
     parameters = inspect.signature(MemoPipeline.sample_clip).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     assert list(defaults)[:5] == ["self", "ref", "audio", "emotion", "memory"]
-    documented = dict(start=0, num_frames=None, steps=20, guidance_scale=3.5, seed=42, noise=None, on_progress=None,
-                      should_stop=None)
+    documented = dict(
+        start=0, num_frames=None, steps=20, guidance_scale=3.5, seed=42, noise=None, on_progress=None, should_stop=None
+    )
     assert {name: defaults[name] for name in documented} == documented
     windows = inspect.signature(MemoPipeline.sample_windows).parameters
     assert [(p.name, p.default) for p in windows.values()] == [(p.name, p.default) for p in parameters.values()]
@@ -213,7 +218,11 @@ def test_a_clip_gives_the_frames_that_were_sampled(
     pipe: MemoPipeline, small: Reference, track: AudioTrack, clip: Clip
 ) -> None:
     windows = list(pipe.sample_windows(small, track, start=3, num_frames=37, steps=1, guidance_scale=1))
-    assert [window.start for window in windows] == [3, 19, 35] and [len(window.frames) for window in windows] == [16, 16, 5]
+    assert [window.start for window in windows] == [3, 19, 35] and [len(window.frames) for window in windows] == [
+        16,
+        16,
+        5,
+    ]
     assert torch.equal(torch.cat([window.latents for window in windows], dim=1), clip.latents)
     frames = clip.to_tensor()
     assert frames.shape == (37, 64, 64, 3) and frames.dtype == torch.float32 and 0 <= frames.min() <= frames.max() <= 1

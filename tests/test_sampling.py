@@ -39,7 +39,9 @@ def test_chained_windows_equal_the_reference(chain: list[Window], expected: Expe
     assert relative_l2(mine.latents, expected[f"clip{window}.latents"][0]) < CHAINED
     # The fixture holds every fourth frame.
     assert relative_l2(mine.frames[::4].transpose(0, 1), expected[f"clip{window}.frames"][0]) < CHAINED
-    assert mine.start == 16 * window and mine.latents.shape == (4, 16, 16, 16) and mine.frames.shape == (16, 3, 128, 128)
+    assert (
+        mine.start == 16 * window and mine.latents.shape == (4, 16, 16, 16) and mine.frames.shape == (16, 3, 128, 128)
+    )
 
 
 @pytest.mark.parametrize("window", range(1, WINDOWS))
@@ -146,7 +148,9 @@ def test_up_to_the_end_from_any_frame(pipe: MemoPipeline, small: Reference, trac
     assert memory.windows == -(-(69 - start) // 16)
 
 
-def test_a_partial_window_is_the_beginning_of_a_whole_one(pipe: MemoPipeline, small: Reference, track: AudioTrack) -> None:
+def test_a_partial_window_is_the_beginning_of_a_whole_one(
+    pipe: MemoPipeline, small: Reference, track: AudioTrack
+) -> None:
     whole, _ = pipe.sample_clip(small, track, num_frames=32, steps=1)
     part, memory = pipe.sample_clip(small, track, num_frames=20, steps=1)
     assert torch.equal(part.latents, whole.latents[:, :20])
@@ -158,7 +162,9 @@ def test_a_partial_window_is_the_beginning_of_a_whole_one(pipe: MemoPipeline, sm
     assert relative_l2(onward.latents, forgetful.latents) > 1e-3
 
 
-def test_a_window_has_the_emotion_of_most_of_its_frames(pipe: MemoPipeline, small: Reference, track: AudioTrack) -> None:
+def test_a_window_has_the_emotion_of_most_of_its_frames(
+    pipe: MemoPipeline, small: Reference, track: AudioTrack
+) -> None:
     def sample(emotion: EmotionTrack | None, per: str) -> Tensor:
         return pipe.sample_clip(small, track, emotion, num_frames=16, steps=1, emotion_per=per)[0].latents
 
@@ -177,13 +183,16 @@ def test_each_frame_may_have_its_own_emotion(pipe: MemoPipeline, reference: Refe
     constant = sample(happy, "frame")
     assert relative_l2(constant, sample(happy, "window")) < 1e-5
     changed = sample(happy.with_label(0, 4 / 30, "sad"), "frame")
-    difference = (changed - constant).square().sum((0, 2, 3))  # per frame; the others feel it through attention over time
+    # Per frame; the others feel it through attention over time.
+    difference = (changed - constant).square().sum((0, 2, 3))
     assert difference[:4].mean() > 5 * difference[4:].mean() > 0
 
 
 def test_progress_counts_every_step(pipe: MemoPipeline, small: Reference, track: AudioTrack) -> None:
     calls: list[tuple[int, int]] = []
-    pipe.sample_clip(small, track, num_frames=33, steps=2, guidance_scale=1, on_progress=lambda *call: calls.append(call))
+    pipe.sample_clip(
+        small, track, num_frames=33, steps=2, guidance_scale=1, on_progress=lambda *call: calls.append(call)
+    )
     assert calls == [(done, 6) for done in range(1, 7)]
 
 

@@ -1,7 +1,7 @@
 """Memory-guided linear attention in a few batched matrix products: the default without Triton, on any device.
 
-Same functions and shapes as `naive`. A window has fewer frames than a head has channels at released sizes, so the window's
-own part is cheaper as (q k^T) v than through a D x D sum.
+Same functions and shapes as `naive`. A window has fewer frames than a head has channels at released sizes, so the
+window's own part is cheaper as (q k^T) v than through a D x D sum.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict:
-    """Reads a .safetensors file (memory-mapped), or a torch file with `weights_only=True` (which runs no code from the file).
+    """Reads a .safetensors file (memory-mapped), or a torch file with `weights_only=True` (which runs no code from the
+    file).
 
     Returns the dictionary as stored; a torch file may nest further dictionaries. Raises CheckpointError when the file
     is absent, damaged, or holds anything but tensors and plain containers.
