@@ -202,7 +202,6 @@ class MemoPipeline:
             SamplingError: arguments out of range. MemoryStateError: a memory of another checkpoint or reference.
         """
         memory = MemoryState.empty() if memory is None else memory
-        memory = MemoryState.empty() if memory is None else memory
         latents = [torch.zeros(4, 0, *ref.latents.shape[2:])]
         for window in self.sample_windows(
             ref, audio, emotion, memory, start=start, num_frames=num_frames, steps=steps, guidance_scale=guidance_scale,

@@ -11,7 +11,7 @@ AUDIO_TOKENS = 4
 FACE_EMBEDDING = 512
 
 _LEVELS = {
-    "block_out_channels": [64, 96, 128],
+    "block_out_channels": [48, 64, 96],
     "layers_per_block": 1,
     "attention_head_dim": 4,
     "cross_attention_dim": TOKEN_DIM,
@@ -37,7 +37,7 @@ DIFFUSION_NET = {
     "audio_attention_dim": TOKEN_DIM,
     "emo_drop_rate": 0.3,
     "motion_module_kwargs": {
-        "attention_block_types": ["Temporal_Self", "Temporal_Self"],
+        "attention_block_types": ["Temporal_Self"],
         "num_attention_heads": 4,
         "num_transformer_block": 1,
         "temporal_attention_dim_div": 1,
@@ -105,29 +105,33 @@ class StageConfig:
     """
 
     name: str
-    minutes: float
+    steps: int
+    faces: bool = False  # single frames, each by itself, instead of windows
     frames: int = 16
     batch: int = 4
-    learning_rate: float = 6e-4
+    learning_rate: float = 8e-4
     warmup_steps: int = 100
-    train: tuple[str, ...] = ("spatial", "audio", "memory", "projections")
+    train: tuple[str, ...] = ("reference", "spatial", "audio", "memory", "projections")
+    join_step: int = 0  # Reference Net and spatial layers stand still until then, while new modules warm up
     past_windows: tuple[int, ...] = (1,)
     drop_emotion: float = 0.3
     drop_reference: float = 0.05
     drop_audio: float = 0.05
     drop_past: float = 0.05
-    start_ratio: float = 0.15  # the past is the portrait, as before a video's first window
-    past_noise: float = 0.1  # standard deviation added to past latents: generated ones are not clean either
-    robust_threshold: float = 0.1  # samples whose loss exceeds it are dropped from the step (MEMO section 4.3)
+    drop_all: float = 0.08  # reference, audio and emotion together, as guidance's unconditional row has it
+    start_ratio: float = 0.25  # the past is the portrait, as before a video's first window
+    past_noise: float = 0.2  # greatest standard deviation of noise on past latents: generated ones are not clean either
+    robust_threshold: float = float("inf")  # mean square error of the clean estimate above which a sample is dropped
     mouth_weight: float = 4.0  # the mouth is a twentieth of the picture and the point of it
-    ema: float = 0.999
+    ema: float = 0.998
+    sigma_mean: float = 0.0  # of the noise level's logit; windows show through more noise than single frames do
     seed: int = 0
 
 
 TOON_STAGES = (
-    StageConfig(name="stage1", minutes=14, frames=1, batch=48, train=("reference", "spatial"), past_windows=(0,),
-                drop_emotion=1.0, drop_audio=1.0, learning_rate=8e-4, robust_threshold=float("inf"), mouth_weight=1.0),
-    StageConfig(name="stage2", minutes=55),
-    StageConfig(name="stage3", minutes=10, train=("audio", "memory", "projections"), past_windows=(1, 2, 3),
-                learning_rate=2e-4, warmup_steps=50),
+    StageConfig(name="stage1", steps=1800, faces=True, frames=4, batch=12, train=("reference", "spatial", "projections"),
+                learning_rate=1e-3, mouth_weight=1.0, sigma_mean=0.3),
+    StageConfig(name="stage2", steps=3600, join_step=150, sigma_mean=0.7),
+    StageConfig(name="stage3", steps=400, train=("audio", "memory", "projections"), past_windows=(1, 2, 3),
+                learning_rate=2e-4, warmup_steps=30, sigma_mean=0.7, robust_threshold=0.3),
 )

@@ -21,17 +21,19 @@ from memo_core.nets.speech_encoder import SpeechEncoder
 
 from . import presets, run, voices
 
-SPEECH_STEPS, EMOTION_STEPS = 700, 500
+SPEECH_STEPS, EMOTION_STEPS = 700, 2000
 BATCH = 12
-FPS = 30
-LANGUAGES = ("en-us", "en-gb", "de", "fr", "es", "it")
 
 
-def utterance(seconds: float, rng: np.random.Generator, real_share: float = 0.0) -> voices.Utterance:
-    """A random voice saying something; with probability `real_share` one of espeak-ng's, where it is installed."""
-    emotion = int(rng.integers(8))
+def utterance(
+    seconds: float, rng: np.random.Generator, real_share: float = 0.0, emotion: int | None = None
+) -> voices.Utterance:
+    """A random voice saying something; with probability `real_share` one of espeak-ng's, where it is installed (the emotion is
+    then only a label: those voices have none)."""
+    if emotion is None:
+        emotion = int(rng.integers(8))
     if real_share and rng.random() < real_share and voices.espeak_available():
-        return voices.random_espeak(seconds, rng)
+        return voices.random_espeak(seconds, rng, emotion)
     return voices.speak(voices.sample_voice(rng), emotion, seconds, rng)
 
 

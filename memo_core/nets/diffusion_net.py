@@ -53,7 +53,7 @@ class _Block(nn.Module):
     def memory_module(self, i: int) -> MemoryModule | None:
         return self.motion_modules[i] if hasattr(self, "motion_modules") else None
 
-    def layer(self, i: int, x: Tensor, audio: Tensor, window: _Window) -> tuple[Tensor, Tensor]:
+    def layer(self, i: int, x: Tensor, audio: Tensor | None, window: _Window) -> tuple[Tensor, Tensor | None]:
         x = self.resnets[i](x, window.time)
         return window.attend(self, i, x, audio)
 
@@ -77,17 +77,21 @@ def _memory_module(dim: int, config: NetConfig, ops: Any) -> MemoryModule:
 class _Window:
     """What every layer of one forward pass reads: embeddings, tokens, and the layer's share of reference and memory."""
 
-    def __init__(self, time: Tensor, face_tokens: Tensor, emotion: Tensor, reference: list[Tensor], memory: list[Memory] | None,
-                 frames: int, unconditional_rows: int):
+    def __init__(self, time: Tensor, face_tokens: Tensor, emotion: Tensor | None, reference: list[Tensor],
+                 memory: list[Memory] | None, frames: int, unconditional_rows: int):
         self.time, self.face_tokens, self.emotion = time, face_tokens, emotion
+        self.spatial_only = emotion is None
         self.frames, self.unconditional_rows = frames, unconditional_rows
         self._reference = iter(reference)
         self._memory = None if memory is None else iter(memory)
 
-    def attend(self, block: _Block, i: int, x: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, block: _Block, i: int, x: Tensor, audio: Tensor | None) -> tuple[Tensor, Tensor | None]:
         reference = next(self._reference)
         if hasattr(block, "attentions"):
             x = block.attentions[i](x, self.face_tokens, reference, self.unconditional_rows)
+        if self.spatial_only:
+            return x, None
+        if hasattr(block, "attentions"):
             x, audio = block.audio_modules[i](x, audio, self.emotion)
         module = block.memory_module(i)
         if module is not None:
@@ -163,20 +167,21 @@ class DiffusionNet(nn.Module):
         reference: list[Tensor],
         memory: list[Memory] | None,
         face_tokens: Tensor,
-        audio_tokens: Tensor,
-        emotion: Tensor,
+        audio_tokens: Tensor | None,
+        emotion: Tensor | None,
         unconditional: int = 0,
     ) -> Tensor:
         """
         Args:
             latents: [B, 4, F, h, w] noisy latents.
-            timestep: [B] or [1], 0 (clean) to 1000 (noise).
+            timestep: [B] or [1], or [B * F] for one per frame, 0 (clean) to 1000 (noise).
             reference: Reference Net features of the portrait per layer: [B - unconditional, N, C], or
                 [(B - unconditional) * F, N, C] for one per frame.
             memory: as `memory_sums` gives them, or None for a window without a past.
             face_tokens: [B, tokens, cross_attention_dim].
             audio_tokens: [B, F, tokens, audio_attention_dim].
-            emotion: labels 0..9, [B] for one per window or [B * F] for one per frame.
+            emotion: labels 0..9, [B] for one per window or [B * F] for one per frame. None, with audio_tokens None, leaves out
+                multi-modal attention and memory: each frame by itself, as the first stage of training has it.
             unconditional: the first rows of the batch do not see the reference.
 
         Returns:
@@ -194,7 +199,7 @@ class DiffusionNet(nn.Module):
             frames=frames,
             unconditional_rows=unconditional * frames,
         )
-        audio = audio_tokens.flatten(0, 1)
+        audio = None if audio_tokens is None else audio_tokens.flatten(0, 1)
         x = self.conv_in(latents.transpose(1, 2).flatten(0, 1))
         skips = [x]
         for block in self.down_blocks:
