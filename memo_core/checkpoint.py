@@ -1,11 +1,11 @@
 """Finds, loads and saves checkpoints in the released folder layout.
 
-    reference_net/ diffusion_net/ image_proj/ audio_proj/   config.json, diffusion_pytorch_model.safetensors
-    vae/                                                    AutoencoderKL as diffusers saves it
-    wav2vec2/                                               Wav2Vec2Model as transformers saves it
-    emotion2vec/                                            model.pt, config.yaml
-    misc/audio_emotion_classifier/                          the emotion head
-    misc/face_analysis/models/, misc/vocal_separator/       ONNX files, optional
+reference_net/ diffusion_net/ image_proj/ audio_proj/   config.json, diffusion_pytorch_model.safetensors
+vae/                                                    AutoencoderKL as diffusers saves it
+wav2vec2/                                               Wav2Vec2Model as transformers saves it
+emotion2vec/                                            model.pt, config.yaml
+misc/audio_emotion_classifier/                          the emotion head
+misc/face_analysis/models/, misc/vocal_separator/       ONNX files, optional
 """
 
 from __future__ import annotations
@@ -81,10 +81,19 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
             f"no checkpoint at {str(checkpoint)!r}: "
             f"give a folder in the released layout, or one of {', '.join(EMBEDDED)}"
         )
-    required = [f"{net}/{name}" for net in ("reference_net", "diffusion_net", "image_proj", "audio_proj") for name in
-                ("config.json", WEIGHTS)]
-    required += ["vae/config.json", f"vae/{WEIGHTS}", "wav2vec2/config.json", "emotion2vec/config.yaml",
-                 "emotion2vec/model.pt", f"{EMOTION_HEAD}/{WEIGHTS}"]
+    required = [
+        f"{net}/{name}"
+        for net in ("reference_net", "diffusion_net", "image_proj", "audio_proj")
+        for name in ("config.json", WEIGHTS)
+    ]
+    required += [
+        "vae/config.json",
+        f"vae/{WEIGHTS}",
+        "wav2vec2/config.json",
+        "emotion2vec/config.yaml",
+        "emotion2vec/model.pt",
+        f"{EMOTION_HEAD}/{WEIGHTS}",
+    ]
     missing = [name for name in required if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -202,5 +211,8 @@ def save_module(folder: Path, module: nn.Module, config: dict[str, Any], dtype: 
     """Writes config.json and the weights as the released layout has them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    save_file({k: v.detach().to(dtype).contiguous() for k, v in module.state_dict().items()}, folder / WEIGHTS,
-              metadata={"format": "pt"})
+    save_file(
+        {k: v.detach().to(dtype).contiguous() for k, v in module.state_dict().items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )

@@ -117,8 +117,13 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     add("--size", "pixels, multiples of 64 (default: as trained)", type=_size, metavar="N|WxH")
     add("--crop", "around the face, or the middle (default: %(default)s)", choices=("face", "none"), default="face")
     add("--face", "which face, 0 is the largest (default: the largest)", type=int, metavar="N")
-    add("--context", "how much sound around each part it is heard in; auto is whole up to a minute (default: auto)",
-        type=_context, default="auto", metavar="auto|whole|SECONDS")
+    add(
+        "--context",
+        "how much sound around each part it is heard in; auto is whole up to a minute (default: auto)",
+        type=_context,
+        default="auto",
+        metavar="auto|whole|SECONDS",
+    )
     add("--separate-vocals", "let the voice alone drive the face, without music (audio-separator)", action="store_true")
     add("--start", "begin here in VOICE (default: 0)", type=_seconds, default=0.0, metavar="SECONDS")
     add("--duration", "make this much (default: all to the end)", type=_seconds, metavar="SECONDS")
@@ -126,8 +131,12 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     add("--memory-out", "save the memory state after the last frame", metavar="STATE")
     add("--horizon", "remember only the last N windows (default: all the past)", type=_positive_int, metavar="N")
     add("--device", "auto, cpu, cuda, cuda:1, ... (default: %(default)s)", default="auto")
-    add("--dtype", "auto is bfloat16 on cuda, else float32 (default: %(default)s)", default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"))
+    add(
+        "--dtype",
+        "auto is bfloat16 on cuda, else float32 (default: %(default)s)",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
 
 
 # --- memo generate ----------------------------------------------------------------------------------------------------
@@ -179,8 +188,16 @@ def generate(args: argparse.Namespace) -> int:
         del waveform
         with _Bar(count) as bar:
             windows = pipe.sample_windows(
-                reference, audio, emotion, memory, start=start, num_frames=count, steps=settings.steps,
-                guidance_scale=settings.guidance_scale, seed=settings.seed, on_progress=bar.steps,
+                reference,
+                audio,
+                emotion,
+                memory,
+                start=start,
+                num_frames=count,
+                steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                seed=settings.seed,
+                on_progress=bar.steps,
             )
             memory, interrupted = _write(windows, writer, memory)
     if interrupted and writer.frames_written < count:
@@ -352,9 +369,14 @@ def info(args: argparse.Namespace) -> int:
         return OK
     nets = checkpoint.load(args.target)  # all of it: what is printed is known to fit together
     parts = {
-        "reference_net": nets.reference_net, "diffusion_net": nets.diffusion_net, "image_proj": nets.image_proj,
-        "audio_proj": nets.audio_proj, "vae": nets.vae, "wav2vec2": nets.speech_encoder,
-        "emotion2vec": nets.emotion_encoder, checkpoint.EMOTION_HEAD: nets.emotion_head,
+        "reference_net": nets.reference_net,
+        "diffusion_net": nets.diffusion_net,
+        "image_proj": nets.image_proj,
+        "audio_proj": nets.audio_proj,
+        "vae": nets.vae,
+        "wav2vec2": nets.speech_encoder,
+        "emotion2vec": nets.emotion_encoder,
+        checkpoint.EMOTION_HEAD: nets.emotion_head,
     }
     face_models = [f"{face.FOLDER}/{name}" for name in (face.DETECTOR, face.EMBEDDER)]
     side = 8 * nets.sample_size

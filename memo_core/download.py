@@ -36,7 +36,8 @@ class Component:
 
 COMPONENTS: dict[str, Component] = {
     "memo": Component(
-        "memoavatar/memo", "the MEMO networks and the emotion head",
+        "memoavatar/memo",
+        "the MEMO networks and the emotion head",
         "Apache-2.0: free to use, also commercially. Its authors released it as a research preview and forbid "
         "deceiving, defaming or harming people with it.",
     ),
@@ -45,17 +46,22 @@ COMPONENTS: dict[str, Component] = {
         "facebook/wav2vec2-base-960h", "the speech encoder", "Apache-2.0: free to use, also commercially."
     ),
     "emotion2vec": Component(
-        "emotion2vec/emotion2vec_plus_large", "emotion features of the voice",
+        "emotion2vec/emotion2vec_plus_large",
+        "emotion features of the voice",
         "FunASR model licence: name its source and authors; read it before commercial use "
         "(https://github.com/modelscope/FunASR, MODEL_LICENSE).",
     ),
     "face": Component(
-        "memoavatar/memo", "finds and describes the face (optional, wants the onnxruntime package)",
-        "InsightFace models: NOT for commercial use, only for non-commercial research.", required=False,
+        "memoavatar/memo",
+        "finds and describes the face (optional, wants the onnxruntime package)",
+        "InsightFace models: NOT for commercial use, only for non-commercial research.",
+        required=False,
     ),
     "vocal_separator": Component(
-        "memoavatar/memo", "removes music from a recording (optional, wants the audio-separator package)",
-        "Ultimate Vocal Remover models: MIT, with credit to UVR and Kimberley Jensen.", required=False,
+        "memoavatar/memo",
+        "removes music from a recording (optional, wants the audio-separator package)",
+        "Ultimate Vocal Remover models: MIT, with credit to UVR and Kimberley Jensen.",
+        required=False,
     ),
 }
 
@@ -101,18 +107,27 @@ RELEASE_FILES: tuple[ReleaseFile, ...] = (
     _same("memo", f"misc/audio_emotion_classifier/{_SAFETENSORS}", 58_800_000),
     ReleaseFile("vae", "config.json", "vae/config.json", 547),
     ReleaseFile(
-        "vae", _SAFETENSORS, f"vae/{_SAFETENSORS}", 334_643_276,
+        "vae",
+        _SAFETENSORS,
+        f"vae/{_SAFETENSORS}",
+        334_643_276,
         "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
     ),
     ReleaseFile("wav2vec2", "config.json", "wav2vec2/config.json", 1_596),
     ReleaseFile("wav2vec2", "preprocessor_config.json", "wav2vec2/preprocessor_config.json", 159),
     ReleaseFile(
-        "wav2vec2", "model.safetensors", "wav2vec2/model.safetensors", 377_607_901,
+        "wav2vec2",
+        "model.safetensors",
+        "wav2vec2/model.safetensors",
+        377_607_901,
         "8aa76ab2243c81747a1f832954586bc566090c83a0ac167df6f31f0fa917d74a",
     ),
     ReleaseFile("emotion2vec", "config.yaml", "emotion2vec/config.yaml", 5_552),
     ReleaseFile(
-        "emotion2vec", "model.pt", "emotion2vec/model.pt", 1_945_790_254,
+        "emotion2vec",
+        "model.pt",
+        "emotion2vec/model.pt",
+        1_945_790_254,
         "be501a01f26fcdc7663a062dff86af839afbaef7c4de32f5e42d7e1ad2784da4",
     ),
     _same("face", "misc/face_analysis/models/scrfd_10g_bnkps.onnx", 16_900_000),
@@ -168,14 +183,14 @@ def offline_instructions(folder: str | os.PathLike[str], only: Iterable[str] | N
         lines += ["", f"{name}: {COMPONENTS[name].purpose}. Licence: {COMPONENTS[name].licence}"]
         for file in missing:
             if file.component == name:
-                lines += [f"  {_endpoint()}/{file.repository}/resolve/main/{file.name}",
-                          f"    -> {folder / file.target} ({_readable(file.size)})"]
+                lines += [
+                    f"  {_endpoint()}/{file.repository}/resolve/main/{file.name}",
+                    f"    -> {folder / file.target} ({_readable(file.size)})",
+                ]
     return "\n".join(lines)
 
 
-def download(
-    folder: str | os.PathLike[str], only: Iterable[str] | None = None, progress: bool = True
-) -> list[Path]:
+def download(folder: str | os.PathLike[str], only: Iterable[str] | None = None, progress: bool = True) -> list[Path]:
     """Fetches the missing files of the release into `folder`; what was interrupted goes on where it stopped.
 
     Before the first byte every file is looked up, so that a missing network, a wrong address or a full disk shows at
@@ -287,8 +302,12 @@ def _fetch(source: _Source, folder: Path) -> Path:
         if _fetched(partial) < source.size or not partial.exists():
             with partial.open("ab") as stream:
                 http_get(
-                    source.url, stream, resume_size=stream.tell(), headers=build_hf_headers(),
-                    expected_size=source.size, displayed_filename=file.target,
+                    source.url,
+                    stream,
+                    resume_size=stream.tell(),
+                    headers=build_hf_headers(),
+                    expected_size=source.size,
+                    displayed_filename=file.target,
                 )
     except Exception as error:  # see _look_up; a full disk comes here too
         raise DownloadError(

@@ -1,4 +1,4 @@
-"""Errors raised by memo_core. Each names the value received and what is allowed, so that a node or a command can show it as it is."""
+"""Errors raised by memo_core. Each names the value received and what is allowed, ready to be shown as it is."""
 
 from __future__ import annotations
 

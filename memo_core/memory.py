@@ -206,10 +206,16 @@ class MemoryState:
         header = {
             "format": FORMAT,
             "version": str(VERSION),
-            "state": json.dumps({
-                "horizon": self.horizon, "windows": self.windows, "model": self.model, "reference": self.reference,
-                "weights": [entry.weight for entry in self.entries], "digest": self.digest,
-            }),
+            "state": json.dumps(
+                {
+                    "horizon": self.horizon,
+                    "windows": self.windows,
+                    "model": self.model,
+                    "reference": self.reference,
+                    "weights": [entry.weight for entry in self.entries],
+                    "digest": self.digest,
+                }
+            ),
         }
         tensors = {}
         for i, entry in enumerate(self.entries):

@@ -157,12 +157,24 @@ class MemoPipeline:
     ) -> Iterator[Window]:
         """As `sample_clip`, but hands over each window of frames as soon as it is finished, in constant memory."""
         settings = Settings(
-            steps=steps, guidance_scale=guidance_scale, seed=seed, emotion_per=emotion_per,
-            face_token_rows=face_token_rows
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            emotion_per=emotion_per,
+            face_token_rows=face_token_rows,
         )
         return sample_windows(
-            self.nets, ref, audio, emotion, MemoryState.empty() if memory is None else memory, settings=settings,
-            cache=self._sums, start=start, num_frames=num_frames, noise=noise, on_progress=on_progress,
+            self.nets,
+            ref,
+            audio,
+            emotion,
+            MemoryState.empty() if memory is None else memory,
+            settings=settings,
+            cache=self._sums,
+            start=start,
+            num_frames=num_frames,
+            noise=noise,
+            on_progress=on_progress,
             should_stop=should_stop,
         )
 
@@ -204,9 +216,20 @@ class MemoPipeline:
         memory = MemoryState.empty() if memory is None else memory
         latents = [torch.zeros(4, 0, *ref.latents.shape[2:])]
         for window in self.sample_windows(
-            ref, audio, emotion, memory, start=start, num_frames=num_frames, steps=steps, guidance_scale=guidance_scale,
-            seed=seed, noise=noise, emotion_per=emotion_per, face_token_rows=face_token_rows,
-            on_progress=on_progress, should_stop=should_stop,
+            ref,
+            audio,
+            emotion,
+            memory,
+            start=start,
+            num_frames=num_frames,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            noise=noise,
+            emotion_per=emotion_per,
+            face_token_rows=face_token_rows,
+            on_progress=on_progress,
+            should_stop=should_stop,
         ):
             latents.append(window.latents)
             memory = window.memory

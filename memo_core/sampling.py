@@ -275,7 +275,10 @@ def sample_windows(
         start_noise = noise[index] if noise is not None else window_noise(settings.seed, first, shape)
         done = index * settings.steps
         latents = sample_window(
-            nets, start_noise[None].to(sampler.device), conditions, settings,
+            nets,
+            start_noise[None].to(sampler.device),
+            conditions,
+            settings,
             on_step=None if on_progress is None else lambda step: on_progress(done + step, windows * settings.steps),
             should_stop=should_stop,
         )

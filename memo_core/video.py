@@ -364,6 +364,7 @@ def _check_size(width: int, height: int) -> None:
     if min(width, height) < 2 or max(width, height) > 16384:
         raise VideoError(f"the frame is {width}x{height} (width x height); allowed is 2 to 16384 pixels a side")
     if width % 2 or height % 2:
+
         def even(value: int) -> tuple[int, ...]:
             return (value,) if value % 2 == 0 else (value - 1, value + 1)
 

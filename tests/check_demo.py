@@ -37,8 +37,10 @@ def main(video: str, voice: str) -> None:
     guessed = torch.from_numpy(estimate_mouth(prepare_waveform(waveform, rate).numpy())[0])
     common = min(len(seen), len(guessed))
     measured = correlation_and_lag(seen[:common], guessed[:common])
-    print(f"{video}: {about.frames} frames, {about.duration:.2f} s with sound; mouth and voice correlate "
-          f"{measured.correlation:.2f} (at best {measured.best:.2f}, {measured.lag} frames later)")
+    print(
+        f"{video}: {about.frames} frames, {about.duration:.2f} s with sound; mouth and voice correlate "
+        f"{measured.correlation:.2f} (at best {measured.best:.2f}, {measured.lag} frames later)"
+    )
     assert measured.correlation >= MIN_MOUTH_CORRELATION, f"{MIN_MOUTH_CORRELATION} is the least for a talking mouth"
 
 

@@ -162,8 +162,17 @@ def test_a_portrait_or_voice_that_is_none_is_named(here, memo_tiny, capsys, port
     assert not Path("out.mp4").exists()
 
 
-@pytest.mark.parametrize("argv", [[], ["paint"], ["generate"], ["generate", "a", "b", "--size", "big"],
-                                  ["generate", "a", "b", "--start", "-1"], ["generate", "a", "b", "--horizon", "0"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["paint"],
+        ["generate"],
+        ["generate", "a", "b", "--size", "big"],
+        ["generate", "a", "b", "--start", "-1"],
+        ["generate", "a", "b", "--horizon", "0"],
+    ],
+)
 def test_wrong_usage_exits_with_2(argv, capsys):
     assert cli.main(argv) == 2
     assert "usage: memo" in capsys.readouterr().err
@@ -202,8 +211,12 @@ sys.exit(cli.main(sys.argv[1:]))
 """
     argv = ["generate", "face.png", "voice.wav", "--checkpoint", str(memo_tiny), "--size", "64", "--steps", "1", *more]
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *argv], cwd=here, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", program, *argv],
+        cwd=here,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     guard = threading.Timer(120, process.kill)
     guard.start()
@@ -243,8 +256,10 @@ def test_ctrl_c_before_the_first_window_leaves_no_file(here, memo_tiny):
 
 
 def test_the_command_to_go_on_keeps_every_choice():
-    given = ("generate 'my face.png' v.wav --steps 7 --guidance 2.0 --size 128x64 --context whole --separate-vocals "
-             "--crop none --face 1 --start 1.5 --duration 4 --emotion sad --dtype float16 --device cpu --output o.mp4")
+    given = (
+        "generate 'my face.png' v.wav --steps 7 --guidance 2.0 --size 128x64 --context whole --separate-vocals "
+        "--crop none --face 1 --start 1.5 --duration 4 --emotion sad --dtype float16 --device cpu --output o.mp4"
+    )
     args = cli.build_parser().parse_args(shlex.split(given))
     again = cli.build_parser().parse_args(shlex.split(cli._command(args, {}))[1:])
     assert vars(again) == vars(args)
@@ -335,8 +350,13 @@ def test_the_package_imports_nothing_heavy_until_asked_also_inside_another(tmp_p
         "assert memo.MemoPipeline.__module__ == 'custom_pack.memo_core.pipeline'\n"
         "assert 'memo_core' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120,
-                   env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )
 
 
 def test_the_version_is_that_of_the_package(capsys):

@@ -191,8 +191,10 @@ def test_verify_sees_changed_and_missing_files(hub: Hub, tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[::-1])
     (tmp_path / "vae" / "weights").unlink()
     assert verify(tmp_path) == {
-        "image_proj/config.json": "good", "image_proj/weights": "changed",
-        "misc/face_analysis/models/glintr100.onnx": "good", "vae/weights": "missing",
+        "image_proj/config.json": "good",
+        "image_proj/weights": "changed",
+        "misc/face_analysis/models/glintr100.onnx": "good",
+        "vae/weights": "missing",
     }
     path.write_bytes(b"cut")  # another size counts as missing and is fetched again
     assert {file.target for file in missing_files(tmp_path)} == {"image_proj/weights", "vae/weights"}

@@ -75,7 +75,8 @@ def save_embedder(path: Path) -> None:
     ]
     numbers = {"start": 0, "end": 512, "axis": 1}
     graph = helper.make_graph(
-        nodes, "embedder",
+        nodes,
+        "embedder",
         [helper.make_tensor_value_info("input.1", TensorProto.FLOAT, ["n", 3, 112, 112])],
         [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 512])],
         [numpy_helper.from_array(np.array([value]), name) for name, value in numbers.items()],
@@ -498,8 +499,12 @@ def test_huge_pictures_are_handled() -> None:
 
 @pytest.mark.parametrize(
     ("size", "nearest"),
-    [(500, "448x448 or 448x512 or 512x448 or 512x512"), ((512, 500), "nearest 512x448 or 512x512"), (0, "64x64"),
-     ((-5, 64), "64x64")],
+    [
+        (500, "448x448 or 448x512 or 512x448 or 512x512"),
+        ((512, 500), "nearest 512x448 or 512x512"),
+        (0, "64x64"),
+        ((-5, 64), "64x64"),
+    ],
 )
 def test_other_sizes_are_refused_with_the_nearest(size: int | tuple[int, int], nearest: str) -> None:
     with pytest.raises(PortraitError, match=nearest):

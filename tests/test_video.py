@@ -123,7 +123,8 @@ def test_packets_of_sound_and_picture_alternate_even_if_all_sound_came_first(tmp
     with av.open(str(path)) as file:
         packets = sorted(
             (packet.pos, packet.stream.type, float(packet.dts * packet.time_base))
-            for packet in file.demux() if packet.dts is not None
+            for packet in file.demux()
+            if packet.dts is not None
         )
     latest = {"video": 0.0, "audio": 0.0}
     for _, kind, time in packets:
@@ -255,7 +256,10 @@ def test_ctrl_c_in_the_middle_of_encoding_leaves_every_frame_so_far_playable(tmp
     """)
     path = tmp_path / "a.mp4"
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", script, str(path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
@@ -323,7 +327,11 @@ def test_eighteen_thousand_frames_cost_no_memory(tmp_path: Path) -> None:
     """)
     path = tmp_path / "a.mp4"
     result = subprocess.run(
-        [sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True, check=True,
+        [sys.executable, "-c", script, str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     info = probe(path)

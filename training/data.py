@@ -1,7 +1,7 @@
-"""The training set: toon performances, stored as what the Diffusion Net sees (latents, speech features, labels), in shards.
+"""The training set: toon performances as the Diffusion Net sees them (latents, speech features, labels), in shards.
 
-Making the set is a job of its own because the VAE and the speech encoder are frozen by then: rendering and encoding once
-is cheaper than at every step. Shards are written atomically, so an interrupted run goes on with the next one.
+Making the set is a job of its own because the VAE and the speech encoder are frozen by then: rendering and encoding
+once is cheaper than at every step. Shards are written atomically, so an interrupted run goes on with the next one.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def make_clip(vae, speech: SpeechEncoder, rng: np.random.Generator) -> dict[str,
 @torch.no_grad()
 def make_face(vae, rng: np.random.Generator) -> dict[str, Tensor]:
     """One face in unrelated poses: latents [8, 4, h, w], portrait [4, h, w]."""
-    frames = toon.render(toon.sample_identity(rng), torch.cat([toon.neutral_motion()[None], random_motions(FACE_FRAMES, rng)]))
+    frames = toon.render(
+        toon.sample_identity(rng), torch.cat([toon.neutral_motion()[None], random_motions(FACE_FRAMES, rng)])
+    )
     latents = encode(vae, frames)
     return {"latents": latents[1:], "portrait": latents[0]}
 
@@ -83,7 +85,9 @@ def encoders(checkpoint: Path) -> tuple[Any, SpeechEncoder]:
     """The trained VAE and speech encoder, frozen."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(checkpoint / "vae", low_cpu_mem_usage=False).float().eval().requires_grad_(False)
+    vae = (
+        AutoencoderKL.from_pretrained(checkpoint / "vae", low_cpu_mem_usage=False).float().eval().requires_grad_(False)
+    )
     return vae, SpeechEncoder.from_pretrained(checkpoint / "wav2vec2")
 
 

@@ -99,7 +99,9 @@ def evaluate(
             shown = torch.linspace(0, len(frames) - 1, SHEET_FRAMES).round().long()
             pictures += [toon.render(case.identity, case.motion[shown]), frames[shown]]
     for mouth, other in zip(mouths, cases[1:] + cases[:1]):
-        measured["swapped_correlation"].append(correlation_and_lag(mouth, other.motion[: len(mouth), MOUTH]).correlation)
+        measured["swapped_correlation"].append(
+            correlation_and_lag(mouth, other.motion[: len(mouth), MOUTH]).correlation
+        )
     figures = {name: float(np.mean(values)) for name, values in measured.items()}
     out.mkdir(parents=True, exist_ok=True)
     settings = {"clips": clips, "steps": steps, "guidance_scale": guidance_scale}

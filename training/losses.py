@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def draw_sigma(count: int, mean: float, generator: torch.Generator) -> Tensor:
-    """Noise levels [count] in (0, 1), logit-normal about `mean`: the middle is hardest (Esser et al. 2024, section 3.1)."""
+    """Noise levels [count] in (0, 1), logit-normal about `mean` (Esser et al. 2024, section 3.1)."""
     return (mean + torch.randn(count, generator=generator)).sigmoid()
 
 
@@ -19,11 +19,13 @@ def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]
     return (1 - sigma) * clean + sigma * noise, noise - clean
 
 
-def robust_flow_loss(predicted: Tensor, velocity: Tensor, sigma: Tensor, weight: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def robust_flow_loss(
+    predicted: Tensor, velocity: Tensor, sigma: Tensor, weight: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
     """Mean squared error of the velocity, leaving out samples whose clean estimate is too far off.
 
-    An error e of the velocity moves the clean estimate by sigma * e; a sample whose mean square of that exceeds `threshold`
-    is taken for a bad one (a cut, a wrong sound) and dropped from the step.
+    An error e of the velocity moves the clean estimate by sigma * e; a sample whose mean square of that exceeds
+    `threshold` is taken for a bad one (a cut, a wrong sound) and dropped from the step.
 
     Args:
         predicted, velocity: [B, 4, F, h, w].

@@ -1,4 +1,4 @@
-"""Sizes and schedules of the toon checkpoint, as data: network configurations in the released form and one dataclass per job."""
+"""Sizes and schedules of the toon checkpoint, as data: networks in the released form, a dataclass per stage."""
 
 from __future__ import annotations
 
@@ -129,9 +129,26 @@ class StageConfig:
 
 
 TOON_STAGES = (
-    StageConfig(name="stage1", steps=1800, faces=True, frames=4, batch=12, train=("reference", "spatial", "projections"),
-                learning_rate=1e-3, mouth_weight=1.0, sigma_mean=0.3),
-    StageConfig(name="stage2", steps=3600, join_step=150, sigma_mean=0.7),
-    StageConfig(name="stage3", steps=400, train=("audio", "memory", "projections"), past_windows=(1, 2, 3),
-                learning_rate=2e-4, warmup_steps=30, sigma_mean=0.7, robust_threshold=0.3),
+    StageConfig(
+        name="stage1",
+        steps=1800,
+        faces=True,
+        frames=4,
+        batch=12,
+        train=("reference", "spatial", "projections"),
+        learning_rate=1e-3,
+        mouth_weight=1.0,
+        sigma_mean=0.3,
+    ),
+    StageConfig(name="stage2", steps=3000, join_step=150, sigma_mean=0.7),
+    StageConfig(
+        name="stage3",
+        steps=300,
+        train=("audio", "memory", "projections"),
+        past_windows=(1, 2, 3),
+        learning_rate=2e-4,
+        warmup_steps=30,
+        sigma_mean=0.7,
+        robust_threshold=0.3,
+    ),
 )

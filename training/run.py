@@ -1,4 +1,4 @@
-"""What every training job shares: resumable state on disk, a progress bar, an exponential moving average, a log file."""
+"""What every training job shares: state on disk to resume from, a progress bar, a log, an average of weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from tqdm import tqdm
 class Job:
     """A training loop that can be stopped at any step and goes on from its last save.
 
-    Use as `for step in job.steps(): ...; job.log(loss=...)`. Saves every `save_every` seconds and at the end, atomically.
+    Use as `for step in job.steps(): ...; job.log(loss=...)`. Saves every `save_every` seconds and at the end,
+    atomically.
 
     Args:
         folder: where state.pt and log.jsonl go.
         total: number of steps.
         modules: saved and restored by name.
         optimizer: saved and restored.
-        generator: random numbers of the loop, saved and restored so that a resumed run draws what the whole run would have.
+        generator: random numbers of the loop, saved and restored so that a resumed run draws what the whole run would
+            have.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class Job:
         """Shows the values in the bar and appends them to log.jsonl."""
         values = {k: float(v) if isinstance(v, Tensor) else v for k, v in values.items()}
         if self.bar is not None:
-            self.bar.set_postfix({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}, refresh=False)
+            self.bar.set_postfix(
+                {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}, refresh=False
+            )
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **values}) + "\n")
 

@@ -1,8 +1,8 @@
-"""Trains the toon checkpoint's small speech encoder (wav2vec 2.0) and emotion detector (emotion2vec and head) on toon voices.
+"""Trains the toon checkpoint's small speech encoder (wav2vec 2.0) and emotion detector on toon voices.
 
-The released encoders learned from thousands of hours without labels; small ones cannot, so here they learn with labels: the
-speech encoder to tell how far and how wide the mouth is open, the emotion detector the eight emotions. The read-out layer of
-the former is thrown away: what is kept are hidden states, as in the released model.
+The released encoders learned from thousands of hours without labels; small ones cannot, so here they learn with labels:
+the speech encoder to tell how far and how wide the mouth is open, the emotion detector the eight emotions. The read-out
+layer of the former is thrown away: what is kept are hidden states, as in the released model.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BATCH = 12
 def utterance(
     seconds: float, rng: np.random.Generator, real_share: float = 0.0, emotion: int | None = None
 ) -> voices.Utterance:
-    """A random voice saying something; with probability `real_share` one of espeak-ng's, where it is installed (the emotion is
-    then only a label: those voices have none)."""
+    """A random voice saying something; with probability `real_share` one of espeak-ng's, where it is installed (the
+    emotion is then only a label: those voices have none)."""
     if emotion is None:
         emotion = int(rng.integers(8))
     if real_share and rng.random() < real_share and voices.espeak_available():
@@ -45,8 +45,15 @@ def waveforms(batch: list[voices.Utterance]) -> Tensor:
 def train_speech(folder: Path, steps: int = SPEECH_STEPS) -> Path:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
-    encoder = SpeechEncoder.from_config({**presets.SPEECH, "hidden_dropout": 0.0, "attention_dropout": 0.0,
-                                         "activation_dropout": 0.0, "feat_proj_dropout": 0.0})
+    encoder = SpeechEncoder.from_config(
+        {
+            **presets.SPEECH,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "activation_dropout": 0.0,
+            "feat_proj_dropout": 0.0,
+        }
+    )
     readout = nn.Linear(presets.SPEECH_DIM, 2)
     parameters = [*encoder.parameters(), *readout.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
@@ -57,7 +64,9 @@ def train_speech(folder: Path, steps: int = SPEECH_STEPS) -> Path:
             group["lr"] = 1e-3 * run.warmup_cosine(step, steps, 60)
         rng = run.numpy_rng(generator)
         batch = [utterance(2.0, rng, real_share=0.25) for _ in range(BATCH)]
-        wanted = torch.stack([torch.stack([torch.as_tensor(u.mouth_open), torch.as_tensor(u.mouth_width)], -1) for u in batch]).float()
+        wanted = torch.stack(
+            [torch.stack([torch.as_tensor(u.mouth_open), torch.as_tensor(u.mouth_width)], -1) for u in batch]
+        ).float()
         noisy = waveforms(batch)
         noisy = noisy + torch.rand(BATCH, 1, generator=generator) * 0.1 * torch.randn(noisy.shape, generator=generator)
         predicted = readout(encoder(noisy, wanted.shape[1])[:, :, -1])

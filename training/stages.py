@@ -1,4 +1,4 @@
-"""The three stages of diffusion training (MEMO section 4.3), small: faces, then audio and memory, then longer memories."""
+"""The three stages of diffusion training (MEMO section 4.3), small: faces; audio and memory; longer memories."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ class Nets(nn.Module):
         self.diffusion_net = DiffusionNet(NetConfig.from_json(presets.DIFFUSION_NET))
         self.image_proj = ImageProjection(presets.FACE_EMBEDDING, presets.TOKEN_DIM)
         self.audio_proj = AudioProjection(
-            (2 * data.CONTEXT + 1) * presets.SPEECH_LAYERS * presets.SPEECH_DIM, 256, presets.TOKEN_DIM, presets.AUDIO_TOKENS
+            (2 * data.CONTEXT + 1) * presets.SPEECH_LAYERS * presets.SPEECH_DIM,
+            256,
+            presets.TOKEN_DIM,
+            presets.AUDIO_TOKENS,
         )
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -59,18 +62,24 @@ class Nets(nn.Module):
 def initialise(nets: Nets) -> None:
     """A start from which the networks can grow, as the released ones grew out of Stable Diffusion's.
 
-    Both nets begin with equal weights and with queries equal to keys, so that a place in the video attends first to places
-    like it in the portrait; new modules begin silent (zero output).
+    Both nets begin with equal weights and with queries equal to keys, so that a place in the video attends first to
+    places like it in the portrait; new modules begin silent (zero output).
     """
     own = nets.diffusion_net.state_dict()
-    nets.reference_net.load_state_dict({k: v for k, v in own.items() if k in nets.reference_net.state_dict()}, strict=False)
+    nets.reference_net.load_state_dict(
+        {k: v for k, v in own.items() if k in nets.reference_net.state_dict()}, strict=False
+    )
     for net in (nets.diffusion_net, nets.reference_net):
         for name, module in net.named_modules():
             if name.endswith("attn1") and ".attentions." in name:
                 module.to_q.weight.mul_(1.7)
                 module.to_k.weight.copy_(module.to_q.weight)
     for name, module in nets.diffusion_net.named_modules():
-        if name.endswith("proj_out") and (".audio_modules." in name or ".motion_modules." in name) or name == "conv_out":
+        if (
+            name.endswith("proj_out")
+            and (".audio_modules." in name or ".motion_modules." in name)
+            or name == "conv_out"
+        ):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
@@ -140,8 +149,14 @@ def flow_loss(nets: Nets, batch: Batch, config: StageConfig, generator: torch.Ge
     level = sigma.view(count, 1, frames, 1, 1)
     noisy, velocity = losses.noised(clean, noise, level)
     predicted = nets.diffusion_net(
-        noisy, sigma * 1000, reference=reference, memory=memory, face_tokens=face_tokens.expand(count, -1, -1),
-        audio_tokens=audio_tokens, emotion=emotion, unconditional=unconditional,
+        noisy,
+        sigma * 1000,
+        reference=reference,
+        memory=memory,
+        face_tokens=face_tokens.expand(count, -1, -1),
+        audio_tokens=audio_tokens,
+        emotion=emotion,
+        unconditional=unconditional,
     )
     weight = 1 + (config.mouth_weight - 1) * batch.focus[order].view(count, 1, 1, height, width)
     return losses.robust_flow_loss(predicted.float(), velocity, level, weight, config.robust_threshold)
@@ -177,7 +192,9 @@ def train(config: StageConfig, folder: Path, previous: Path | None) -> Path:
         for parameter in parameters:
             parameter.requires_grad_(name in config.train)
     optimizer = torch.optim.AdamW(
-        [{"params": groups[name], "name": name} for name in config.train], lr=config.learning_rate, betas=(0.9, 0.99),
+        [{"params": groups[name], "name": name} for name in config.train],
+        lr=config.learning_rate,
+        betas=(0.9, 0.99),
         weight_decay=0.01,
     )
     generator = torch.Generator().manual_seed(config.seed + 1)
@@ -210,7 +227,7 @@ def train(config: StageConfig, folder: Path, previous: Path | None) -> Path:
 
 @torch.no_grad()
 def preview(nets: Nets, config: StageConfig, folder: Path, step: int) -> None:
-    """A picture of a few samples: in each row the portrait, then true frames, then sampled ones under the same conditions."""
+    """A picture of samples: in each row the portrait, true frames, and sampled ones under the same conditions."""
     generator = torch.Generator().manual_seed(7)
     batch = next(draws(config, folder, generator))
     vae, _ = data.encoders(folder / "checkpoint")
@@ -228,14 +245,18 @@ def preview(nets: Nets, config: StageConfig, folder: Path, step: int) -> None:
         noise = torch.randn(clean[None].shape, generator=generator)
         sampled = sample_window(nets, noise, conditions, Settings(steps=10, guidance_scale=1.0))[0]
         step_by = max(1, clean.shape[1] // 4)
-        pictures += [decode(vae, x) for x in (portrait[0][:, None], clean[:, ::step_by][:, :4], sampled[:, ::step_by][:, :4])]
+        pictures += [
+            decode(vae, x) for x in (portrait[0][:, None], clean[:, ::step_by][:, :4], sampled[:, ::step_by][:, :4])
+        ]
     frames = (torch.cat(pictures) * 255).round().to(torch.uint8)
-    run.contact_sheet(frames, len(frames) // min(PREVIEWS, len(batch.portrait)), folder / "samples" / f"{config.name}_{step:05d}.png")
+    run.contact_sheet(
+        frames, len(frames) // min(PREVIEWS, len(batch.portrait)), folder / "samples" / f"{config.name}_{step:05d}.png"
+    )
 
 
 def assemble(folder: Path, out: Path) -> None:
-    """Gathers what the jobs in `folder` made into a checkpoint in the released layout, half precision, with a record of the
-    training (steps, seconds, hardware)."""
+    """Gathers what the jobs in `folder` made into a checkpoint in the released layout, half precision, with a record of
+    the training (steps, seconds, hardware)."""
     last = presets.TOON_STAGES[-1].name
     nets = Nets()
     nets.load_state_dict(torch.load(folder / f"{last}.pt", weights_only=True))

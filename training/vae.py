@@ -20,7 +20,7 @@ SCALING = presets.VAE["scaling_factor"]
 
 
 def random_motions(count: int, rng: np.random.Generator) -> Tensor:
-    """Motions over their whole range, not only those a performance visits, half of them with a closed mouth or open eyes."""
+    """Motions over their whole range, beyond what a performance visits, many with a shut mouth or open eyes."""
     motion = rng.uniform(-1, 1, (count, len(toon.MOTION))).astype(np.float32)
     for name in ("mouth_open", "lids"):
         index = toon.MOTION.index(name)
@@ -33,7 +33,10 @@ def random_motions(count: int, rng: np.random.Generator) -> Tensor:
 def random_faces(identities: int, frames: int, rng: np.random.Generator) -> Tensor:
     """uint8 [identities * frames, 3, H, W]."""
     return torch.cat(
-        [toon.render(toon.sample_identity(rng), random_motions(frames, rng), presets.IMAGE_SIZE) for _ in range(identities)]
+        [
+            toon.render(toon.sample_identity(rng), random_motions(frames, rng), presets.IMAGE_SIZE)
+            for _ in range(identities)
+        ]
     )
 
 
@@ -44,9 +47,9 @@ def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
 def loss(vae, pictures: Tensor, anchor: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Absolute error of pixels and of edges, at two scales, and what keeps the latents easy to sample.
 
-    A pull towards a normal distribution makes the decoder forgive small errors of a sampler. `anchor` pulls the first three
-    latent channels towards the patch's mean colour: colour is what a small autoencoder with group norms learns last, and
-    latents that look like the picture are easier to diffuse.
+    A pull towards a normal distribution makes the decoder forgive small errors of a sampler. `anchor` pulls the first
+    three latent channels towards the patch's mean colour: colour is what a small autoencoder with group norms learns
+    last, and latents that look like the picture are easier to diffuse.
     """
     posterior = vae.encode(pictures).latent_dist
     latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
@@ -61,8 +64,8 @@ def loss(vae, pictures: Tensor, anchor: float, generator: torch.Generator) -> tu
 
 @torch.no_grad()
 def standardise(vae, pictures: Tensor) -> None:
-    """Rescales each latent channel to mean 0 and standard deviation 1 / scaling, exactly undone by the decoder's first layer,
-    so that scaled latents are as wide as the noise they start from."""
+    """Rescales each latent channel to mean 0 and standard deviation 1 / scaling, exactly undone by the decoder's first
+    layer, so that scaled latents are as wide as the noise they start from."""
     mean = vae.encode(pictures).latent_dist.mean
     centre, spread = mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3))
     factor = (1 / SCALING) / spread

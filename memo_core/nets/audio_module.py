@@ -63,7 +63,7 @@ class JointAttention(nn.Module):
 
 
 class _JointBlock(nn.Module):
-    """Self-attention of each modality, then joint attention, then feed-forward. The net's last block drops the audio."""
+    """Self-attention of each modality, joint attention, feed-forward. The net's last block drops the audio."""
 
     def __init__(self, dim: int, audio_dim: int, heads: int, final: bool, ops: Any):
         super().__init__()
@@ -97,14 +97,16 @@ class AudioModule(nn.Module):
 
     Args:
         dim: channels of the frames at this layer.
-        inner_dim: working width; in the released net the channels that *enter* the block on the way down, and those of the
-            next finer level on the way up, not `dim`.
+        inner_dim: working width; in the released net the channels that *enter* the block on the way down, and those of
+            the next finer level on the way up, not `dim`.
         audio_dim: width of an audio token.
         heads: attention heads.
         final: the net's last audio module, which returns no audio tokens.
     """
 
-    def __init__(self, dim: int, inner_dim: int, audio_dim: int, heads: int, groups: int, final: bool = False, ops: Any = nn):
+    def __init__(
+        self, dim: int, inner_dim: int, audio_dim: int, heads: int, groups: int, final: bool = False, ops: Any = nn
+    ):
         super().__init__()
         self.norm = ops.GroupNorm(groups, dim, eps=1e-6)
         self.proj_in = ops.Conv2d(dim, inner_dim, 1)

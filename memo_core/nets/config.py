@@ -58,7 +58,9 @@ class NetConfig:
         """Reads a config.json in the released form; raises CheckpointError for a setting that is not implemented."""
         for name, allowed in _ONLY.items():
             if name in config and config[name] not in allowed:
-                raise CheckpointError(f"config.json: {name} = {config[name]!r} is not supported, only {allowed[0]!r} is")
+                raise CheckpointError(
+                    f"config.json: {name} = {config[name]!r} is not supported, only {allowed[0]!r} is"
+                )
         channels = tuple(config["block_out_channels"])
         levels = len(channels)
         attention = tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"])

@@ -1,4 +1,4 @@
-"""Diffusion Net: the denoising video UNet of MEMO (section 3), with the memory as an argument and a value, never as state."""
+"""Diffusion Net: the denoising video UNet of MEMO (section 3); the memory goes in and out, never stays inside."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .spatial import SpatialTransformer
 
 
 class _Block(nn.Module):
-    """One resolution level. Each layer is a residual block, then, where the level has them, spatial attention, multi-modal
-    attention and the memory module."""
+    """One resolution level. Each layer is a residual block, then, where the level has them, spatial attention,
+    multi-modal attention and the memory module."""
 
     def __init__(
         self,
@@ -77,8 +77,16 @@ def _memory_module(dim: int, config: NetConfig, ops: Any) -> MemoryModule:
 class _Window:
     """What every layer of one forward pass reads: embeddings, tokens, and the layer's share of reference and memory."""
 
-    def __init__(self, time: Tensor, face_tokens: Tensor, emotion: Tensor | None, reference: list[Tensor],
-                 memory: list[Memory] | None, frames: int, unconditional_rows: int):
+    def __init__(
+        self,
+        time: Tensor,
+        face_tokens: Tensor,
+        emotion: Tensor | None,
+        reference: list[Tensor],
+        memory: list[Memory] | None,
+        frames: int,
+        unconditional_rows: int,
+    ):
         self.time, self.face_tokens, self.emotion = time, face_tokens, emotion
         self.spatial_only = emotion is None
         self.frames, self.unconditional_rows = frames, unconditional_rows
@@ -115,7 +123,15 @@ class DiffusionNet(nn.Module):
         self.conv_in = ops.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], ops)
         self.down_blocks = nn.ModuleList(
-            _Block(widths, [a for a, _ in widths], config, config.attention[i], config.memory[i], downsample=i < last, ops=ops)
+            _Block(
+                widths,
+                [a for a, _ in widths],
+                config,
+                config.attention[i],
+                config.memory[i],
+                downsample=i < last,
+                ops=ops,
+            )
             for i, widths in enumerate(down_widths(config))
         )
         self.mid_block = _MidBlock(channels[-1], config, ops)
@@ -124,8 +140,16 @@ class DiffusionNet(nn.Module):
             level = last - i
             audio_widths = [channels[max(level - 1, 0)]] * len(widths)
             self.up_blocks.append(
-                _Block(widths, audio_widths, config, config.attention[level], config.memory[level], upsample=i < last,
-                       final=i == last, ops=ops)
+                _Block(
+                    widths,
+                    audio_widths,
+                    config,
+                    config.attention[level],
+                    config.memory[level],
+                    upsample=i < last,
+                    final=i == last,
+                    ops=ops,
+                )
             )
         self.conv_norm_out = ops.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_out = ops.Conv2d(channels[0], config.out_channels, 3, padding=1)
@@ -148,8 +172,8 @@ class DiffusionNet(nn.Module):
             frames: F.
 
         Returns:
-            (kv [B, N, H, D, D], z [B, N, H, D]) per memory layer. Memory of several windows is the sum of theirs, each decayed
-            by 0.9^frames per later window (`memory.MemoryState` keeps the weights).
+            (kv [B, N, H, D, D], z [B, N, H, D]) per memory layer. Memory of several windows is the sum of theirs, each
+            decayed by 0.9^frames per later window (`memory.MemoryState` keeps the weights).
         """
         sums = []
         for (block, i, level), feature in zip(self.layers(), past):
@@ -180,8 +204,9 @@ class DiffusionNet(nn.Module):
             memory: as `memory_sums` gives them, or None for a window without a past.
             face_tokens: [B, tokens, cross_attention_dim].
             audio_tokens: [B, F, tokens, audio_attention_dim].
-            emotion: labels 0..9, [B] for one per window or [B * F] for one per frame. None, with audio_tokens None, leaves out
-                multi-modal attention and memory: each frame by itself, as the first stage of training has it.
+            emotion: labels 0..9, [B] for one per window or [B * F] for one per frame. None, with audio_tokens None,
+                leaves out multi-modal attention and memory: each frame by itself, as the first stage of training has
+                it.
             unconditional: the first rows of the batch do not see the reference.
 
         Returns:

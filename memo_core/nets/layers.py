@@ -81,14 +81,16 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         half = self.channels // 2
-        frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=timestep.device, dtype=torch.float32))
+        frequency = torch.exp(
+            -math.log(10000.0) / half * torch.arange(half, device=timestep.device, dtype=torch.float32)
+        )
         angle = timestep.float()[:, None] * frequency[None]
         embedding = torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
 class ResnetBlock(nn.Module):
-    """Residual block of two 3x3 convolutions on [R, C, h, w]; the time embedding [B, T] is added between them, R = B * F."""
+    """Two 3x3 convolutions on [R, C, h, w], the time embedding [B, T] added between them, R = B * F; residual."""
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int, eps: float, ops: Any = nn):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Reference Net: the Stable Diffusion 1.5 UNet, kept up to the features that the Diffusion Net reads (MEMO section 3.1)."""
+"""Reference Net: the Stable Diffusion 1.5 UNet up to the features that the Diffusion Net reads (MEMO section 3.1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .layers import Attention, Downsample, FeedForward, ResnetBlock, TimestepEmb
 
 
 class _TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the face tokens, feed-forward. The last block of the net stops at its feature."""
+    """Self-attention, attention to the face tokens, feed-forward. The last block of the net stops at its feature."""
 
     def __init__(self, dim: int, config: NetConfig, final: bool, ops: Any):
         super().__init__()
@@ -51,7 +51,7 @@ class _Transformer(nn.Module):
 
 
 class _Block(nn.Module):
-    """One resolution level: pairs of residual block and (where the level has attention) transformer, then resampling."""
+    """One resolution level: residual blocks, each with a transformer where the level has attention; resampling."""
 
     def __init__(
         self,
@@ -151,8 +151,9 @@ class ReferenceNet(nn.Module):
             face_tokens: [R, tokens, C] from the image projection, one set per row.
 
         Returns:
-            One feature [R, N, C] per layer in the order the Diffusion Net consumes them: down, middle, up. Where the layer
-            has attention it is the hidden state normalised for self-attention, elsewhere the residual block's output.
+            One feature [R, N, C] per layer in the order the Diffusion Net consumes them: down, middle, up. Where the
+            layer has attention it is the hidden state normalised for self-attention, elsewhere the residual block's
+            output.
         """
         time = self.time_embedding(torch.zeros(1, device=latents.device), latents.dtype)
         x = self.conv_in(latents)
