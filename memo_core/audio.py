@@ -88,7 +88,8 @@ def load_audio(path: str | Path) -> tuple[Tensor, int]:
                 if resampler is None:
                     rate = frame.sample_rate
                     resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=rate)
-                    buffer = np.empty((frame.layout.nb_channels, int((declared + 1) * rate)), np.float32)
+                    # What the file declares may be a lie: a minute at first, then half as much again.
+                    buffer = np.empty((frame.layout.nb_channels, int((min(declared, 60) + 1) * rate)), np.float32)
                 for piece in resampler.resample(frame):
                     if filled + piece.samples > buffer.shape[1]:
                         room = np.empty((len(buffer), buffer.shape[1] // 2 + piece.samples), np.float32)

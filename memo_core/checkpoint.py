@@ -38,11 +38,13 @@ if TYPE_CHECKING:
 
 EMBEDDED = ("toon",)  # checkpoints that ship with the program, loaded by name
 EMOTION_HEAD = "misc/audio_emotion_classifier"
+# What libraries raise for settings that contradict each other or are of the wrong kind.
+_IMPOSSIBLE = (ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 @dataclass(kw_only=True)
 class Networks:
-    """Everything a checkpoint holds, ready to run, on one device and of one dtype."""
+    """Everything a checkpoint holds, ready to run on one device; the speech and emotion encoders in float32."""
 
     reference_net: ReferenceNet
     diffusion_net: DiffusionNet
@@ -154,6 +156,8 @@ def load(
                 module = build(weights)
         except KeyError as error:
             raise CheckpointError(f"{path} lacks {error}, which gives the network's size") from error
+        except _IMPOSSIBLE as error:
+            raise CheckpointError(f"no network fits {path} and the config.json beside it: {error}") from error
         load_strict(module, {key: tensor.to(device, dtype) for key, tensor in weights.items()}, path)
         digests.append(weights_digest(weights))
         return module.eval().requires_grad_(False)
@@ -169,15 +173,21 @@ def load(
     vae_config = read_json(folder / "vae" / "config.json")
     vae = net("vae", lambda _: AutoencoderKL.from_config(vae_config), _current_vae_keys)
 
+    try:
+        speech_encoder = SpeechEncoder.from_pretrained(folder / "wav2vec2", dtype=torch.float32, device=device)
+        emotion_encoder = Emotion2Vec.from_pretrained(folder / "emotion2vec").to(device)
+        emotion_head = EmotionHead.from_pretrained(folder / EMOTION_HEAD).to(device)
+    except _IMPOSSIBLE as error:
+        raise CheckpointError(f"{folder}: wav2vec2, emotion2vec or {EMOTION_HEAD} cannot be built: {error}") from error
     return Networks(
         reference_net=reference_net,
         diffusion_net=diffusion_net,
         image_proj=image_proj,
         audio_proj=audio_proj,
         vae=vae,
-        speech_encoder=SpeechEncoder.from_pretrained(folder / "wav2vec2", dtype=torch.float32, device=device),
-        emotion_encoder=Emotion2Vec.from_pretrained(folder / "emotion2vec").to(device),
-        emotion_head=EmotionHead.from_pretrained(folder / EMOTION_HEAD).to(device),
+        speech_encoder=speech_encoder,
+        emotion_encoder=emotion_encoder,
+        emotion_head=emotion_head,
         folder=folder,
         digest=hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
         sample_size=read_json(folder / "diffusion_net" / "config.json").get("sample_size") or 64,

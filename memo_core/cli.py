@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="memo: %(message)s")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     parser = build_parser()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job keeps what it has, as with Ctrl-C
     try:
         args = parser.parse_args(argv)
     except SystemExit as end:  # argparse has said why
@@ -51,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; no file was written")
         return INTERRUPTED
+    except MemoryError:
+        return _fail("out of memory: try a smaller --size or a shorter --duration")
     except MemoError as error:
         return _fail(str(error))
     except OSError as error:
@@ -117,6 +122,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     add("--size", "pixels, multiples of 64 (default: as trained)", type=_size, metavar="N|WxH")
     add("--crop", "around the face, or the middle (default: %(default)s)", choices=("face", "none"), default="face")
     add("--face", "which face, 0 is the largest (default: the largest)", type=int, metavar="N")
+    add("--require-face", "stop where no face is found, rather than go on without one", action="store_true")
     add(
         "--context",
         "how much sound around each part it is heard in; auto is whole up to a minute (default: auto)",
@@ -133,7 +139,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     add("--device", "auto, cpu, cuda, cuda:1, ... (default: %(default)s)", default="auto")
     add(
         "--dtype",
-        "auto is bfloat16 on cuda, else float32 (default: %(default)s)",
+        "auto is bfloat16 on cuda (float16 on old cards), else float32 (default: %(default)s)",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
@@ -143,7 +149,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
 
 
 def generate(args: argparse.Namespace) -> int:
-    output = Path(args.output or Path(args.voice).with_suffix(".mp4").name)
+    output = Path(args.output or Path(Path(args.voice).stem + ".mp4"))
     for given in (args.portrait, args.voice):
         if output.exists() and Path(given).exists() and output.samefile(given):
             raise MemoError(f"the video would replace {given}; name another with -o")
@@ -169,7 +175,14 @@ def generate(args: argparse.Namespace) -> int:
     device, dtype = _device(args)
 
     pipe = MemoPipeline.from_pretrained(args.checkpoint, device, dtype)
-    reference = pipe.encode_reference(portrait, size=args.size, crop=args.crop, face_index=args.face)
+    reference = pipe.encode_reference(
+        portrait,
+        size=args.size,
+        crop=args.crop,
+        face_index=args.face,
+        no_face="error" if args.require_face or args.face is not None else "warn",
+    )
+    memory.require(pipe.nets.digest, reference.digest)  # before the voice, which may take minutes
     height, width = reference.pixels.shape[1:]
     model = f"{Path(args.checkpoint).name} ({pipe.nets.digest})"
     about = {"model": model, "seed": args.seed, "steps": args.steps, "guidance": args.guidance, "emotion": args.emotion}
@@ -199,33 +212,37 @@ def generate(args: argparse.Namespace) -> int:
                 seed=settings.seed,
                 on_progress=bar.steps,
             )
-            memory, interrupted = _write(windows, writer, memory)
-    if interrupted and writer.frames_written < count:
-        return _interrupted(args, writer, memory, start)
+            memory, stopped = _write(windows, writer, memory)
+    if stopped is not None and writer.frames_written < count:
+        return _stopped(args, writer, memory, start, stopped)
     if args.memory_out:
         memory.save(args.memory_out)
     print(f"{output}: {count} frames, {count / FPS:.2f} s, {width}x{height}, {count / bar.seconds:.2f} frames/s")
     return OK
 
 
-def _write(windows: Iterator[Window], writer: VideoWriter, memory: MemoryState) -> tuple[MemoryState, bool]:
-    """Writes window after window and ends the file, after Ctrl-C with what there is.
+def _write(
+    windows: Iterator[Window], writer: VideoWriter, memory: MemoryState
+) -> tuple[MemoryState, BaseException | None]:
+    """Writes window after window and ends the file, after Ctrl-C or an error with what there is.
 
-    Returns the memory after the last window in the file, and whether Ctrl-C came.
+    Returns the memory after the last window in the file, and what stopped it early.
     """
     from .clips import to_uint8
 
-    before, after, written, interrupted = memory, memory, 0, False
+    before, after, written, stopped = memory, memory, 0, None
     try:
         for window in windows:
             before, after, written = after, window.memory, writer.frames_written
             writer.write_frames(to_uint8(window.frames))
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, Exception) as reason:
+        stopped = reason
+        if not isinstance(reason, KeyboardInterrupt) and writer.path.exists():
+            writer.path = writer.path.with_stem(f"{writer.path.stem}-partial")  # an older video stays as it was
     with _uninterrupted():
-        writer.finish(partial=interrupted)
+        writer.finish(partial=stopped is not None)
     # Only the writer knows whether the interrupt came before or after it took the last window.
-    return (after if writer.frames_written > written else before), interrupted
+    return (after if writer.frames_written > written else before), stopped
 
 
 @contextmanager
@@ -238,10 +255,14 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _interrupted(args: argparse.Namespace, writer: VideoWriter, memory: MemoryState, start: int) -> int:
-    """Saves the memory after Ctrl-C, and says what there is and how to go on."""
+def _stopped(
+    args: argparse.Namespace, writer: VideoWriter, memory: MemoryState, start: int, reason: BaseException
+) -> int:
+    """Saves the memory after Ctrl-C or an error, and says what there is and how to go on; then raises the error."""
     done = writer.frames_written
     if not done:
+        if not isinstance(reason, KeyboardInterrupt):
+            raise reason
         _say("interrupted before the first frames were finished; no file was written")
         return INTERRUPTED
     state = args.memory_out or str(writer.path.with_suffix(".memory.safetensors"))
@@ -252,6 +273,8 @@ def _interrupted(args: argparse.Namespace, writer: VideoWriter, memory: MemorySt
         changes["duration"] = args.duration - done / FPS
     holds = f"{writer.path} holds the first {done} frames ({done / FPS:.2f} s)"
     _say(f"interrupted: {holds}. To go on: {_command(args, changes)}")
+    if not isinstance(reason, KeyboardInterrupt):
+        raise reason
     return INTERRUPTED
 
 
@@ -299,7 +322,9 @@ def _device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         raise MemoError(f"--device is {args.device!r}, but {seen}")
     dtype = args.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = "float32"
+        if device.type == "cuda":  # cards before Ampere only emulate bfloat16
+            dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
     return device, getattr(torch, dtype)
 
 
@@ -461,16 +486,22 @@ def _check_folder(path: str | Path | None) -> None:
 
 
 def _positive_int(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return value
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return value
 
 

@@ -46,11 +46,12 @@ class Clip:
 
     def to_tensor(self) -> Tensor:
         """All frames, float32 [F, H, W, 3] in [0, 1]."""
-        if not self.num_frames:
-            height, width = (8 * size for size in self.latents.shape[2:])
-            return torch.zeros(0, height, width, 3)
-        windows = (self.decode(window) for window in self.latents.split(WINDOW, dim=1))
-        return torch.cat([frames.permute(0, 2, 3, 1).float().cpu() for frames in windows])
+        height, width = (8 * size for size in self.latents.shape[2:])
+        frames = torch.empty(self.num_frames, height, width, 3)
+        for i, window in enumerate(self.latents.split(WINDOW, dim=1)):
+            if window.shape[1]:
+                frames[i * WINDOW : (i + 1) * WINDOW] = self.decode(window).permute(0, 2, 3, 1)
+        return frames
 
 
 def to_uint8(frames: Tensor) -> np.ndarray:

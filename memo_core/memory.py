@@ -50,11 +50,11 @@ class MemoryEntry:
     digest: str = ""
 
     def __post_init__(self) -> None:
-        if self.latents.ndim != 4 or not 0 < self.latents.shape[0] <= WINDOW:
+        if self.latents.ndim != 4 or not 0 < self.latents.shape[0] <= WINDOW or self.latents.shape[1] != 4:
             raise MemoryStateError(
                 f"an entry's latents are [F, 4, h, w] with F from 1 to {WINDOW}, received {list(self.latents.shape)}"
             )
-        if self.face_embedding.ndim != 2 or len(self.face_embedding) != 1:
+        if tuple(self.face_embedding.shape) != (1, 512):
             raise MemoryStateError(f"an entry's face embedding is [1, 512], received {list(self.face_embedding.shape)}")
         if not (torch.isfinite(self.latents).all() and torch.isfinite(self.face_embedding).all()):
             raise MemoryStateError("an entry holds NaN or infinite values")
@@ -153,8 +153,9 @@ class MemoryState:
 
         After about 7 s nothing is left; what is sampled then starts from the portrait, as a new video does.
         """
-        if not (math.isfinite(seconds) and seconds >= 0):
-            raise MemoryStateError(f"seconds must be finite and at least 0, received {seconds!r}")
+        for name, value in (("seconds", seconds), ("fps", fps)):
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise MemoryStateError(f"{name} must be a finite number, at least 0, received {value!r}")
         return replace(self, entries=self._faded(round(seconds * fps)))
 
     def _faded(self, frames: int) -> tuple[MemoryEntry, ...]:
@@ -165,7 +166,8 @@ class MemoryState:
         """(1 - weight) of `a` and `weight` of `b`, as their sums would blend; weight in [0, 1].
 
         Windows both remember are joined. Where that is more than seven windows of frames, the heaviest stay: of two
-        full pasts three windows each, and what is left out weighs less than 0.9^48, 0.6%.
+        full pasts three windows each, and what is left out weighs less than 0.9^48, 0.6%. A horizon counts again from
+        the next window on.
         """
         if not 0 <= weight <= 1:
             raise MemoryStateError(f"weight must be from 0 to 1, received {weight!r}")
@@ -258,11 +260,12 @@ class MemoryState:
                 for i, weight in enumerate(state["weights"])
             )
             loaded = cls(entries, state["horizon"], int(state["windows"]), state["model"], state["reference"])
+            digest = state["digest"]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MemoryStateError(f"{path} is damaged: {error}") from error
-        if loaded.digest != state["digest"]:
+        if loaded.digest != digest:
             raise MemoryStateError(
-                f"{path} is damaged: its contents have digest {loaded.digest}, its header says {state['digest']}"
+                f"{path} is damaged: its contents have digest {loaded.digest}, its header says {digest}"
             )
         return loaded
 
@@ -293,8 +296,8 @@ Sums = list[tuple[Tensor, Tensor]]
 class SumsCache:
     """The resident sums of the last state used: going on from it costs one window instead of seven.
 
-    A cached result has the same bits as a rebuilt one, because both add the windows in the same order (Horner's
-    scheme).
+    At released sizes they are gigabytes, so there is one copy of them, which each call brings up to date in place. A
+    cached result has the same bits as a rebuilt one, because both add the windows in the same order (Horner's scheme).
     """
 
     def __init__(self) -> None:
@@ -304,24 +307,31 @@ class SumsCache:
     def clear(self) -> None:
         self._key, self._sums = (), []
 
-    def sums(self, state: MemoryState, context: str, of_entry: Callable[[MemoryEntry], Sums]) -> Sums:
-        """The memory of `state`, [(kv, z)] per memory layer.
+    @torch.inference_mode()  # always, so that what was made inside the mode can be updated wherever it is used next
+    def sums(
+        self, state: MemoryState, context: str, of_entry: Callable[[MemoryEntry], Iterable[tuple[Tensor, Tensor]]]
+    ) -> Sums:
+        """The memory of `state`, [(kv, z)] per memory layer; valid until the next call.
 
         Args:
             context: whatever else the sums depend on (guidance, dtype, device).
-            of_entry: sums of one entry at weight 1.
+            of_entry: sums of one entry at weight 1, layer by layer.
         """
         steps = _horner(state.entries)
         keys = [context] + [f"{factor:.9g}*+{entry.digest}" for factor, entry in steps]
-        for done in range(len(keys), 0, -1):
-            if self._key == tuple(keys[:done]) and done > 1:
-                sums = self._sums
-                break
+        done = len(self._key)
+        if done > 1 and self._key == tuple(keys[:done]):
+            sums = self._sums
         else:
             done, sums = 1, []
+        self.clear()  # while they change: an interrupt must not leave half of a sum behind
         for factor, entry in steps[done - 1 :]:
-            new = of_entry(entry)
-            sums = new if not sums else [(kv * factor + a, z * factor + b) for (kv, z), (a, b) in zip(sums, new)]
+            if not sums:
+                sums = list(of_entry(entry))
+                continue
+            for (kv, z), (a, b) in zip(sums, of_entry(entry), strict=True):
+                kv.mul_(factor).add_(a)
+                z.mul_(factor).add_(b)
         self._key, self._sums = tuple(keys), sums
         last = state.entries[-1].weight
         return sums if last == 1.0 else [(kv * last, z * last) for kv, z in sums]

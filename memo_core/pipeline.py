@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -235,9 +235,14 @@ class MemoPipeline:
             memory = window.memory
         sampled = torch.cat(latents, dim=1)
         wanted = audio.num_frames - start if num_frames is None else num_frames
-        return Clip(sampled, start, audio.fps, self.decode, stopped=sampled.shape[1] < wanted), memory
+        return Clip(
+            sampled, start, audio.fps, partial(decode, self.nets.vae), stopped=sampled.shape[1] < wanted
+        ), memory
 
-    @torch.no_grad()
+    def free_memory(self) -> None:
+        """Lets go of the memory sums kept for going on, gigabytes at 512 x 512; they are rebuilt when needed."""
+        self._sums.clear()
+
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1]."""
         return decode(self.nets.vae, latents)

@@ -19,7 +19,7 @@ class Reference:
         pixels: [3, H, W] in [-1, 1].
         latents: [1, 4, H / 8, W / 8] float32 on the CPU, scaled VAE mean.
         face_embedding: [1, 512] float32; zeros where no face was found.
-        digest: identifies latents and face embedding.
+        digest: identifies the picture, by its pixels in 8 bits: the same on every device and in every precision.
     """
 
     pixels: Tensor
@@ -40,7 +40,8 @@ class Reference:
                 )
             if not torch.isfinite(tensor).all():
                 raise PortraitError(f"the reference's {name} hold NaN or infinite values")
-        object.__setattr__(self, "digest", tensors_digest(self.latents, self.face_embedding))
+        pixels = ((self.pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
+        object.__setattr__(self, "digest", tensors_digest(pixels))
 
 
 def tensors_digest(*tensors: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -44,8 +45,8 @@ class Settings:
             raise SamplingError(f"steps must be a whole number from 1 to 1000, received {self.steps!r}")
         if not isinstance(self.guidance_scale, (int, float)) or not 1 <= self.guidance_scale <= 100:
             raise SamplingError(f"guidance_scale must be from 1 (no guidance) to 100, received {self.guidance_scale!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise SamplingError(f"seed must be a whole number from 0 to 2^63 - 1, received {self.seed!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise SamplingError(f"seed must be a whole number from 0 to 2^64 - 1, received {self.seed!r}")
         if self.emotion_per not in ("window", "frame"):
             raise SamplingError(f"emotion_per must be 'window' or 'frame', received {self.emotion_per!r}")
         if self.face_token_rows not in FACE_TOKEN_ROWS:
@@ -161,8 +162,8 @@ class Sampler:
                 self._reference_features = self.nets.reference_net(latents, self._tokens[1:])
         return self._reference_features
 
-    def entry_sums(self, entry: MemoryEntry) -> Sums:
-        """What one remembered window adds to the memory, for every batch row."""
+    def entry_sums(self, entry: MemoryEntry) -> Iterator[tuple[Tensor, Tensor]]:
+        """What one remembered window adds to the memory, layer by layer, for every batch row."""
         frames, _, height, width = entry.latents.shape
         latents = entry.latents.to(self.device, self.dtype)
         batch = 2 if self.settings.guided else 1
@@ -204,6 +205,7 @@ def _chunk(height: int, width: int) -> int:
     return max(1, min(WINDOW, 512 * 512 // (height * width)))
 
 
+@torch.no_grad()
 def decode(vae, latents: Tensor) -> Tensor:
     """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1]."""
     latents = latents.transpose(0, 1).to(vae.device, vae.dtype) / vae.config.scaling_factor
@@ -221,7 +223,9 @@ def encode(vae, frames: Tensor) -> Tensor:
 
 def window_noise(seed: int, first_frame: int, shape: tuple[int, ...]) -> Tensor:
     """Noise of a window, the same on every device: it depends on the seed and the window's place in the audio alone."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + first_frame) % 2**63)
+    # Hashed, because torch's generator reads only 32 bits: seeds that differ above them give different noise, too.
+    digest = hashlib.sha256(f"{seed} {first_frame}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
     return torch.randn(shape, generator=generator)
 
 

@@ -369,5 +369,5 @@ def test_the_version_is_that_of_the_package(capsys):
 def test_every_folder_of_modules_is_packed():
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
     listed = next(ast.literal_eval(line.split("=", 1)[1].strip()) for line in lines if line.startswith("packages"))
-    folders = {path.parent for top in ("memo_core", "training") for path in (ROOT / top).rglob("*.py")}
+    folders = {path.parent for path in (ROOT / "memo_core").rglob("*.py")}
     assert {".".join(path.relative_to(ROOT).parts) for path in folders} | {"memo_core.assets"} == set(listed)

@@ -185,8 +185,14 @@ def test_references_check_their_parts(small: Reference) -> None:
         Reference(small.pixels, small.latents, small.face_embedding[0])
     with pytest.raises(PortraitError, match="latents hold NaN"):
         Reference(small.pixels, small.latents / 0 * 0, small.face_embedding)
-    other = Reference(small.pixels, small.latents, small.face_embedding + 1)
-    assert other.digest != small.digest == Reference(small.pixels, small.latents, small.face_embedding).digest
+
+
+def test_a_reference_is_known_by_its_picture_whatever_computed_its_latents(small: Reference) -> None:
+    half = Reference(small.pixels, small.latents.bfloat16().float(), small.face_embedding * 1.0001)
+    assert half.digest == small.digest
+    pixels = small.pixels.clone()
+    pixels[0, 0, 0] -= 0.5
+    assert Reference(pixels, small.latents, small.face_embedding).digest != small.digest
 
 
 # The clip

@@ -72,8 +72,14 @@ def test_edges_are_antialiased_and_a_face_looks_alike_at_every_size() -> None:
 
 @pytest.mark.parametrize("style", list(toon.HAIR_STYLES))
 def test_every_haircut_leaves_eyes_and_mouth_free(style: str) -> None:
-    identity = replace(face(), hair_style=style, hair=(0.0, 1.0, 0.0), background_top=(0.0, 0.0, 1.0),
-                       background_bottom=(0.0, 0.0, 1.0), iris=(1.0, 0.0, 0.0))
+    identity = replace(
+        face(),
+        hair_style=style,
+        hair=(0.0, 1.0, 0.0),
+        background_top=(0.0, 0.0, 1.0),
+        background_bottom=(0.0, 0.0, 1.0),
+        iris=(1.0, 0.0, 0.0),
+    )
     picture = toon.render(identity, motion_with(lids=1.0))[0].int()
     green = picture[1] - picture[0]
     assert (green > 60).sum() > 700, "the hair is not seen"

@@ -20,7 +20,7 @@ def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]
 
 
 def robust_flow_loss(
-    predicted: Tensor, velocity: Tensor, sigma: Tensor, weight: Tensor, threshold: float
+    predicted: Tensor, velocity: Tensor, sigma: Tensor, weight: Tensor, threshold: float, exempt: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean squared error of the velocity, leaving out samples whose clean estimate is too far off.
 
@@ -30,12 +30,16 @@ def robust_flow_loss(
     Args:
         predicted, velocity: [B, 4, F, h, w].
         sigma, weight: broadcast against them; the weight emphasises places.
+        exempt: [B] bool, samples that stay whatever their error.
 
     Returns:
         The loss, and the share of samples kept.
     """
     error = (predicted - velocity).square()
     distance = (error.detach() * sigma.square()).mean(dim=(1, 2, 3, 4))
-    keep = (distance <= threshold).to(error.dtype)
+    keep = distance <= threshold
+    if exempt is not None:
+        keep = keep | exempt
+    keep = keep.to(error.dtype)
     per_sample = (error * weight).mean(dim=(1, 2, 3, 4)) / weight.expand_as(error).mean(dim=(1, 2, 3, 4))
     return (per_sample * keep).sum() / keep.sum().clamp_min(1), keep.mean()

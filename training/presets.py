@@ -121,7 +121,8 @@ class StageConfig:
     drop_all: float = 0.08  # reference, audio and emotion together, as guidance's unconditional row has it
     start_ratio: float = 0.25  # the past is the portrait, as before a video's first window
     past_noise: float = 0.2  # greatest standard deviation of noise on past latents: generated ones are not clean either
-    robust_threshold: float = float("inf")  # mean square error of the clean estimate above which a sample is dropped
+    robust_threshold: float = 0.3  # mean square error of the clean estimate above which a sample is dropped
+    robust_from: int = 0  # step from which on that is done: before, every sample is far off
     mouth_weight: float = 4.0  # the mouth is a twentieth of the picture and the point of it
     ema: float = 0.998
     sigma_mean: float = 0.0  # of the noise level's logit; windows show through more noise than single frames do
@@ -138,17 +139,17 @@ TOON_STAGES = (
         train=("reference", "spatial", "projections"),
         learning_rate=1e-3,
         mouth_weight=1.0,
+        robust_threshold=float("inf"),
         sigma_mean=0.3,
     ),
-    StageConfig(name="stage2", steps=3000, join_step=150, sigma_mean=0.7),
+    StageConfig(name="stage2", steps=3000, join_step=150, sigma_mean=0.7, robust_from=1600),
     StageConfig(
         name="stage3",
         steps=300,
-        train=("audio", "memory", "projections"),
+        train=("audio", "memory"),
         past_windows=(1, 2, 3),
         learning_rate=2e-4,
         warmup_steps=30,
         sigma_mean=0.7,
-        robust_threshold=0.3,
     ),
 )

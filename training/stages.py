@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -100,7 +101,7 @@ def memory_of(nets: Nets, past: Tensor, face_tokens: Tensor, begins: Tensor | No
     memory: list[Memory] = []
     for first in range(0, frames, WINDOW):
         window = [f.unflatten(0, (batch, frames))[:, first : first + WINDOW].flatten(0, 1) for f in features]
-        sums = nets.diffusion_net.memory_sums(window, height, width, WINDOW)
+        sums = list(nets.diffusion_net.memory_sums(window, height, width, WINDOW))
         if memory:
             factor = torch.full((batch, 1, 1, 1), DECAY**WINDOW)
             if begins is not None:
@@ -111,8 +112,10 @@ def memory_of(nets: Nets, past: Tensor, face_tokens: Tensor, begins: Tensor | No
     return memory
 
 
-def flow_loss(nets: Nets, batch: Batch, config: StageConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Loss of one step, and the share of samples the robust filter kept."""
+def flow_loss(
+    nets: Nets, batch: Batch, config: StageConfig, threshold: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Loss of one step, and the share of samples that the robust filter kept at this threshold."""
     count, _, frames, height, width = batch.latents.shape
 
     def chance(probability: float) -> Tensor:
@@ -159,7 +162,7 @@ def flow_loss(nets: Nets, batch: Batch, config: StageConfig, generator: torch.Ge
         unconditional=unconditional,
     )
     weight = 1 + (config.mouth_weight - 1) * batch.focus[order].view(count, 1, 1, height, width)
-    return losses.robust_flow_loss(predicted.float(), velocity, level, weight, config.robust_threshold)
+    return losses.robust_flow_loss(predicted.float(), velocity, level, weight, threshold, no_reference[order])
 
 
 def draws(config: StageConfig, folder: Path, generator: torch.Generator) -> Iterator[Batch]:
@@ -207,9 +210,10 @@ def train(config: StageConfig, folder: Path, previous: Path | None) -> Path:
             late = step < config.join_step and group["name"] in ("reference", "spatial")
             group["lr"] = 0.0 if late else config.learning_rate * factor
         batch = next(batches)
+        threshold = config.robust_threshold if step >= config.robust_from else math.inf
         # Plain attention: torch's fused kernel is slower backwards for heads as narrow as these.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel([SDPBackend.MATH]):
-            loss, kept = flow_loss(nets, batch, config, generator)
+            loss, kept = flow_loss(nets, batch, config, threshold, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)

@@ -39,7 +39,8 @@ def memory_attention(
 
     Args:
         query, key, value: [B, F, N, H, D] projections of the window's frames, before any softmax.
-        memory: (kv, z) as `memory_sums` and `carry` give them, or None to attend over the window alone.
+        memory: (kv, z) as `memory_sums` gives it, those of several windows decayed and added; None for the window
+            alone.
         decay: weight of the memory against the window.
 
     Returns:

@@ -53,9 +53,9 @@ class _Block(nn.Module):
     def memory_module(self, i: int) -> MemoryModule | None:
         return self.motion_modules[i] if hasattr(self, "motion_modules") else None
 
-    def layer(self, i: int, x: Tensor, audio: Tensor | None, window: _Window) -> tuple[Tensor, Tensor | None]:
-        x = self.resnets[i](x, window.time)
-        return window.attend(self, i, x, audio)
+    def layer(self, i: int, x: Tensor, audio: Tensor | None, context: _Context) -> tuple[Tensor, Tensor | None]:
+        x = self.resnets[i](x, context.time)
+        return context.attend(self, i, x, audio)
 
 
 class _MidBlock(_Block):
@@ -74,7 +74,7 @@ def _memory_module(dim: int, config: NetConfig, ops: Any) -> MemoryModule:
     )
 
 
-class _Window:
+class _Context:
     """What every layer of one forward pass reads: embeddings, tokens, and the layer's share of reference and memory."""
 
     def __init__(
@@ -163,25 +163,23 @@ class DiffusionNet(nn.Module):
         for i, block in enumerate(self.up_blocks):
             yield from ((block, j, last - i) for j in range(len(block.resnets)))
 
-    def memory_sums(self, past: list[Tensor], height: int, width: int, frames: int) -> list[Memory]:
-        """What a window of past frames adds to the memory, per memory layer in execution order.
+    def memory_sums(self, past: list[Tensor], height: int, width: int, frames: int) -> Iterator[Memory]:
+        """What a window of past frames adds to the memory, one memory layer after the other in execution order.
 
         Args:
             past: Reference Net features of the past frames, [B * F, N, C] per layer, frames oldest first.
             height, width: latent size; level i of the net works at ceil(size / 2^i).
             frames: F.
 
-        Returns:
+        Yields:
             (kv [B, N, H, D, D], z [B, N, H, D]) per memory layer. Memory of several windows is the sum of theirs, each
             decayed by 0.9^frames per later window (`memory.MemoryState` keeps the weights).
         """
-        sums = []
         for (block, i, level), feature in zip(self.layers(), past):
             module = block.memory_module(i)
             if module is not None:
                 h, w = -(-height // 2**level), -(-width // 2**level)
-                sums += module.sums(feature, h, w, frames)
-        return sums
+                yield from module.sums(feature, h, w, frames)
 
     def forward(
         self,
@@ -215,11 +213,14 @@ class DiffusionNet(nn.Module):
         batch, _, frames, height, width = latents.shape
         rows = (batch - unconditional) * frames
         time = self.time_embedding(timestep, latents.dtype)
-        window = _Window(
+        context = _Context(
             time=time,
             face_tokens=face_tokens.repeat_interleave(frames, dim=0),
             emotion=emotion,
-            reference=[feature.repeat_interleave(rows // max(feature.shape[0], 1), dim=0) for feature in reference],
+            reference=[
+                feature if len(feature) == rows else feature.repeat_interleave(rows // max(len(feature), 1), dim=0)
+                for feature in reference
+            ],
             memory=memory,
             frames=frames,
             unconditional_rows=unconditional * frames,
@@ -229,16 +230,16 @@ class DiffusionNet(nn.Module):
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x, audio = block.layer(i, x, audio, window)
+                x, audio = block.layer(i, x, audio, context)
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
                 skips.append(x)
-        x, audio = self.mid_block.layer(0, x, audio, window)
+        x, audio = self.mid_block.layer(0, x, audio, context)
         x = self.mid_block.resnets[1](x, time)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x, audio = block.layer(i, torch.cat([x, skips.pop()], dim=1), audio, window)
+                x, audio = block.layer(i, torch.cat([x, skips.pop()], dim=1), audio, context)
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, skips[-1].shape[2:])
         x = self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from .weights import load_strict, read_tensors
 
-SAMPLE_RATE = 16000
-
 # What is not written in a configuration, in the released form (emotion2vec base).
 _DEFAULTS = {
     "depth": 8,
