@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .errors import SamplingError
 
 WINDOW = 16  # frames per window
 
@@ -29,6 +32,14 @@ class Clip:
     fps: float
     decode: Callable[[Tensor], Tensor]
     stopped: bool = False
+
+    def __post_init__(self) -> None:
+        if self.latents.ndim != 4 or len(self.latents) != 4:
+            raise SamplingError(f"a clip's latents are [4, F, h, w], received {list(self.latents.shape)}")
+        if not torch.isfinite(self.latents).all():
+            raise SamplingError("a clip's latents hold NaN or infinite values")
+        if not 0 < self.fps < math.inf:
+            raise SamplingError(f"a clip's fps is a positive number, received {self.fps!r}")
 
     @property
     def num_frames(self) -> int:

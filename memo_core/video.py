@@ -92,8 +92,8 @@ class VideoWriter:
         self.width, self.height = width, height
         self.frames_written = 0
         _check_size(width, height)
-        if not 0 < fps <= 1000:  # also refuses NaN
-            raise VideoError(f"fps is {fps}; allowed is more than 0 and at most 1000")
+        if not 0.01 <= fps <= 1000:  # also refuses NaN
+            raise VideoError(f"fps is {fps}; allowed is 0.01 to 1000")
         if sample_rate is not None and not 1 <= sample_rate <= 768_000:
             raise VideoError(f"sample_rate is {sample_rate} Hz; allowed is 1 to 768000, or None for no sound")
         if self.path.suffix.lower() not in (".mp4", ".m4v"):

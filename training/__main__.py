@@ -9,27 +9,24 @@ from memo_core import checkpoint
 
 from . import data, judge, presets, speech, stages, vae
 
-JOBS = ("vae", "speech", "emotion", "data", *(stage.name for stage in presets.TOON_STAGES), "assemble")
+STAGES = {stage.name: stage for stage in presets.TOON_STAGES}
+JOBS = ("vae", "speech", "emotion", "data", *STAGES, "assemble")
 
 
 def run_job(name: str, folder: Path, out: Path) -> None:
     """One job of the toon checkpoint; each needs those before it, and goes on where it was stopped."""
-    if name == "judge":
-        judge.train_judge()
-    elif name == "vae":
-        vae.train(folder)
-    elif name == "speech":
-        speech.train_speech(folder)
-    elif name == "emotion":
-        speech.train_emotion(folder)
-    elif name == "data":
-        data.make(folder)
-    elif name == "assemble":
-        stages.assemble(folder, out)
-    else:
-        names = [stage.name for stage in presets.TOON_STAGES]
-        index = names.index(name)
-        stages.train(presets.TOON_STAGES[index], folder, folder / f"{names[index - 1]}.pt" if index else None)
+    if name in STAGES:
+        before = list(STAGES)[: list(STAGES).index(name)]
+        stages.train(STAGES[name], folder, folder / f"{before[-1]}.pt" if before else None)
+        return
+    {
+        "vae": lambda: vae.train(folder),
+        "speech": lambda: speech.train_speech(folder),
+        "emotion": lambda: speech.train_emotion(folder),
+        "data": lambda: data.make(folder),
+        "assemble": lambda: stages.assemble(folder, out),
+        "judge": lambda: judge.train_judge(out.with_name("judge.safetensors")),
+    }[name]()
 
 
 def main(arguments: list[str] | None = None) -> None:

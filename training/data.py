@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from memo_core.audio import NEIGHBOURS
+from memo_core.clips import WINDOW
 from memo_core.nets.speech_encoder import SpeechEncoder
 
 from . import presets, run, toon
@@ -31,7 +33,6 @@ CLIPS, CLIP_FRAMES = 1000, 64  # 64: three past windows and the present one
 SPOKEN_SECONDS = 4.0  # a clip is cut from a longer utterance, as a window is from a recording
 FACES, FACE_FRAMES = 2000, 8
 SHARD_CLIPS, SHARD_FACES = 40, 200
-CONTEXT = 2  # neighbouring frames whose speech features a frame sees, on either side
 REAL_SHARE = 0.15  # of espeak-ng's voices, where it is installed
 SEED = 1 << 20  # judge, VAE and encoders draw from seeds below, evaluation from above
 
@@ -154,11 +155,11 @@ def draw_windows(
 ) -> Batch:
     """Random windows of `frames` frames with the `past_windows` windows of 16 frames before them."""
     rows = torch.randint(len(clips["emotion"]), (count,), generator=generator)
-    before = 16 * past_windows
+    before = WINDOW * past_windows
     first = torch.randint(before, clips["latents"].shape[1] - frames + 1, (count,), generator=generator)
     now = first[:, None] + torch.arange(frames)
     then = first[:, None] + torch.arange(-before, 0)
-    neighbours = now[..., None] + torch.arange(-CONTEXT, CONTEXT + 1)
+    neighbours = now[..., None] + torch.arange(-NEIGHBOURS, NEIGHBOURS + 1)
     return Batch(
         latents=clips["latents"][rows[:, None], now].float().transpose(1, 2),
         portrait=clips["portrait"][rows].float(),

@@ -24,6 +24,7 @@ class Job:
         total: number of steps.
         modules: saved and restored by name.
         optimizer: saved and restored.
+        settings: what the steps depend on; a saved job with other settings is refused.
         generator: random numbers of the loop, saved and restored so that a resumed run draws what the whole run would
             have.
     """
@@ -36,14 +37,20 @@ class Job:
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
         save_every: float = 120.0,
+        settings: str = "",
     ):
         self.folder, self.total, self.save_every = folder, total, save_every
         self.modules, self.optimizer, self.generator = modules, optimizer, generator
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.settings = 0, 0.0, settings
         self.bar: tqdm | None = None
         folder.mkdir(parents=True, exist_ok=True)
         if self.state_path.exists():
             state = torch.load(self.state_path, weights_only=True)
+            if state.get("settings", settings) != settings:
+                raise ValueError(
+                    f"{folder} was begun with other settings ({state['settings']}); "
+                    f"delete it to begin anew with {settings}"
+                )
             for name, module in modules.items():
                 module.load_state_dict(state["modules"][name])
             optimizer.load_state_dict(state["optimizer"])
@@ -81,6 +88,7 @@ class Job:
             "generator": self.generator.get_state(),
             "step": self.step,
             "seconds": self.seconds,
+            "settings": self.settings,
         }
         temporary = self.state_path.with_suffix(".tmp")
         torch.save(state, temporary)

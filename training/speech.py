@@ -57,7 +57,14 @@ def train_speech(folder: Path, steps: int = SPEECH_STEPS) -> Path:
     readout = nn.Linear(presets.SPEECH_DIM, 2)
     parameters = [*encoder.parameters(), *readout.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    job = run.Job(folder / "speech_job", steps, {"encoder": encoder, "readout": readout}, optimizer, generator)
+    job = run.Job(
+        folder / "speech_job",
+        steps,
+        {"encoder": encoder, "readout": readout},
+        optimizer,
+        generator,
+        settings=str(presets.SPEECH),
+    )
     encoder.train()
     for step in job.steps():
         for group in optimizer.param_groups:
@@ -89,7 +96,14 @@ def train_emotion(folder: Path, steps: int = EMOTION_STEPS) -> Path:
     head = EmotionHead(feature_dim=encoder.feature_dim, hidden_dim=64)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    job = run.Job(folder / "emotion_job", steps, {"encoder": encoder, "head": head}, optimizer, generator)
+    job = run.Job(
+        folder / "emotion_job",
+        steps,
+        {"encoder": encoder, "head": head},
+        optimizer,
+        generator,
+        settings=str(presets.EMOTION),
+    )
     encoder.train()
     for step in job.steps():
         for group in optimizer.param_groups:

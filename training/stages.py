@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memo_core import checkpoint
+from memo_core.audio import NEIGHBOURS
+from memo_core.clips import WINDOW
 from memo_core.kernels import DECAY
 from memo_core.nets.audio_module import NULL_EMOTION
 from memo_core.nets.config import NetConfig
@@ -25,11 +28,10 @@ from memo_core.nets.projections import AudioProjection, ImageProjection
 from memo_core.nets.reference_net import ReferenceNet
 from memo_core.sampling import Conditions, Settings, decode, sample_window
 
-from . import data, losses, presets, run
+from . import data, losses, presets, run, voices
 from .data import Batch
 from .presets import StageConfig
 
-WINDOW = 16
 PREVIEW_SECONDS = 240.0
 PREVIEWS = 6
 
@@ -43,7 +45,7 @@ class Nets(nn.Module):
         self.diffusion_net = DiffusionNet(NetConfig.from_json(presets.DIFFUSION_NET))
         self.image_proj = ImageProjection(presets.FACE_EMBEDDING, presets.TOKEN_DIM)
         self.audio_proj = AudioProjection(
-            (2 * data.CONTEXT + 1) * presets.SPEECH_LAYERS * presets.SPEECH_DIM,
+            (2 * NEIGHBOURS + 1) * presets.SPEECH_LAYERS * presets.SPEECH_DIM,
             256,
             presets.TOKEN_DIM,
             presets.AUDIO_TOKENS,
@@ -201,8 +203,11 @@ def train(config: StageConfig, folder: Path, previous: Path | None) -> Path:
         weight_decay=0.01,
     )
     generator = torch.Generator().manual_seed(config.seed + 1)
-    job = run.Job(folder / f"{config.name}_job", config.steps, {"nets": nets, "average": average}, optimizer, generator)
+    modules = {"nets": nets, "average": average}
+    settings = f"{config} on {previous and file_digest(previous)}"
+    job = run.Job(folder / f"{config.name}_job", config.steps, modules, optimizer, generator, settings=settings)
     batches = draws(config, folder, generator)
+    shown = next(draws(config, folder, torch.Generator().manual_seed(7)))
     previewed = time.monotonic()
     for step in job.steps():
         factor = run.warmup_cosine(step, config.steps, config.warmup_steps)
@@ -222,18 +227,24 @@ def train(config: StageConfig, folder: Path, previous: Path | None) -> Path:
         if step % 10 == 0:
             job.log(loss=loss.detach(), kept=kept)
         if time.monotonic() - previewed > PREVIEW_SECONDS or step == config.steps - 1:
-            preview(average.module, config, folder, step)
+            preview(average.module, shown, folder, f"{config.name}_{step:05d}")
             previewed = time.monotonic()
     weights = folder / f"{config.name}.pt"
-    torch.save(average.module.state_dict(), weights)
+    temporary = weights.with_suffix(".tmp")
+    torch.save(average.module.state_dict(), temporary)
+    os.replace(temporary, weights)
     return weights
 
 
+def file_digest(path: Path) -> str:
+    """First digits of the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 @torch.no_grad()
-def preview(nets: Nets, config: StageConfig, folder: Path, step: int) -> None:
+def preview(nets: Nets, batch: Batch, folder: Path, name: str) -> None:
     """A picture of samples: in each row the portrait, true frames, and sampled ones under the same conditions."""
     generator = torch.Generator().manual_seed(7)
-    batch = next(draws(config, folder, generator))
     vae, _ = data.encoders(folder / "checkpoint")
     tokens = nets.image_proj(torch.zeros(1, presets.FACE_EMBEDDING))
     pictures = []
@@ -253,28 +264,49 @@ def preview(nets: Nets, config: StageConfig, folder: Path, step: int) -> None:
             decode(vae, x) for x in (portrait[0][:, None], clean[:, ::step_by][:, :4], sampled[:, ::step_by][:, :4])
         ]
     frames = (torch.cat(pictures) * 255).round().to(torch.uint8)
-    run.contact_sheet(
-        frames, len(frames) // min(PREVIEWS, len(batch.portrait)), folder / "samples" / f"{config.name}_{step:05d}.png"
-    )
+    run.contact_sheet(frames, len(frames) // min(PREVIEWS, len(batch.portrait)), folder / "samples" / f"{name}.png")
 
 
 def assemble(folder: Path, out: Path) -> None:
     """Gathers what the jobs in `folder` made into a checkpoint in the released layout, half precision, with a record of
-    the training (steps, seconds, hardware)."""
-    last = presets.TOON_STAGES[-1].name
+    the training (steps, seconds, hardware). `out` is replaced whole, once the new one has been loaded."""
     nets = Nets()
-    nets.load_state_dict(torch.load(folder / f"{last}.pt", weights_only=True))
-    shutil.copytree(folder / "checkpoint", out, dirs_exist_ok=True)
+    nets.load_state_dict(torch.load(folder / f"{presets.TOON_STAGES[-1].name}.pt", weights_only=True))
+    new, old = out.with_name(f"{out.name}.new"), out.with_name(f"{out.name}.old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(folder / "checkpoint", new)
     for name, config in (
         ("reference_net", presets.REFERENCE_NET),
         ("diffusion_net", presets.DIFFUSION_NET),
         ("image_proj", {"_class_name": "ImageProjModel"}),
         ("audio_proj", {"_class_name": "AudioProjModel"}),
     ):
-        checkpoint.save_module(out / name, getattr(nets, name), config)
+        checkpoint.save_module(new / name, getattr(nets, name), config)
     jobs = {}
     for path in sorted(folder.glob("*_job/state.pt")):
         state = torch.load(path, weights_only=True)
         jobs[path.parent.name.removesuffix("_job")] = {"steps": state["step"], "seconds": round(state["seconds"])}
-    record = {"jobs": jobs, "processors": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {
+        "jobs": jobs,
+        "processors": os.cpu_count(),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "espeak_ng": voices.espeak_available(),
+    }
+    (new / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    checkpoint.load(new)
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

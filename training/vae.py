@@ -88,7 +88,9 @@ def train(folder: Path, steps: int = STEPS) -> Path:
     vae = AutoencoderKL.from_config(presets.VAE)
     average = run.Average(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
-    job = run.Job(folder / "vae_job", steps, {"vae": vae, "average": average}, optimizer, generator)
+    job = run.Job(
+        folder / "vae_job", steps, {"vae": vae, "average": average}, optimizer, generator, settings=str(presets.VAE)
+    )
     for step in job.steps():
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * run.warmup_cosine(step, steps, 100)
