@@ -364,7 +364,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DownloadError(f"cannot read {path}: {error}; delete it, then files count as put there by hand") from error
 
 

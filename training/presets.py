@@ -142,7 +142,7 @@ TOON_STAGES = (
         robust_threshold=float("inf"),
         sigma_mean=0.3,
     ),
-    StageConfig(name="stage2", steps=3000, join_step=150, sigma_mean=0.7, robust_from=1600),
+    StageConfig(name="stage2", steps=2400, join_step=150, sigma_mean=0.7, robust_from=1600),
     StageConfig(
         name="stage3",
         steps=300,

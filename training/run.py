@@ -129,6 +129,14 @@ class Average(nn.Module):
         self.updates = int(state)
 
 
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down the gradient of `loss`, clipped to norm 1."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+
+
 def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.05) -> float:
     """Learning-rate factor: linear warm-up, then a cosine down to `floor`."""
     import math

@@ -78,10 +78,7 @@ def train_speech(folder: Path, steps: int = SPEECH_STEPS) -> Path:
         noisy = noisy + torch.rand(BATCH, 1, generator=generator) * 0.1 * torch.randn(noisy.shape, generator=generator)
         predicted = readout(encoder(noisy, wanted.shape[1])[:, :, -1])
         loss = F.mse_loss(predicted, wanted)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        run.descend(optimizer, loss)
         if step % 20 == 0:
             a, b = predicted[..., 0].detach().flatten(), wanted[..., 0].flatten()
             job.log(loss=loss.detach(), mouth_r=torch.corrcoef(torch.stack([a, b]))[0, 1])
@@ -114,10 +111,7 @@ def train_emotion(folder: Path, steps: int = EMOTION_STEPS) -> Path:
         wanted = torch.tensor([u.emotion for u in batch])
         logits = head(encoder(waveforms(batch)).mean(dim=1))
         loss = F.cross_entropy(logits, wanted)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        run.descend(optimizer, loss)
         if step % 20 == 0:
             job.log(loss=loss.detach(), accuracy=(logits.argmax(-1) == wanted).float().mean())
     encoder.eval().save_pretrained(folder / "checkpoint" / "emotion2vec", dtype=torch.float16)

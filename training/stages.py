@@ -219,10 +219,7 @@ def train(config: StageConfig, folder: Path, previous: Path | None) -> Path:
         # Plain attention: torch's fused kernel is slower backwards for heads as narrow as these.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel([SDPBackend.MATH]):
             loss, kept = flow_loss(nets, batch, config, threshold, generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-        optimizer.step()
+        run.descend(optimizer, loss)
         average.update(nets)
         if step % 10 == 0:
             job.log(loss=loss.detach(), kept=kept)

@@ -97,10 +97,7 @@ def train(folder: Path, steps: int = STEPS) -> Path:
         pictures = run.to_signed(random_faces(BATCH_IDENTITIES, BATCH_FRAMES, run.numpy_rng(generator)))
         with torch.autocast("cpu", torch.bfloat16):
             total, decoded = loss(vae, pictures, max(0.03, 1 - 2 * step / steps), generator)
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        run.descend(optimizer, total)
         average.update(vae)
         if step % 20 == 0:
             job.log(loss=total.detach(), l1=F.l1_loss(decoded.detach().float(), pictures))
