@@ -17,7 +17,9 @@ from training.judge import Judge, correlation_and_lag
 from training.toon import MOTION
 from training.voices import estimate_mouth
 
-MIN_MOUTH_CORRELATION = 0.2  # an unmoved or unrelated mouth is around 0
+MIN_CORRELATION = 0.5  # an unrelated mouth is around 0, by chance up to 0.3
+MIN_MOTION = 0.05  # standard deviation of the mouth's opening, 0 closed and 1 wide open
+MAX_LAG = 2  # frames
 
 
 def main(video: str, voice: str) -> None:
@@ -41,7 +43,9 @@ def main(video: str, voice: str) -> None:
         f"{video}: {about.frames} frames, {about.duration:.2f} s with sound; mouth and voice correlate "
         f"{measured.correlation:.2f} (at best {measured.best:.2f}, {measured.lag} frames later)"
     )
-    assert measured.correlation >= MIN_MOUTH_CORRELATION, f"{MIN_MOUTH_CORRELATION} is the least for a talking mouth"
+    assert measured.correlation >= MIN_CORRELATION, f"{MIN_CORRELATION} is the least for a talking mouth"
+    assert abs(measured.lag) <= MAX_LAG, f"a mouth may be {MAX_LAG} frames early or late"
+    assert float(seen.std()) >= MIN_MOTION, f"the mouth moves by {float(seen.std()):.3f}, at least {MIN_MOTION} is seen"
 
 
 if __name__ == "__main__":
