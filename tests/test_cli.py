@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memo_core import cli, memory
+from memo_core import MemoryState, cli, memory, sampling
+from memo_core.errors import MemoError
 from memo_core.video import probe, read_video
 
 ROOT = Path(__file__).parents[1]
@@ -190,8 +191,10 @@ def test_an_existing_video_stays_when_the_new_one_fails(here, generate, monkeypa
     assert Path("out.mp4").read_bytes() == b"old"
 
 
-def _interrupt_when(here: Path, memo_tiny: Path, *more: str, finished_windows: int) -> subprocess.CompletedProcess[str]:
-    """Runs `memo generate` in a process that gets SIGINT while it samples the window after so many finished ones."""
+def _interrupt_when(
+    here: Path, memo_tiny: Path, *more: str, finished_windows: int, by: signal.Signals = signal.SIGINT
+) -> subprocess.CompletedProcess[str]:
+    """Runs `memo generate` in a process that gets a signal while it samples the window after so many finished ones."""
     # The process says when it starts a window: then, and only then, it is interrupted from outside.
     program = f"""
 import signal, sys, time
@@ -224,7 +227,7 @@ sys.exit(cli.main(sys.argv[1:]))
         assert process.stdout is not None
         said = process.stdout.readline()
         assert said == "sampling\n", said + process.stderr.read()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(by)
         out, err = process.communicate()
     finally:
         guard.cancel()
@@ -232,8 +235,9 @@ sys.exit(cli.main(sys.argv[1:]))
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
-def test_ctrl_c_leaves_a_video_that_plays_and_the_command_that_goes_on(here, generate, memo_tiny):
-    ended = _interrupt_when(here, memo_tiny, "-o", "a b.mp4", "--seed", "5", finished_windows=1)
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_an_interrupt_leaves_a_video_that_plays_and_the_command_that_goes_on(here, generate, memo_tiny, by):
+    ended = _interrupt_when(here, memo_tiny, "-o", "a b.mp4", "--seed", "5", finished_windows=1, by=by)
     assert ended.returncode == 130
     assert "Traceback" not in ended.stderr
     about = probe("a b.mp4")
@@ -246,6 +250,26 @@ def test_ctrl_c_leaves_a_video_that_plays_and_the_command_that_goes_on(here, gen
     assert _frames(rest).shape[0] == 8
     assert generate("-o", "whole.mp4", "--seed", "5") == 0
     assert np.abs(_frames("whole.mp4")[16:].astype(int) - _frames(rest)).mean() < 4
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_an_error_keeps_what_is_finished(here, generate, monkeypatch, capsys, older):
+    noise = sampling.window_noise
+
+    def broken(seed: int, first_frame: int, shape: tuple[int, ...]):
+        if first_frame:
+            raise MemoError("the card caught fire")
+        return noise(seed, first_frame, shape)
+
+    monkeypatch.setattr(sampling, "window_noise", broken)
+    if older:
+        Path("out.mp4").write_bytes(b"old")
+    assert generate("-o", "out.mp4") == 1
+    said = capsys.readouterr().err
+    assert "To go on: memo generate" in said and said.rstrip().endswith("memo: error: the card caught fire")
+    kept = "out-partial.mp4" if older else "out.mp4"
+    assert len(_frames(kept)) == 16 and (not older or Path("out.mp4").read_bytes() == b"old")
+    assert MemoryState.load(kept.replace(".mp4", ".memory.safetensors")).windows == 1
 
 
 def test_ctrl_c_before_the_first_window_leaves_no_file(here, memo_tiny):

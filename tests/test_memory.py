@@ -620,3 +620,27 @@ def test_a_process_killed_while_it_saves_leaves_the_state_before(tmp_path: Path)
     assert half == "half" and MemoryState.load(path).digest == digest
     make([16]).save(path)  # what the killed process left beside it is in nobody's way
     assert MemoryState.load(path).digest == make([16]).digest
+
+
+@pytest.mark.parametrize("seconds, fps", [(-1, 30), (float("nan"), 30), (1, float("nan")), (1, -30), ("2", 30)])
+def test_time_is_a_finite_number_that_does_not_run_backwards(seconds: float, fps: float) -> None:
+    with pytest.raises(MemoryStateError, match="must be a finite number, at least 0, received"):
+        make([16]).decayed(seconds, fps)
+
+
+@pytest.mark.parametrize("latents, face", [((16, 7, 8, 8), (1, 512)), ((16, 4, 8, 8), (1, 8))])
+def test_entries_of_another_kind_are_refused(latents: tuple[int, ...], face: tuple[int, ...]) -> None:
+    with pytest.raises(MemoryStateError, match="received"):
+        MemoryEntry(torch.zeros(latents), torch.zeros(face))
+
+
+def test_a_header_without_a_digest_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.memory"
+    make([16]).save(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    state = json.loads(header["state"])
+    del state["digest"]
+    save_file(load_file(path), path, metadata=header | {"state": json.dumps(state)})
+    with pytest.raises(MemoryStateError, match="is damaged"):
+        MemoryState.load(path)

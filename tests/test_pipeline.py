@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memo_core import AudioTrack, Clip, EmotionTrack, MemoPipeline, MemoryState, Reference, checkpoint, face
 from memo_core.audio import load_audio
-from memo_core.errors import CheckpointError, PortraitError
+from memo_core.errors import CheckpointError, PortraitError, SamplingError
 from memo_core.face import Face
 
 
@@ -277,3 +277,12 @@ def test_the_voice_is_heard(pipe: MemoPipeline, small: Reference, track: AudioTr
     silent = AudioTrack(torch.zeros_like(track.embeddings), track.num_frames, track.fps, track.context)
     heard, unheard = (pipe.sample_clip(small, audio, num_frames=16, steps=1)[0].latents for audio in (track, silent))
     assert relative_l2(unheard, heard) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "latents, fps",
+    [(torch.zeros(3, 16, 8, 8), 30), (torch.full((4, 1, 8, 8), float("nan")), 30), (torch.zeros(4, 1, 8, 8), 0)],
+)
+def test_clips_check_their_parts(latents: torch.Tensor, fps: float) -> None:
+    with pytest.raises(SamplingError, match="received|hold NaN"):
+        Clip(latents, 0, fps, lambda x: x)

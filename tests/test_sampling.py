@@ -70,6 +70,8 @@ def test_seeded_noise_depends_on_seed_and_place_alone(pipe: MemoPipeline, small:
     first, second = (window_noise(42, frame, (4, 16, 8, 8)) for frame in (0, 16))
     assert not torch.equal(first, second)
     assert torch.equal(whole, sample(num_frames=32, noise=torch.stack([first, second])))
+    above = window_noise(42 + 2**32, 0, (4, 16, 8, 8))
+    assert not torch.equal(first, above), "torch's own generator would forget all but 32 bits"
 
 
 def count_rows(pipe: MemoPipeline, run: Callable[[], object]) -> list[int]:

@@ -225,7 +225,7 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(
     folder: Path, monkeypatch: pytest.MonkeyPatch, stage: presets.StageConfig
 ) -> None:
     config = replace(stage, steps=4, batch=2, warmup_steps=1)
-    halved = folder.with_name("halved")
+    halved = folder.with_name(f"{folder.name}_halved")
     shutil.copytree(folder, halved)
     whole = torch.load(stages.train(config, folder, None), weights_only=True)
 
@@ -280,7 +280,7 @@ def test_the_shipped_checkpoint_is_measured(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_shipped_figures_are_this_checkpoints_and_above_the_floor() -> None:
-    """`python -m training evaluate` writes them; the full measurement takes minutes, so here they are read."""
+    """They are the figures.json that `python -m training evaluate` wrote; it takes a quarter of an hour, so they are read."""
     figures = json.loads((checkpoint.find("toon") / "evaluation.json").read_text())
     assert figures["checkpoint"] == checkpoint.load("toon").digest and figures["clips"] >= 20
     assert figures["mouth_correlation"] >= 0.35 and figures["mouth_lag"] <= 1 and figures["swapped_correlation"] < 0.2

@@ -242,8 +242,9 @@ def test_partial_finish_after_an_exception_keeps_what_was_written(tmp_path: Path
 
 def test_ctrl_c_in_the_middle_of_encoding_leaves_every_frame_so_far_playable(tmp_path: Path) -> None:
     script = textwrap.dedent("""
-        import sys, numpy as np
+        import signal, sys, numpy as np
         from memo_core.video import VideoWriter
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
         noise = np.random.default_rng(0).integers(0, 256, (40, 256, 256, 3), dtype=np.uint8)
         with VideoWriter(sys.argv[1], 256, 256, 30, 16000) as writer:
             try:
@@ -262,11 +263,14 @@ def test_ctrl_c_in_the_middle_of_encoding_leaves_every_frame_so_far_playable(tmp
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert process.stdout is not None and process.stdout.readline() == "writing\n"
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.3)
-    process.send_signal(signal.SIGINT)
-    written = int(process.communicate(timeout=60)[0])
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        process.send_signal(signal.SIGINT)
+        written = int(process.communicate(timeout=60)[0])
+    finally:
+        process.kill()
     info, frames = read_video(path)
     assert info.frames == written == sum(1 for _ in frames) and written > 0
     assert info.audio_duration == pytest.approx(written / 30, abs=0.003)
