@@ -280,7 +280,7 @@ def test_the_shipped_checkpoint_is_measured(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_shipped_figures_are_this_checkpoints_and_above_the_floor() -> None:
-    """They are the figures.json that `python -m training evaluate` wrote; it takes a quarter of an hour, so they are read."""
+    """The figures.json that `python -m training evaluate` wrote: it takes a quarter of an hour, so it is only read."""
     figures = json.loads((checkpoint.find("toon") / "evaluation.json").read_text())
     assert figures["checkpoint"] == checkpoint.load("toon").digest and figures["clips"] >= 20
     assert figures["mouth_correlation"] >= 0.35 and figures["mouth_lag"] <= 1 and figures["swapped_correlation"] < 0.2
