@@ -21,7 +21,7 @@ from memo_core.nets.speech_encoder import SpeechEncoder
 
 from . import presets, run, voices
 
-SPEECH_STEPS, EMOTION_STEPS = 700, 2000
+SPEECH_STEPS, EMOTION_STEPS = 700, 4000
 BATCH = 12
 
 
