@@ -75,6 +75,8 @@ def load_audio(path: str | Path) -> tuple[Tensor, int]:
     path = Path(path)
     if not path.is_file():
         raise AudioError(f"{path} is not a file")
+    if path.stat().st_size == 0:
+        raise AudioError(f"{path} is empty")
     try:
         with av.open(str(path)) as container:
             if not container.streams.audio:

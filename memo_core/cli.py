@@ -154,11 +154,14 @@ def generate(args: argparse.Namespace) -> int:
         if output.exists() and Path(given).exists() and output.samefile(given):
             raise MemoError(f"the video would replace {given}; name another with -o")
     _check_folder(args.memory_out)
+    if output.suffix.lower() not in (".mp4", ".m4v"):
+        raise MemoError(f"{output} does not end in .mp4; only MP4 is written")
     if args.memory_in and args.horizon:
         raise MemoError("--horizon is for a new video; the state given with --memory-in brings its own")
 
     from .audio import load_audio, separate_vocals
     from .emotion import EmotionTrack, emotion_index
+    from .face import check_size
     from .memory import MemoryState
     from .pipeline import MemoPipeline
     from .sampling import Settings
@@ -168,6 +171,8 @@ def generate(args: argparse.Namespace) -> int:
     settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed)
     if args.emotion not in ("detect", "null"):
         emotion_index(args.emotion)
+    if args.size is not None:
+        check_size(args.size)
     memory = MemoryState.load(args.memory_in) if args.memory_in else MemoryState.empty(args.horizon)
     portrait = _open_picture(args.portrait)
     waveform, rate = load_audio(args.voice)

@@ -228,12 +228,13 @@ def draw_emotion(
     def column(time: float) -> int:
         return left + round(time / seconds * (right - left))
 
-    used = sorted(set(track.labels.tolist()) | set(track.probabilities.argmax(dim=1).tolist()))
+    seen = (track.probabilities.amax(dim=0) >= 0.03).nonzero().flatten()  # wide enough to be seen
+    used = sorted({*track.labels.tolist(), *seen.tolist()})
     at = left
     for index in used:
         draw.rectangle((at, 16, at + 14, 30), fill=COLOURS[index])
         draw.text((at + 20, 23), EMOTIONS[index], fill=ink, font=font, anchor="lm")
-        at += 38 + int(draw.textlength(EMOTIONS[index], font=font))
+        at += 34 + int(draw.textlength(EMOTIONS[index], font=font))
 
     # Labels and waveform.
     top, bottom, middle = 48, 208, 128

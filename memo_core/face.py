@@ -258,7 +258,7 @@ def prepare_portrait(
     Raises:
         PortraitError: an image, size, box or choice that cannot be used, or no face where `no_face="error"`.
     """
-    height, width = _check_size(size)
+    height, width = check_size(size)
     if crop not in ("face", "none") or no_face not in ("warn", "error"):
         raise PortraitError(f"crop is {crop!r}, no_face {no_face!r}; allowed are 'face', 'none' and 'warn', 'error'")
     if not (math.isfinite(margin) and 0 <= margin <= 10):
@@ -272,13 +272,16 @@ def prepare_portrait(
     face = _choose(faces, face_index, given)
     if face is None:
         if analyzer is None:
-            reason = "no face models are loaded"
+            reason = f"there are no face models ({FOLDER}), so no face can be found"
         elif faces:
             reason = f"none of the {len(faces)} faces found is inside the given box"
         else:
             reason = "no face was found in the portrait"
         if no_face == "error":
-            raise PortraitError(f"{reason}; use a picture that shows one face from the front, or allow no_face='warn'")
+            what = (
+                "`memo download` fetches them" if analyzer is None else "use a picture that shows a face from the front"
+            )
+            raise PortraitError(f"{reason}: {what}, or do not ask for a face")
         if analyzer is not None:  # without one, from_folder has said so
             logger.warning("%s: the face embedding is zero, so the likeness may be weaker", reason)
     if face is not None and analyzer is not None:
@@ -353,7 +356,8 @@ def _cut(pixels: NDArray[np.uint8], region: tuple[int, int, int, int], height: i
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5).contiguous()
 
 
-def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
+def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a video; PortraitError, with the nearest allowed ones, unless both are multiples of 64."""
     height, width = (size, size) if isinstance(size, int) else size
     near = []
     for value in (height, width):

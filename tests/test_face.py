@@ -404,7 +404,7 @@ def test_no_face_is_one_warning_and_a_zero_embedding_or_an_error(
     assert portrait.box is None and portrait.faces_found == 0 and portrait.crop == (0, 0, 200, 200)
     with pytest.raises(PortraitError, match="no face was found"):
         prepare_portrait(image, 64, analyzer=analyzer, no_face="error")
-    with pytest.raises(PortraitError, match="no face models are loaded"):
+    with pytest.raises(PortraitError, match="there are no face models"):
         prepare_portrait(image, 64, no_face="error")
 
 

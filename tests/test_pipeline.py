@@ -91,7 +91,7 @@ def test_a_picture_gets_the_size_of_training_or_the_one_asked_for(pipe: MemoPipe
         (torch.full((3, 64, 64), float("nan")), {}, "nan"),
         (np.zeros((64, 64, 3), np.float32), {}, r"float32 \[64, 64, 3\]"),
         (torch.zeros(3, 64, 64), {"crop": "square"}, "crop is 'square'"),
-        (torch.zeros(3, 64, 64), {"no_face": "error"}, "no face models are loaded"),
+        (torch.zeros(3, 64, 64), {"no_face": "error"}, "there are no face models"),
         (torch.zeros(3, 64, 64), {"face_embedding": torch.zeros(511)}, r"512 .* received \[511\]"),
         (torch.zeros(3, 64, 64), {"face_embedding": torch.zeros(2, 512)}, r"received \[2, 512\]"),
         (torch.zeros(3, 64, 64), {"face_embedding": torch.full((512,), float("inf"))}, "NaN or infinite"),
