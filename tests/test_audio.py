@@ -379,7 +379,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     silent_film = write_file(tmp_path / "film.mp4", torch.zeros(1, 1), 16000, "aac", picture=True, sound=False)
     cases = [
         (text, "cannot be decoded"),
-        (empty, "cannot be decoded"),
+        (empty, "is empty"),
         (silent_film, "no audio stream"),
         (tmp_path / "absent.wav", "not a file"),
         (tmp_path, "not a file"),
