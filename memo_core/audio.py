@@ -90,8 +90,7 @@ def load_audio(path: str | Path) -> tuple[Tensor, int]:
                 if resampler is None:
                     rate = frame.sample_rate
                     resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=rate)
-                    # What the file declares may be a lie: a minute at first, then half as much again.
-                    buffer = np.empty((frame.layout.nb_channels, int((min(declared, 60) + 1) * rate)), np.float32)
+                    buffer = np.empty((frame.layout.nb_channels, int((declared + 1) * rate)), np.float32)
                 for piece in resampler.resample(frame):
                     if filled + piece.samples > buffer.shape[1]:
                         room = np.empty((len(buffer), buffer.shape[1] // 2 + piece.samples), np.float32)
@@ -102,6 +101,8 @@ def load_audio(path: str | Path) -> tuple[Tensor, int]:
                     raise _too_long(filled / rate)
     except AudioError:
         raise
+    except MemoryError as error:  # also of a small file that declares hours
+        raise AudioError(f"{path} declares {declared:.0f} s of sound, more than the memory holds") from error
     except (av.FFmpegError, OSError, ValueError) as error:
         raise AudioError(f"{path} cannot be decoded: {error}") from error
     if not filled:

@@ -154,6 +154,8 @@ def load(
         try:
             with torch.device("meta"):
                 module = build(weights)
+        except CheckpointError:
+            raise
         except KeyError as error:
             raise CheckpointError(f"{path} lacks {error}, which gives the network's size") from error
         except _IMPOSSIBLE as error:
@@ -177,6 +179,8 @@ def load(
         speech_encoder = SpeechEncoder.from_pretrained(folder / "wav2vec2", dtype=torch.float32, device=device)
         emotion_encoder = Emotion2Vec.from_pretrained(folder / "emotion2vec").to(device)
         emotion_head = EmotionHead.from_pretrained(folder / EMOTION_HEAD).to(device)
+    except CheckpointError:
+        raise
     except _IMPOSSIBLE as error:
         raise CheckpointError(f"{folder}: wav2vec2, emotion2vec or {EMOTION_HEAD} cannot be built: {error}") from error
     return Networks(

@@ -36,7 +36,8 @@ OK, FAILED, INTERRUPTED = 0, 1, 130  # exit codes; argparse adds 2 for wrong usa
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the given arguments (None: the process's) and returns the exit code.
 
-    0 when all is done, 1 after an error (one line on stderr says which), 2 for wrong usage, 130 after Ctrl-C.
+    0 when all is done, 1 after an error (one line on stderr says which), 2 for wrong usage, 130 after Ctrl-C or a
+    SIGTERM.
     """
     logging.basicConfig(format="memo: %(message)s")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -220,6 +221,8 @@ def generate(args: argparse.Namespace) -> int:
             memory, stopped = _write(windows, writer, memory)
     if stopped is not None and writer.frames_written < count:
         return _stopped(args, writer, memory, start, stopped)
+    if isinstance(stopped, Exception):
+        raise stopped
     if args.memory_out:
         memory.save(args.memory_out)
     print(f"{output}: {count} frames, {count / FPS:.2f} s, {width}x{height}, {count / bar.seconds:.2f} frames/s")
@@ -253,11 +256,12 @@ def _write(
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Ctrl-C has no effect inside: closing a file takes a moment, and half of it is no use to anyone."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stopped(

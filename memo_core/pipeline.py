@@ -50,10 +50,6 @@ class MemoPipeline:
         """
         return cls(checkpoint.load(path, device, dtype))
 
-    @property
-    def device(self) -> torch.device:
-        return self.nets.diffusion_net.conv_in.weight.device
-
     def encode_audio(
         self, waveform: Tensor | np.ndarray, sample_rate: int, fps: float = 30, context: float | str | None = "auto"
     ) -> AudioTrack:
@@ -238,10 +234,6 @@ class MemoPipeline:
         return Clip(
             sampled, start, audio.fps, partial(decode, self.nets.vae), stopped=sampled.shape[1] < wanted
         ), memory
-
-    def free_memory(self) -> None:
-        """Lets go of the memory sums kept for going on, gigabytes at 512 x 512; they are rebuilt when needed."""
-        self._sums.clear()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1]."""

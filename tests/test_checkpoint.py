@@ -125,6 +125,25 @@ def test_damaged_configurations_are_named(folder: Path, content: str) -> None:
         checkpoint.load(folder)
 
 
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        ("diffusion_net/config.json", '"norm_num_groups": ', '"norm_num_groups": 7'),
+        ("vae/config.json", '"block_out_channels": [', '"block_out_channels": ["a", '),
+        ("wav2vec2/config.json", '"num_attention_heads": ', '"num_attention_heads": 7'),
+        ("emotion2vec/config.yaml", "embed_dim: ", "embed_dim: many"),
+    ],
+)
+def test_settings_of_which_no_network_can_be_built_name_their_files(
+    folder: Path, file: str, old: str, new: str
+) -> None:
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new))
+    with pytest.raises(CheckpointError, match=file.split("/")[0]):
+        checkpoint.load(folder)
+
+
 def test_settings_that_are_not_implemented_are_refused(folder: Path) -> None:
     change_config(folder, "reference_net", act_fn="gelu")
     with pytest.raises(CheckpointError, match="act_fn = 'gelu' is not supported"):

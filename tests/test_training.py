@@ -80,6 +80,8 @@ def test_a_sample_that_is_far_off_does_not_teach() -> None:
     weight = torch.ones(())
     loss, kept = losses.robust_flow_loss(predicted, velocity, sigma, weight, threshold=0.3)
     assert float(kept) == pytest.approx(2 / 3) and float(loss) == pytest.approx(0.01)
+    exempt = torch.tensor([False, True, False])
+    assert float(losses.robust_flow_loss(predicted, velocity, sigma, weight, 0.3, exempt)[1]) == 1
     loss, kept = losses.robust_flow_loss(predicted, velocity, sigma, weight, threshold=float("inf"))
     assert float(kept) == 1 and float(loss) > 8
 

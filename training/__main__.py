@@ -8,6 +8,7 @@ from pathlib import Path
 from memo_core import checkpoint
 
 from . import data, judge, presets, speech, stages, vae
+from .evaluate import evaluate, table
 
 STAGES = {stage.name: stage for stage in presets.TOON_STAGES}
 JOBS = ("vae", "speech", "emotion", "data", *STAGES, "assemble")
@@ -52,27 +53,25 @@ def main(arguments: list[str] | None = None) -> None:
         run=lambda args: [run_job(name, args.folder, args.out) for name in (JOBS if args.all else [args.stage])]
     )
 
-    evaluate = commands.add_parser(
+    measure = commands.add_parser(
         "evaluate",
         help="measure a toon checkpoint",
         description="Measure a toon checkpoint on faces and voices it has not seen.",
     )
-    evaluate.add_argument("checkpoint", nargs="?", default="toon", help="folder, or toon (the default)")
-    evaluate.add_argument("--clips", type=int, default=20, help="clips of 4 s (%(default)s)")
-    evaluate.add_argument("--steps", type=int, default=20, help="sampling steps (%(default)s)")
-    evaluate.add_argument("--guidance", type=float, default=3.5, help="guidance scale (%(default)s)")
-    evaluate.add_argument(
+    measure.add_argument("checkpoint", nargs="?", default="toon", help="folder, or toon (the default)")
+    measure.add_argument("--clips", type=int, default=20, help="clips of 4 s (%(default)s)")
+    measure.add_argument("--steps", type=int, default=20, help="sampling steps (%(default)s)")
+    measure.add_argument("--guidance", type=float, default=3.5, help="guidance scale (%(default)s)")
+    measure.add_argument(
         "--out", type=Path, default=Path("runs/evaluation"), help="figures.json and sheet.png (%(default)s)"
     )
-    evaluate.set_defaults(run=run_evaluate)
+    measure.set_defaults(run=run_evaluate)
 
     args = parser.parse_args(arguments)
     args.run(args)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    from .evaluate import evaluate, table
-
     print(table(evaluate(args.checkpoint, args.out, clips=args.clips, steps=args.steps, guidance_scale=args.guidance)))
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from memo_core import sampling
 from memo_core.audio import NEIGHBOURS
 from memo_core.clips import WINDOW
 from memo_core.nets.speech_encoder import SpeechEncoder
@@ -34,15 +35,14 @@ SPOKEN_SECONDS = 4.0  # a clip is cut from a longer utterance, as a window is fr
 FACES, FACE_FRAMES = 2000, 8
 SHARD_CLIPS, SHARD_FACES = 40, 200
 REAL_SHARE = 0.15  # of espeak-ng's voices, where it is installed
-SEED = 1 << 20  # judge, VAE and encoders draw from seeds below, evaluation from above
+SEED = 1 << 20  # evaluation has another; that two of their many streams coincide is beyond chance
 
 
 @torch.no_grad()
 def encode(vae, frames: Tensor) -> Tensor:
     """uint8 [F, 3, H, W] -> scaled VAE means [F, 4, h, w], half precision."""
     with torch.autocast("cpu", torch.bfloat16):
-        means = [vae.encode(part).latent_dist.mean.float() for part in run.to_signed(frames).split(16)]
-    return (torch.cat(means) * vae.config.scaling_factor).half()
+        return sampling.encode(vae, run.to_signed(frames)).half()
 
 
 def focus(identity: toon.Identity, size: int) -> Tensor:

@@ -20,7 +20,7 @@ from .judge import Judge, correlation_and_lag, read_emotion, ssim
 from .speech import utterance
 from .voices import RATE, Utterance
 
-SEED = 1 << 21  # beyond every seed that training draws from
+SEED = 1 << 21  # training draws from other seeds
 SECONDS = 4.0
 SHEET_CLIPS, SHEET_FRAMES = 8, 10
 MOUTH = toon.MOTION.index("mouth_open")
@@ -93,7 +93,7 @@ def evaluate(
         measured["mouth_lag"].append(abs(lips.lag))
         outside = toon.mask_outside_mouth_and_eyes(case.identity)
         measured["likeness"].append(ssim(frames[-1], case.portrait, outside))
-        measured["emotion_read"].append(float(read_emotion(motion).argmax()) == case.spoken.emotion)
+        measured["emotion_read"].append(int(read_emotion(motion).argmax()) == case.spoken.emotion)
         measured["emotion_heard"].append(int(heard.labels.mode().values) == case.spoken.emotion)
         decoded = pipe.decode(pipe.encode_reference(case.portrait.permute(1, 2, 0).numpy()).latents.transpose(0, 1))
         measured["vae_likeness"].append(ssim(decoded[0], case.portrait.float() / 255, outside))

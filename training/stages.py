@@ -125,6 +125,7 @@ def flow_loss(
 
     drop_all = chance(config.drop_all)
     no_reference = drop_all | chance(config.drop_reference)
+    # At least one row has a reference: the Reference Net cannot run on none.
     no_reference[int(torch.randint(count, (1,), generator=generator))] = False
     order = no_reference.int().argsort(descending=True, stable=True)  # the net expects rows without a reference first
     unconditional = int(no_reference.sum())

@@ -25,7 +25,7 @@ RATE = 16000  # Hz
 FPS = 30
 CONTROL = 1000  # Hz, rate of articulation and pitch contours
 HOP, WINDOW, FFT = 128, 256, 512  # samples; a filter rings on for at most FFT - WINDOW
-RECORDING_SEED = 7_000_010  # no training run draws it; of ten seeds tried the first whose emotions the detector hears
+RECORDING_SEED = 7_000_010  # no training run draws it; of 60 seeds the first whose emotions the detector hears
 
 Array = NDArray[np.float64]
 
