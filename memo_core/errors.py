@@ -37,3 +37,7 @@ class VideoError(MemoError):
 
 class DownloadError(MemoError):
     """Weights that could not be fetched, or whose checksum differs."""
+
+
+class ComposeError(MemoError):
+    """Frames, pictures or boxes that cannot be used, or do not fit each other."""
