@@ -372,7 +372,8 @@ def detect(args: argparse.Namespace) -> int:
     from .audio import load_audio
     from .checkpoint import EMOTION_HEAD, find
     from .clips import WINDOW
-    from .emotion import EMOTIONS, detect_emotion, draw_emotion
+    from .drawing import draw_emotion
+    from .emotion import EMOTIONS, detect_emotion
     from .nets.emotion2vec import Emotion2Vec
     from .nets.emotion_head import EmotionHead
 

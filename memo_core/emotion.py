@@ -1,28 +1,31 @@
-"""Emotions of a voice over time: detection, editing, a picture (MEMO section 3.3)."""
+"""Emotions of a voice over time: detection and editing (MEMO section 3.3)."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .audio import SAMPLE_RATE, prepare_waveform
+from .clips import WINDOW
 from .errors import EmotionError
+from .nets.audio_module import EMOTION_LABELS
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-
     from .nets.emotion2vec import Emotion2Vec
     from .nets.emotion_head import EmotionHead
 
 EMOTIONS = ("angry", "disgusted", "fearful", "happy", "neutral", "other", "sad", "surprised", "unknown")
 # One colour per emotion, in their order.
 COLOURS = ("#d1495b", "#7a8b3c", "#7b5ea7", "#f2a93b", "#9aa5b1", "#a0785a", "#3f7cac", "#2a9d8f", "#5c6370")
+_NEUTRAL = EMOTIONS.index("neutral")
+_UNMOVED = [EMOTIONS.index(name) for name in ("neutral", "other", "unknown")]
 _BATCH = 8  # segments of 3 s encoded at once
 
 
@@ -36,12 +39,14 @@ class EmotionTrack:
             them.
         segment_starts: [S] float64 seconds; a segment lasts until the next one starts.
         fps: frames a second.
+        strengths: [F] float32 from 0 to 1, all 1 if not given: "angry" at 0.7 is 0.7 angry and 0.3 neutral.
     """
 
     labels: Tensor
     probabilities: Tensor
     segment_starts: Tensor
     fps: float
+    strengths: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         labels, probabilities, starts = self.labels, self.probabilities, self.segment_starts
@@ -58,11 +63,19 @@ class EmotionTrack:
             )
         if not 0 < self.fps < math.inf:
             raise EmotionError(f"fps is {self.fps!r}; it must be a positive number")
+        strengths = torch.ones(len(labels)) if self.strengths is None else self.strengths
+        if strengths.shape != labels.shape or not ((strengths >= 0) & (strengths <= 1)).all():
+            raise EmotionError(
+                f"strengths {tuple(strengths.shape)}, {float(strengths.min()) if len(strengths) else 0:g} to "
+                f"{float(strengths.max()) if len(strengths) else 0:g}, are not one number from 0 to 1 for each of the "
+                f"{len(labels)} labels"
+            )
         # Clones: nobody who holds the tensors given here can change the track through them.
         object.__setattr__(self, "labels", labels.to("cpu", torch.int64, copy=True))
         object.__setattr__(self, "probabilities", probabilities.to("cpu", torch.float32, copy=True))
         object.__setattr__(self, "segment_starts", starts.to("cpu", torch.float64, copy=True))
         object.__setattr__(self, "fps", float(self.fps))
+        object.__setattr__(self, "strengths", strengths.to("cpu", torch.float32, copy=True))
 
     @property
     def num_frames(self) -> int:
@@ -83,23 +96,104 @@ class EmotionTrack:
         certain = F.one_hot(torch.tensor([index]), len(EMOTIONS))
         return cls(torch.full((num_frames,), index), certain, torch.zeros(1), fps)
 
-    def with_label(self, start: float, end: float, label: str | int) -> EmotionTrack:
-        """A copy where the frames from `start` to `end` (seconds; frames whose middle lies between) carry `label`.
+    def with_label(self, start: float, end: float, label: str | int, strength: float = 1.0) -> EmotionTrack:
+        """A copy where the frames from `start` to `end` (seconds; frames whose middle lies between) carry `label` at
+        `strength`, from 0 (neutral) to 1.
 
-        Raises EmotionError for an unknown label, or a span that is empty, not of numbers, or outside the track.
+        Raises EmotionError for an unknown label, a strength out of range, or a span that is empty, not of numbers, or
+        outside the track.
         """
         index = emotion_index(label)
+        if not 0 <= strength <= 1:
+            raise EmotionError(f"strength is {strength!r}; it goes from 0 (neutral) to 1")
         tolerance = 0.5 / self.fps
         if not (-tolerance <= start < end <= self.seconds + tolerance):
             raise EmotionError(
                 f"the span {start!r} to {end!r} s does not lie within the track, 0 to {self.seconds:.3f} s"
             )
-        first, last = (min(max(math.ceil(time * self.fps - 0.5), 0), self.num_frames) for time in (start, end))
+        first, last = (min(max(_frame_at(time, self.fps), 0), self.num_frames) for time in (start, end))
         if first == last:
             raise EmotionError(f"the span {start!r} to {end!r} s holds no frame at {self.fps:g} fps")
-        labels = self.labels.clone()
-        labels[first:last] = index
-        return replace(self, labels=labels)
+        labels, strengths = self.labels.clone(), self.strengths.clone()
+        labels[first:last], strengths[first:last] = index, strength
+        return replace(self, labels=labels, strengths=strengths)
+
+    def edited(self, text: str) -> EmotionTrack:
+        """A copy with edits applied in their order; `parse_emotion_lines` has their syntax, `describe` writes it.
+
+        Raises EmotionError, naming the line, for what `parse_emotion_lines` refuses and for a time beyond the track;
+        an end of up to a window (16 frames) beyond it means its end.
+        """
+        track = self
+        for number, line, start, end, label, strength in _edits(text):
+            if start >= self.seconds:
+                raise _bad_line(number, line, f"it starts after the track's end at {self.seconds:.3f} s")
+            if end < math.inf and end > self.seconds + WINDOW / self.fps:
+                raise _bad_line(number, line, f"it ends at {end:g} s, the track at {self.seconds:.3f} s; write 'end'")
+            try:
+                track = track.with_label(start, min(end, self.seconds), label, strength)
+            except EmotionError as error:
+                raise _bad_line(number, line, str(error)) from error
+        return track
+
+    def spans(self) -> list[tuple[int, int, int, float]]:
+        """The runs of frames with one label and strength, in order: (first, one past the last, label, strength)."""
+        changed = (self.labels[1:] != self.labels[:-1]) | (self.strengths[1:] != self.strengths[:-1])
+        cuts = [0, *(changed.nonzero().flatten() + 1).tolist(), self.num_frames]
+        return [(a, b, int(self.labels[a]), float(self.strengths[a])) for a, b in zip(cuts, cuts[1:])]
+
+    def describe(self) -> str:
+        """One line per span, `0.0-2.5 happy` or `2.5-4.0 angry 0.7`: as `edited` on a track of this length reads it."""
+        lines = []
+        for first, last, label, strength in self.spans():
+            line = f"{_time_of(first, self.fps)}-{_time_of(last, self.fps)} {EMOTIONS[label]}"
+            # The shortest decimal that is this float32.
+            lines.append(line if strength == 1 else f"{line} {np.format_float_positional(np.float32(strength))}")
+        return "\n".join(lines)
+
+    def fit(self, fps: float, num_frames: int) -> EmotionTrack:
+        """This track at another frame rate and length: each frame takes the label nearest in time; beyond the end the
+        last label holds. The track itself where nothing changes.
+
+        Raises EmotionError for an fps that is not a positive number, or num_frames below 1.
+        """
+        if not 0 < fps < math.inf:
+            raise EmotionError(f"fps is {fps!r}; it must be a positive number")
+        if num_frames < 1:
+            raise EmotionError(f"num_frames is {num_frames}; at least 1 is needed")
+        if (fps, num_frames) == (self.fps, self.num_frames):
+            return self
+        middles = (torch.arange(num_frames, dtype=torch.float64) + 0.5) * self.fps / fps
+        nearest = middles.long().clamp_max(self.num_frames - 1)
+        return replace(self, labels=self.labels[nearest], strengths=self.strengths[nearest], fps=fps)
+
+    def conditioning(self, frames: Tensor, per: str) -> Tensor:
+        """What the Diffusion Net reads for one window.
+
+        Args:
+            frames: [N] int64, the window's frames, at least one; beyond the end the last one holds.
+            per: "window" for the most frequent label (the lower among equals), at the mean strength of the frames that
+                carry it; "frame" for each frame's own.
+
+        Returns:
+            labels, [1] or [N] int64, where the strengths of all these frames are 1; else class weights, [1, 10] or
+            [N, 10] float32: what a label's strength leaves is neutral's, and the null emotion's (9) is 0.
+        """
+        if per not in ("window", "frame"):
+            raise EmotionError(f"per must be 'window' or 'frame', received {per!r}")
+        if frames.ndim != 1 or not len(frames):
+            raise EmotionError(f"frames have shape {tuple(frames.shape)}; [N] with at least one frame is expected")
+        frames = frames.clamp(0, self.num_frames - 1)
+        labels, strengths = self.labels[frames], self.strengths[frames]
+        soft = bool((strengths < 1).any())
+        if per == "window":
+            label = labels.mode().values[None]
+            labels, strengths = label, strengths[labels == label].mean()[None]
+        if not soft:
+            return labels
+        weights = torch.zeros(len(labels), EMOTION_LABELS).scatter(1, labels[:, None], strengths[:, None])
+        weights[:, _NEUTRAL] += 1 - strengths
+        return weights
 
     def window_labels(self, window_frames: int = 16) -> Tensor:
         """The most frequent label of each window, the lower among equals: [ceil(F / window_frames)] int64."""
@@ -119,6 +213,78 @@ def emotion_index(label: str | int) -> int:
     )
 
 
+# A time is seconds or m:ss, either with decimals.
+_TIME = r"(?:[0-9]{1,6}:[0-5][0-9]|[0-9]{1,8})(?:\.[0-9]*)?|\.[0-9]+"
+_LINE = re.compile(rf"({_TIME})\s*[-\u2013\u2014]\s*({_TIME}|end)\s+(\S+)(?:\s+(\S+))?", re.IGNORECASE)
+
+
+def parse_emotion_lines(text: str) -> list[tuple[float, float, str, float]]:
+    """Reads edits of a track, one per line: `0.0-2.5 happy`, `2.5-4 angry 0.7`, `1:04.5-end sad`.
+
+    A time is in seconds or m:ss; "-" may be a dash and have spaces around it; an emotion is one of EMOTIONS in any
+    case; a strength goes from 0 to 1 and is 1 where it is left out. Blank lines and what follows "#" are ignored.
+
+    Returns:
+        (start, end, emotion, strength) per edit, times in seconds; "end" is infinity.
+
+    Raises:
+        EmotionError: a line that cannot be read, with its number (from 1), its text and the allowed emotions.
+    """
+    return [edit[2:] for edit in _edits(text)]
+
+
+def _edits(text: str) -> list[tuple[int, str, float, float, str, float]]:
+    """As `parse_emotion_lines`, with each line's number and text in front."""
+    edits = []
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise _bad_line(number, line, "it does not read START-END EMOTION [STRENGTH], like 2.5-4 angry 0.7")
+        start, end, label, strength = match.groups()
+        if label.lower() not in EMOTIONS:
+            raise _bad_line(number, line, f"{label!r} is not an emotion")
+        start, end = _seconds(start), _seconds(end)
+        if not start < end:
+            raise _bad_line(number, line, "it does not end after it starts")
+        try:
+            share = 1.0 if strength is None else float(strength)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share <= 1:
+            raise _bad_line(number, line, f"the strength {strength!r} is not a number from 0 to 1")
+        edits.append((number, line, start, end, label.lower(), share))
+    return edits
+
+
+def _bad_line(number: int, line: str, problem: str) -> EmotionError:
+    return EmotionError(f'line {number}, "{line}": {problem}. Emotions are {", ".join(EMOTIONS)}')
+
+
+def _seconds(time: str) -> float:
+    """A time of `_LINE` in seconds."""
+    if time.lower() == "end":
+        return math.inf
+    minutes, _, seconds = time.rpartition(":")
+    return 60 * int(minutes or 0) + float(seconds)
+
+
+def _frame_at(time: float, fps: float) -> int:
+    """The first frame whose middle does not lie before `time`."""
+    return math.ceil(time * fps - 0.5)
+
+
+def _time_of(frame: int, fps: float) -> str:
+    """The shortest decimal number of seconds that `_frame_at` takes for `frame`."""
+    for digits in range(1, 12):
+        text = f"{frame / fps:.{digits}f}"
+        if _frame_at(float(text), fps) == frame:
+            break
+    return text
+
+
 def detect_emotion(
     waveform: Tensor | np.ndarray,
     sample_rate: float,
@@ -126,6 +292,8 @@ def detect_emotion(
     head: EmotionHead,
     num_padded_frames: int,
     fps: float = 30,
+    sensitivity: float = 1.0,
+    smoothing: float = 0.0,
 ) -> EmotionTrack:
     """Detects the emotion of a voice, second by second.
 
@@ -141,11 +309,21 @@ def detect_emotion(
         sample_rate: in Hz.
         num_padded_frames: length of the track, `AudioTrack.num_padded_frames`.
         fps: frames a second.
+        sensitivity: from 0.1 to 10; how readily a voice leaves neutral, other and unknown, whose probabilities are
+            divided by it before the most probable emotion is chosen.
+        smoothing: seconds over which the probabilities are averaged, around each second, before that.
+
+    Returns:
+        the track; its probabilities are the detector's own, whatever sensitivity and smoothing are.
 
     Raises:
         AudioError: a bad recording.
-        EmotionError: no frames, or encoder and head that do not fit each other.
+        EmotionError: no frames, sensitivity or smoothing out of range, or encoder and head that do not fit each other.
     """
+    if not 0.1 <= sensitivity <= 10:
+        raise EmotionError(f"sensitivity is {sensitivity!r}; 0.1 to 10 are allowed")
+    if not 0 <= smoothing < math.inf:
+        raise EmotionError(f"smoothing is {smoothing!r} s; a finite number from 0 is expected")
     if num_padded_frames < 1:
         raise EmotionError(f"num_padded_frames is {num_padded_frames}; at least 1 is needed")
     if encoder.feature_dim != head.feature_dim or head.classes != len(EMOTIONS):
@@ -156,8 +334,14 @@ def detect_emotion(
     samples = prepare_waveform(waveform, sample_rate)
     starts, spans = _segments(len(samples))
     probabilities = _classify([samples[begin:end] for begin, end in spans], encoder, head)
-    labels = probabilities.argmax(dim=1)[_segment_of_frame(starts, len(samples), num_padded_frames)]
-    return EmotionTrack(labels, probabilities, torch.tensor(starts, dtype=torch.float64) / SAMPLE_RATE, fps)
+    seconds = torch.tensor(starts, dtype=torch.float64) / SAMPLE_RATE
+    heard = probabilities
+    if smoothing * SAMPLE_RATE >= 1:
+        heard = _smooth(probabilities, seconds, len(samples) / SAMPLE_RATE, smoothing)
+    weights = torch.ones(len(EMOTIONS))
+    weights[_UNMOVED] /= sensitivity
+    labels = (heard * weights).argmax(dim=1)[_segment_of_frame(starts, len(samples), num_padded_frames)]
+    return EmotionTrack(labels, probabilities, seconds, fps)
 
 
 def _segments(num_samples: int) -> tuple[list[int], list[tuple[int, int]]]:
@@ -180,6 +364,20 @@ def _segment_of_frame(starts: list[int], num_samples: int, num_frames: int) -> T
     return torch.searchsorted(torch.tensor(starts), nearest, right=True) - 1
 
 
+def _smooth(probabilities: Tensor, starts: Tensor, end: float, seconds: float) -> Tensor:
+    """The mean of [S, 9] probabilities over `seconds` around each segment's middle, as far as there is sound."""
+    values, edges = probabilities.double(), torch.cat([starts, starts.new_tensor([end])])
+    sums = F.pad((values * edges.diff()[:, None]).cumsum(dim=0), (0, 0, 1, 0))[:-1]
+
+    def integral(time: Tensor) -> Tensor:
+        segment = (torch.searchsorted(starts, time, right=True) - 1).clamp_min(0)
+        return sums[segment] + values[segment] * (time - starts[segment])[:, None]
+
+    middles = (edges[1:] + edges[:-1]) / 2
+    first, last = ((middles + side * seconds / 2).clamp(0, end) for side in (-1, 1))
+    return ((integral(last) - integral(first)) / (last - first)[:, None]).float()
+
+
 @torch.no_grad()
 def _classify(segments: list[Tensor], encoder: Emotion2Vec, head: EmotionHead) -> Tensor:
     """Waveforms -> [segments, 9] probabilities; segments of equal length go through the encoder together."""
@@ -197,102 +395,3 @@ def _classify(segments: list[Tensor], encoder: Emotion2Vec, head: EmotionHead) -
             logits = head(pooled.to(head_weight.device, head_weight.dtype))
             probabilities[chosen] = logits.float().softmax(dim=1).cpu()
     return probabilities
-
-
-def draw_emotion(
-    track: EmotionTrack, waveform: Tensor | np.ndarray, sample_rate: float, width: int = 1200
-) -> Image.Image:
-    """A picture of a track: a legend, the waveform on bands in the colours of the frames' labels, and below it the
-    detector's probabilities, stacked. Time runs in seconds of the video for the bands and of the recording for the
-    rest.
-
-    Args:
-        waveform: [T] or [channels, T]; see `audio.prepare_waveform`.
-        width: of the picture in pixels, at least 600; its height is 440.
-
-    Returns:
-        an RGB image. Raises AudioError for a bad recording, EmotionError for a width below 600.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    if width < 600:
-        raise EmotionError(f"width is {width}; at least 600 pixels are needed")
-    samples = prepare_waveform(waveform, sample_rate)
-    seconds = max(track.seconds, len(samples) / SAMPLE_RATE)
-    image = Image.new("RGB", (width, 440), "white")
-    draw = ImageDraw.Draw(image)
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    ink = "#22262b"
-    left, right = 100, width - 20
-
-    def column(time: float) -> int:
-        return left + round(time / seconds * (right - left))
-
-    seen = (track.probabilities.amax(dim=0) >= 0.03).nonzero().flatten()  # wide enough to be seen
-    used = sorted({*track.labels.tolist(), *seen.tolist()})
-    at = left
-    for index in used:
-        draw.rectangle((at, 16, at + 14, 30), fill=COLOURS[index])
-        draw.text((at + 20, 23), EMOTIONS[index], fill=ink, font=font, anchor="lm")
-        at += 34 + int(draw.textlength(EMOTIONS[index], font=font))
-
-    # Labels and waveform.
-    top, bottom, middle = 48, 208, 128
-    changes = [0, *((track.labels[1:] != track.labels[:-1]).nonzero().flatten() + 1).tolist(), track.num_frames]
-    for begin, end in zip(changes, changes[1:]):
-        index = int(track.labels[begin])
-        x0, x1 = column(begin / track.fps), column(end / track.fps)
-        draw.rectangle((x0, top, x1, bottom), fill=_blend(COLOURS[index], 0.35))
-        draw.rectangle((x0, bottom - 20, x1, bottom), fill=COLOURS[index])
-        if draw.textlength(EMOTIONS[index], font=small) + 8 < x1 - x0:
-            draw.text(((x0 + x1) // 2, bottom - 10), EMOTIONS[index], fill="white", font=small, anchor="mm")
-    loudest = max(float(samples.abs().max()), 1e-6)
-    columns = max(1, column(len(samples) / SAMPLE_RATE) - left)
-    for x in range(columns):
-        # One sample more than the column's own, so that the line is never broken between columns.
-        part = samples[min(x * len(samples) // columns, len(samples) - 1) : (x + 1) * len(samples) // columns + 1]
-        high, low = (float(value) / loudest * 56 for value in (part.max(), part.min()))
-        draw.line((left + x, middle - 10 - high, left + x, middle - 10 - low), fill=ink)
-    draw.text((left - 10, middle - 10), "voice", fill=ink, font=font, anchor="rm")
-    draw.text((left - 10, bottom - 10), "label", fill=ink, font=font, anchor="rm")
-
-    # Probabilities, one column per segment.
-    top, bottom = 224, 384
-    ends = [*track.segment_starts[1:].tolist(), max(len(samples) / SAMPLE_RATE, float(track.segment_starts[-1]))]
-    for begin, end, shares in zip(track.segment_starts.tolist(), ends, track.probabilities.tolist()):
-        y = float(bottom)
-        for index, share in enumerate(shares):
-            height = share * (bottom - top)
-            if round(y) > round(y - height):
-                x0 = column(begin)
-                draw.rectangle((x0, round(y - height), max(x0, column(end) - 1), round(y)), fill=COLOURS[index])
-            y -= height
-    for share in (0.0, 0.5, 1.0):
-        y = bottom - round(share * (bottom - top))
-        draw.line((left - 5, y, left, y), fill=ink)
-        draw.text((left - 10, y), f"{share:.0%}", fill=ink, font=small, anchor="rm")
-    draw.text((left - 50, (top + bottom) // 2 + 20), "probability", fill=ink, font=small, anchor="mm")
-
-    # The axis of time.
-    step = next(
-        (step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600) if seconds / step <= 14), 1800
-    )
-    draw.line((left, 392, right, 392), fill=ink)
-    for tick in range(int(seconds / step) + 1):
-        x = column(tick * step)
-        draw.line((x, 392, x, 398), fill=ink)
-        draw.text((x, 410), _clock(tick * step), fill=ink, font=small, anchor="mm")
-    return image
-
-
-def _blend(colour: str, share: float) -> tuple[int, int, int]:
-    """`colour` laid over white with the given opacity."""
-    return tuple(round(255 - share * (255 - int(colour[i : i + 2], 16))) for i in (1, 3, 5))
-
-
-def _clock(time: float) -> str:
-    """Seconds as "2.5 s" below a minute, else as "m:ss" or "h:mm:ss"."""
-    if time < 60:
-        return f"{time:g} s"
-    minutes, secs = divmod(round(time), 60)
-    return f"{minutes}:{secs:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{secs:02d}"

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memo_core import emotion
-from memo_core.emotion import EMOTIONS, EmotionTrack, detect_emotion, draw_emotion
+from memo_core.emotion import EMOTIONS, EmotionTrack, detect_emotion, parse_emotion_lines
 from memo_core.errors import AudioError, CheckpointError, EmotionError
+from memo_core.nets.audio_module import EmotionAdaNorm
 from memo_core.nets.emotion2vec import Emotion2Vec
 from memo_core.nets.emotion_head import EmotionHead
 
@@ -233,32 +233,234 @@ def test_bad_tracks_are_refused() -> None:
         EmotionTrack.constant("sad", 0)
 
 
-# ---- the picture
+# ---- sensitivity and smoothing
 
 
-def test_picture_shows_labels_probabilities_and_waveform() -> None:
-    waveform = torch.sin(torch.arange(3 * RATE) / 20)
-    track = EmotionTrack.constant("neutral", 90).with_label(0, 1.5, "happy")
-    picture = draw_emotion(track, waveform, RATE)
-    assert picture.size == (1200, 440) and picture.mode == "RGB"
+class Says:
+    """Stands for an encoder and a head that are not asked."""
 
-    def share(colour: str, box: tuple[int, int, int, int]) -> float:
-        wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
-        return float((np.asarray(picture.crop(box)) == wanted).all(axis=-1).mean())
-
-    happy, neutral = emotion.COLOURS[3], emotion.COLOURS[4]
-    assert share(happy, (110, 190, 630, 206)) > 0.8  # first half of the label band
-    assert share(neutral, (650, 190, 1170, 206)) > 0.8  # second half
-    assert share(neutral, (110, 230, 1170, 380)) > 0.9  # the detector was certain of neutral
-    assert share("#22262b", (110, 90, 1170, 140)) > 0.3  # a loud waveform
+    feature_dim, classes = 1, len(EMOTIONS)
 
 
-@pytest.mark.parametrize("samples", [1, 100, 50 * RATE])
-def test_picture_of_any_length_is_drawn(samples: int) -> None:
-    picture = draw_emotion(EmotionTrack.constant("sad", 16), torch.zeros(samples), RATE, width=600)
-    assert picture.size == (600, 440)
-    with pytest.raises(EmotionError, match="width is 100"):
-        draw_emotion(EmotionTrack.constant("sad", 16), torch.zeros(samples), RATE, width=100)
+def detected(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, float]], **kwargs: float) -> EmotionTrack:
+    """A track of len(rows) seconds at 10 fps, whose detector says `rows`."""
+    probabilities = torch.zeros(len(rows), len(EMOTIONS))
+    for second, row in enumerate(rows):
+        for name, share in row.items():
+            probabilities[second, EMOTIONS.index(name)] = share
+    monkeypatch.setattr(emotion, "_classify", lambda *_: probabilities)
+    track = detect_emotion(torch.zeros(len(rows) * RATE), RATE, Says, Says, len(rows) * 10, 10, **kwargs)
+    assert torch.equal(track.probabilities, probabilities), "what was heard stays as it was heard"
+    return track
+
+
+@pytest.mark.parametrize("calm", ["neutral", "other", "unknown"])
+def test_sensitivity_leaves_neutral_sooner(monkeypatch: pytest.MonkeyPatch, calm: str) -> None:
+    rows = [{calm: 0.6, "happy": 0.4}, {calm: 0.45, "sad": 0.55}]
+    for sensitivity, wanted in ((1, f"{calm} sad"), (2, "happy sad"), (0.5, f"{calm} {calm}")):
+        track = detected(monkeypatch, rows, sensitivity=sensitivity)
+        assert [EMOTIONS[i] for i in track.labels[::10].tolist()] == wanted.split()
+
+
+def test_smoothing_is_a_moving_average_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"happy": 1.0}] * 3 + [{"sad": 1.0}] + [{"happy": 1.0}] * 3
+    blip = [EMOTIONS.index("happy")] * 30 + [EMOTIONS.index("sad")] * 10 + [EMOTIONS.index("happy")] * 30
+    assert detected(monkeypatch, rows, smoothing=1).labels.tolist() == blip  # no longer than a segment
+    assert set(detected(monkeypatch, rows, smoothing=3).labels.tolist()) == {EMOTIONS.index("happy")}
+    starts = torch.arange(7, dtype=torch.float64)
+    smooth = emotion._smooth(F.one_hot(torch.tensor([0, 0, 0, 1, 0, 0, 0])).float(), starts, 7.0, 3.0)
+    assert torch.allclose(smooth[:, 1], torch.tensor([0, 0, 1, 1, 1, 0, 0]) / 3)
+    ends = emotion._smooth(torch.eye(2), torch.tensor([0.0, 1.0], dtype=torch.float64), 1.5, 100.0)
+    assert torch.allclose(ends, torch.tensor([[2 / 3, 1 / 3]] * 2))  # only where there is sound, by its length
+
+
+def test_defaults_are_as_released_and_settings_have_bounds(
+    encoder: Emotion2Vec, head: EmotionHead, voice: Tensor
+) -> None:
+    samples = varied(voice, 7)
+    plain = detect_emotion(samples, RATE, encoder, head, 224)
+    same = detect_emotion(samples, RATE, encoder, head, 224, sensitivity=1.0, smoothing=0.0)
+    assert torch.equal(plain.labels, same.labels) and torch.equal(plain.probabilities, same.probabilities)
+    eager = detect_emotion(samples, RATE, encoder, head, 224, sensitivity=3, smoothing=2)
+    assert torch.equal(plain.probabilities, eager.probabilities)
+    for bad in ({"sensitivity": 0}, {"sensitivity": 11}, {"sensitivity": math.nan}, {"smoothing": -1}):
+        with pytest.raises(EmotionError, match=next(iter(bad))):
+            detect_emotion(samples, RATE, encoder, head, 224, **bad)
+
+
+# ---- strengths
+
+
+def test_strength_is_kept_frame_by_frame() -> None:
+    track = EmotionTrack.constant("neutral", 90).with_label(1, 2, "angry", 0.7)
+    assert track.strengths.tolist() == pytest.approx([1] * 30 + [0.7] * 30 + [1] * 30)
+    assert track.with_label(1, 2, "angry").strengths.tolist() == [1] * 90
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(EmotionError, match="strength"):
+            track.with_label(1, 2, "angry", bad)
+    given = torch.full((90,), 0.5)
+    held = EmotionTrack(track.labels, track.probabilities, track.segment_starts, 30, given)
+    given += 1
+    assert held.strengths.tolist() == [0.5] * 90
+    for bad in (torch.ones(89), torch.full((90,), 1.5), torch.full((90,), math.nan)):
+        with pytest.raises(EmotionError, match="strengths"):
+            EmotionTrack(track.labels, track.probabilities, track.segment_starts, 30, bad)
+
+
+def test_full_strength_conditions_by_label_as_released() -> None:
+    track = EmotionTrack.constant("neutral", 32).with_label(0.2, 0.7, "happy")
+    window, frame = (track.conditioning(torch.arange(4, 20), per) for per in ("window", "frame"))
+    assert window.dtype == frame.dtype == torch.int64
+    assert window.tolist() == track.labels[4:20].mode().values[None].tolist() == [3]
+    assert torch.equal(frame, track.labels[4:20])
+    assert track.conditioning(torch.arange(30, 46), "frame").tolist() == [4] * 16  # the last label holds
+
+
+def test_strength_conditions_by_class_weights() -> None:
+    track = EmotionTrack.constant("sad", 16, 10).with_label(0, 0.6, "angry", 0.5).with_label(0.6, 1.2, "angry", 0.9)
+    weights = track.conditioning(torch.arange(16), "window")
+    assert weights.shape == (1, 10) and weights.dtype == torch.float32
+    assert weights[0].tolist() == pytest.approx([0.7, 0, 0, 0, 0.3, 0, 0, 0, 0, 0])  # the mean over the angry frames
+    frames = track.conditioning(torch.arange(16), "frame")
+    assert frames.shape == (16, 10)
+    assert frames[0].tolist() == pytest.approx([0.5, 0, 0, 0, 0.5, 0, 0, 0, 0, 0])
+    assert frames[15].tolist() == [0, 0, 0, 0, 0, 0, 1, 0, 0, 0]
+    assert track.conditioning(torch.arange(12, 16), "window").dtype == torch.int64  # no weak frame among these
+    calm = EmotionTrack.constant("neutral", 4).with_label(0, 0.1, "neutral", 0.2)
+    assert calm.conditioning(torch.arange(4), "window")[0, 4] == 1
+    for frames, per in ((torch.arange(4), "second"), (torch.arange(0), "frame")):
+        with pytest.raises(EmotionError):
+            calm.conditioning(frames, per)
+
+
+class Caster(torch.nn.Embedding):
+    """A layer whose weight is cast and patched when it is called, as hosts have them."""
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return F.embedding(labels, 2 * self.weight.float())
+
+
+def test_class_weights_mix_the_labels_embeddings() -> None:
+    torch.manual_seed(0)
+    norm = EmotionAdaNorm(12)
+    x, labels = torch.randn(6, 5, 12), torch.tensor([3, 9])
+    certain = F.one_hot(labels, 10).float()
+    assert torch.equal(norm(x, labels), norm(x, certain))
+    per_frame = (each.repeat_interleave(3, dim=0) for each in (labels, certain))
+    assert torch.equal(*(norm(x, each) for each in per_frame))
+    mixed = torch.zeros(1, 10)
+    mixed[0, 0], mixed[0, 4] = 0.7, 0.3
+    table = norm.class_embedder.embedding_table.weight
+    shift, scale = norm.adaLN_modulation[1](F.silu(0.7 * table[0] + 0.3 * table[4])).chunk(2)
+    assert torch.allclose(norm(x, mixed), F.layer_norm(x, (12,)) * (1 + scale) + shift, atol=1e-6)
+    caster = Caster(10, 12).bfloat16()
+    norm.class_embedder.embedding_table = caster
+    assert torch.equal(norm(x, labels), norm(x, certain))
+    assert norm.bfloat16()(x.bfloat16(), mixed).dtype == torch.bfloat16
+
+
+# ---- another frame rate
+
+
+def test_track_fits_another_rate_and_length() -> None:
+    track = EmotionTrack.constant("neutral", 30, 30).with_label(0.5, 1, "sad", 0.4)
+    assert track.fit(30, 30) is track
+    half = track.fit(15, 15)
+    assert (half.fps, half.num_frames) == (15, 15)
+    assert half.labels.tolist() == [4] * 7 + [6] * 8  # the frame across 0.5 s has its middle there
+    double = track.fit(60, 80)
+    assert double.labels.tolist() == [4] * 30 + [6] * 50
+    assert double.strengths[29:31].tolist() == pytest.approx([1, 0.4]) and torch.equal(
+        double.probabilities, track.probabilities
+    )
+    assert track.fit(30, 4).labels.tolist() == [4] * 4
+    for bad in ((0, 4), (math.inf, 4), (30, 0)):
+        with pytest.raises(EmotionError):
+            track.fit(*bad)
+
+
+# ---- edits in words
+
+
+def test_lines_are_read() -> None:
+    text = """
+    # a comment
+    0.0-2.5 happy
+    2.5\u20134   ANGRY 0.7   # an en dash
+    1:04.5 - end Sad
+    .5-1:00 neutral 0
+    """
+    assert parse_emotion_lines(text) == [
+        (0.0, 2.5, "happy", 1.0),
+        (2.5, 4.0, "angry", 0.7),
+        (64.5, math.inf, "sad", 1.0),
+        (0.5, 60.0, "neutral", 0.0),
+    ]
+    assert parse_emotion_lines("") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("2.5-4 joyful", "'joyful' is not an emotion"),
+        ("2.5 happy", "START-END EMOTION"),
+        ("2.5-4", "START-END EMOTION"),
+        ("-1-4 sad", "START-END EMOTION"),
+        ("1:75-2:00 sad", "START-END EMOTION"),
+        ("end-4 sad", "START-END EMOTION"),
+        ("0-4 sad 0.5 0.5", "START-END EMOTION"),
+        ("4-2.5 sad", "does not end after it starts"),
+        ("4-4 sad", "does not end after it starts"),
+        ("0-4 sad 1.5", "'1.5' is not a number from 0 to 1"),
+        ("0-4 sad nan", "'nan' is not a number from 0 to 1"),
+        ("0-4 sad very", "'very' is not a number from 0 to 1"),
+    ],
+)
+def test_bad_lines_are_refused_by_number_and_text(line: str, problem: str) -> None:
+    with pytest.raises(EmotionError) as caught:
+        parse_emotion_lines(f"0-1 happy\n\n{line}")
+    message = str(caught.value)
+    assert message.startswith(f'line 3, "{line}": ') and problem in message
+    assert ", ".join(EMOTIONS) in message
+
+
+def test_edits_apply_in_order_and_stay_in_the_track() -> None:
+    track = EmotionTrack.constant("neutral", 90)
+    edited = track.edited("0-2 happy\n1-2 angry 0.7\n2.5-end sad")
+    assert edited.labels.tolist() == [3] * 30 + [0] * 30 + [4] * 15 + [6] * 15
+    assert edited.strengths.tolist() == pytest.approx([1] * 30 + [0.7] * 30 + [1] * 30)
+    assert set(track.labels.tolist()) == {4}
+    assert track.edited("2-3.5 sad").labels.tolist() == [4] * 60 + [6] * 30  # half a window beyond: the end
+    for line, problem in (
+        ("2-3.6 sad", "ends at 3.6 s, the track at 3.000 s"),
+        ("3-end sad", "starts after the track's end at 3.000 s"),
+        ("3-3.2 sad", "starts after the track's end"),
+        ("1.001-1.002 sad", "holds no frame"),
+    ):
+        with pytest.raises(EmotionError) as caught:
+            track.edited(f"0-1 happy\n{line}")
+        assert str(caught.value).startswith(f'line 2, "{line}": ') and problem in str(caught.value)
+        assert ", ".join(EMOTIONS) in str(caught.value)
+
+
+def test_description_reads_as_it_is_edited() -> None:
+    track = EmotionTrack.constant("neutral", 96).edited("0-2.5 happy\n2.5-3 angry 0.7")
+    assert track.describe() == "0.0-2.5 happy\n2.5-3.0 angry 0.7\n3.0-3.2 neutral"
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    fps=st.sampled_from([8, 23.976, 24, 25, 29.97, 30, 60, 120]),
+    spans=st.lists(
+        st.tuples(st.integers(1, 5000), st.integers(0, 8), st.floats(0, 1, width=32)), min_size=1, max_size=8
+    ),
+)
+def test_description_and_edits_are_inverse(fps: float, spans: list[tuple[int, int, float]]) -> None:
+    labels = torch.cat([torch.full((frames,), label) for frames, label, _ in spans])
+    strengths = torch.cat([torch.full((frames,), strength) for frames, _, strength in spans])
+    track = EmotionTrack(labels, torch.full((1, 9), 1 / 9), torch.zeros(1), fps, strengths)
+    again = EmotionTrack.constant("other", track.num_frames, fps).edited(track.describe())
+    assert torch.equal(again.labels, track.labels) and torch.equal(again.strengths, track.strengths)
 
 
 # ---- emotion2vec on disk

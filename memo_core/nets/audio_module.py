@@ -29,8 +29,15 @@ class EmotionAdaNorm(nn.Module):
         self.adaLN_modulation = nn.ModuleList([nn.Identity(), ops.Linear(dim, 2 * dim)])
 
     def forward(self, x: Tensor, emotion: Tensor) -> Tensor:
-        """x [B * F, N, C]; emotion [B] or [B * F] labels in 0..9."""
-        embedding = self.class_embedder.embedding_table(emotion).to(x.dtype)
+        """x [B * F, N, C]; emotion [B] or [B * F] int labels in 0..9, or [B, 10] or [B * F, 10] floating class weights,
+        each row summing to 1, which stand for the weighted mean of the labels' embeddings."""
+        table = self.class_embedder.embedding_table
+        if emotion.is_floating_point():
+            # Called, not read: a host's layer brings its weight to the device in its forward.
+            labels = table(torch.arange(EMOTION_LABELS, device=emotion.device))
+            embedding = (emotion.float()[..., None] * labels.float()).sum(dim=1).to(x.dtype)
+        else:
+            embedding = table(emotion).to(x.dtype)
         modulation = self.adaLN_modulation[1](F.silu(embedding))
         modulation = modulation.repeat_interleave(x.shape[0] // emotion.shape[0], dim=0)[:, None]
         shift, scale = modulation.chunk(2, dim=-1)
@@ -118,7 +125,7 @@ class AudioModule(nn.Module):
         Args:
             x: [B * F, C, h, w].
             audio: [B * F, tokens, audio_dim].
-            emotion: [B] or [B * F] labels.
+            emotion: [B] or [B * F] int labels, or [B, 10] or [B * F, 10] floating class weights.
 
         Returns:
             Frames and audio tokens, each with the module's contribution added.

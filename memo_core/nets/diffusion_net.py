@@ -181,6 +181,17 @@ class DiffusionNet(nn.Module):
                 h, w = -(-height // 2**level), -(-width // 2**level)
                 yield from module.sums(feature, h, w, frames)
 
+    def memory_numbers(self, height: int, width: int) -> int:
+        """How many numbers `memory_sums` gives per batch row at this latent size."""
+        total = 0
+        for block, i, level in self.layers():
+            module = block.memory_module(i)
+            if module is not None:
+                dim, heads = module.width, self.config.memory_heads
+                tokens = -(-height // 2**level) * -(-width // 2**level)
+                total += module.num_memory_layers * tokens * dim * (dim // heads + 1)
+        return total
+
     def forward(
         self,
         latents: Tensor,
@@ -202,9 +213,9 @@ class DiffusionNet(nn.Module):
             memory: as `memory_sums` gives them, or None for a window without a past.
             face_tokens: [B, tokens, cross_attention_dim].
             audio_tokens: [B, F, tokens, audio_attention_dim].
-            emotion: labels 0..9, [B] for one per window or [B * F] for one per frame. None, with audio_tokens None,
-                leaves out multi-modal attention and memory: each frame by itself, as the first stage of training has
-                it.
+            emotion: int labels 0..9, [B] for one per window or [B * F] for one per frame, or floating class weights
+                [B, 10] or [B * F, 10], rows summing to 1. None, with audio_tokens None, leaves out multi-modal
+                attention and memory: each frame by itself, as the first stage of training has it.
             unconditional: the first rows of the batch do not see the reference.
 
         Returns:
