@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class Networks:
     emotion_encoder: Emotion2Vec
     emotion_head: EmotionHead
     folder: Path
+    device: torch.device  # where they run
     digest: str  # identifies the four MEMO networks and the VAE, whatever the dtype they run in
     sample_size: int  # latent height and width of training
 
@@ -80,8 +82,8 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     folder = assets() / checkpoint if str(checkpoint) in EMBEDDED else Path(checkpoint).expanduser()
     if not folder.is_dir():
         raise CheckpointError(
-            f"no checkpoint at {str(checkpoint)!r}: "
-            f"give a folder in the released layout, or one of {', '.join(EMBEDDED)}"
+            f"no checkpoint at {str(checkpoint)!r}: give a folder in the released layout, or one of "
+            f"{', '.join(EMBEDDED)}. This command fetches the released weights (13 GB): {download_command(folder)}"
         )
     required = [
         f"{net}/{name}"
@@ -100,9 +102,18 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(required)} files: {', '.join(missing[:10])}. "
-            f"`memo download {folder}` fetches the released weights"
+            f"This command fetches the released weights: {download_command(folder)}"
         )
     return folder
+
+
+def download_command(folder: Path) -> str:
+    """What to type to fetch the released weights into `folder`: `memo`, or Python itself where that is not installed,
+    as inside ComfyUI's custom_nodes."""
+    here = Path(__file__).resolve().parent
+    if here.parent.name == "site-packages" or not (here.parent / "nodes").is_dir():
+        return f'memo download "{folder}"'
+    return f'cd "{here.parent}" && "{sys.executable}" -m {here.name} download "{folder}"'
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:
@@ -193,6 +204,7 @@ def load(
         emotion_encoder=emotion_encoder,
         emotion_head=emotion_head,
         folder=folder,
+        device=torch.device(device),
         digest=hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
         sample_size=read_json(folder / "diffusion_net" / "config.json").get("sample_size") or 64,
     )

@@ -137,6 +137,12 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     add("--memory-in", "go on from this memory state", metavar="STATE")
     add("--memory-out", "save the memory state after the last frame", metavar="STATE")
     add("--horizon", "remember only the last N windows (default: all the past)", type=_positive_int, metavar="N")
+    add(
+        "--store",
+        "keep finished windows here and never make the same one twice (default: 10 GB in the user's cache)",
+        metavar="FOLDER",
+    )
+    add("--no-store", "neither keep nor look for finished windows", action="store_true")
     add("--device", "auto, cpu, cuda, cuda:1, ... (default: %(default)s)", default="auto")
     add(
         "--dtype",
@@ -166,6 +172,7 @@ def generate(args: argparse.Namespace) -> int:
     from .memory import MemoryState
     from .pipeline import MemoPipeline
     from .sampling import Settings
+    from .store import WindowStore
     from .video import VideoWriter
 
     # What can be found wrong without the networks, before they are loaded.
@@ -175,6 +182,7 @@ def generate(args: argparse.Namespace) -> int:
     if args.size is not None:
         check_size(args.size)
     memory = MemoryState.load(args.memory_in) if args.memory_in else MemoryState.empty(args.horizon)
+    store = None if args.no_store else WindowStore(args.store) if args.store else WindowStore.default()
     portrait = _open_picture(args.portrait)
     waveform, rate = load_audio(args.voice)
     start, count = _span(args, waveform.shape[1] / rate)
@@ -206,7 +214,7 @@ def generate(args: argparse.Namespace) -> int:
             emotion = None if label == "null" else EmotionTrack.constant(label, audio.num_padded_frames, FPS)
         del waveform
         with _Bar(count) as bar:
-            windows = pipe.sample_windows(
+            job = pipe.job(
                 reference,
                 audio,
                 emotion,
@@ -216,8 +224,8 @@ def generate(args: argparse.Namespace) -> int:
                 steps=settings.steps,
                 guidance_scale=settings.guidance_scale,
                 seed=settings.seed,
-                on_progress=bar.steps,
             )
+            windows = pipe.sample_windows(job, store=store, on_progress=bar.steps)
             memory, stopped = _write(windows, writer, memory)
     if stopped is not None and writer.frames_written < count:
         return _stopped(args, writer, memory, start, stopped)

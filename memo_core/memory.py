@@ -118,6 +118,10 @@ class MemoryState:
         """A second state with the same past; both go on independently."""
         return replace(self)
 
+    def with_horizon(self, horizon: int | None) -> MemoryState:
+        """The state that remembers only the last `horizon` windows from here on; None: all of the past it still has."""
+        return replace(self, horizon=horizon, entries=self.entries if horizon is None else self.entries[-horizon:])
+
     def require(self, model: str, reference: str) -> None:
         """Raises MemoryStateError, naming both digests, if this state was made by another checkpoint or reference."""
         for name, mine, wanted in (("checkpoint", self.model, model), ("reference", self.reference, reference)):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,8 @@ from .errors import PortraitError
 from .face import EMBEDDING_SIZE, FaceAnalyzer, PortraitImage, prepare_portrait
 from .memory import MemoryState, SumsCache
 from .reference import Reference
-from .sampling import Settings, Window, decode, encode, sample_windows
+from .sampling import Job, Settings, Window, count_stored, decode, encode, sample_windows
+from .store import WindowStore
 
 
 class MemoPipeline:
@@ -51,25 +52,44 @@ class MemoPipeline:
         return cls(checkpoint.load(path, device, dtype))
 
     def encode_audio(
-        self, waveform: Tensor | np.ndarray, sample_rate: int, fps: float = 30, context: float | str | None = "auto"
+        self,
+        waveform: Tensor | np.ndarray,
+        sample_rate: int,
+        fps: float = 30,
+        context: float | str | None = "auto",
+        **more: Any,
     ) -> AudioTrack:
-        """Speech features for every video frame; see `audio.encode_audio`.
+        """Speech features for every video frame; see `audio.encode_audio`, also for further arguments.
 
         Args:
             waveform: [T] or [channels, T], any rate.
-            context: None encodes the whole recording at once, as released; a number encodes chunks with that many
-                seconds of context on either side; "auto" is None up to 60 s and chunks above.
+            context: None encodes the whole recording at once, as released; "local" makes every feature depend on the
+                sound around it alone; a number encodes chunks with that many seconds of context on either side; "auto"
+                is None up to 60 s and chunks above.
         """
         return encode_audio(
-            waveform, sample_rate, self.nets.speech_encoder, fps=fps, context=context, window_frames=WINDOW
+            waveform, sample_rate, self.nets.speech_encoder, fps=fps, context=context, window_frames=WINDOW, **more
         )
 
     def detect_emotion(
-        self, waveform: Tensor | np.ndarray, sample_rate: int, num_padded_frames: int, fps: float = 30
+        self,
+        waveform: Tensor | np.ndarray,
+        sample_rate: int,
+        num_padded_frames: int,
+        fps: float = 30,
+        sensitivity: float = 1.0,
+        smoothing: float = 0.0,
     ) -> EmotionTrack:
         """Emotion label of every video frame; see `emotion.detect_emotion`."""
         return emotion.detect_emotion(
-            waveform, sample_rate, self.nets.emotion_encoder, self.nets.emotion_head, num_padded_frames, fps
+            waveform,
+            sample_rate,
+            self.nets.emotion_encoder,
+            self.nets.emotion_head,
+            num_padded_frames,
+            fps,
+            sensitivity,
+            smoothing,
         )
 
     @cached_property
@@ -124,8 +144,9 @@ class MemoPipeline:
             no_face=no_face if looks_for_face else "warn",
             face_box=face_box,
         )
-        latents = encode(self.nets.vae, portrait.pixels[None]).cpu()
-        return Reference(portrait.pixels, latents, portrait.face_embedding if given is None else given)
+        latents = encode(self.nets.vae, portrait.pixels[None], self.nets.device).cpu()
+        faces = portrait.faces_found if looks_for_face and self.face_analyzer is not None else None
+        return Reference(portrait.pixels, latents, portrait.face_embedding if given is None else given, faces)
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -133,7 +154,7 @@ class MemoPipeline:
         side = 8 * self.nets.sample_size
         return side, side
 
-    def sample_windows(
+    def job(
         self,
         ref: Reference,
         audio: AudioTrack,
@@ -142,36 +163,51 @@ class MemoPipeline:
         *,
         start: int = 0,
         num_frames: int | None = None,
-        steps: int = 20,
-        guidance_scale: float = 3.5,
-        seed: int = 42,
         noise: Tensor | None = None,
-        emotion_per: Literal["window", "frame"] = "window",
-        face_token_rows: Literal["released", "grouped"] = "released",
-        on_progress: Callable[[int, int], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> Iterator[Window]:
-        """As `sample_clip`, but hands over each window of frames as soon as it is finished, in constant memory."""
-        settings = Settings(
-            steps=steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            emotion_per=emotion_per,
-            face_token_rows=face_token_rows,
-        )
-        return sample_windows(
-            self.nets,
-            ref,
-            audio,
-            emotion,
-            MemoryState.empty() if memory is None else memory,
-            settings=settings,
-            cache=self._sums,
+        **settings: Any,
+    ) -> Job:
+        """What `sample_clip` would sample; its arguments."""
+        return Job(
+            reference=ref,
+            audio=audio,
+            emotion=emotion,
+            memory=MemoryState.empty() if memory is None else memory,
+            settings=Settings(**settings),
             start=start,
             num_frames=num_frames,
             noise=noise,
+        ).checked(self.nets)
+
+    def count_stored(self, job: Job, store: WindowStore | None) -> int:
+        """How many windows, from the job's first on, need not be sampled because the store has them."""
+        return count_stored(self.nets, job, store)
+
+    def sample_windows(
+        self,
+        job: Job,
+        *,
+        store: WindowStore | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        row_by_row: bool = False,
+    ) -> Iterator[Window]:
+        """Hands over each window of frames as soon as it is finished, in constant memory.
+
+        Args:
+            job: from `job`.
+            store: where finished windows are kept and looked for.
+            on_progress: called as (steps done, steps in all).
+            should_stop: asked before every step; when true, this ends after the last finished window.
+            row_by_row: less memory, more time; see `sampling.sample_window`.
+        """
+        return sample_windows(
+            self.nets,
+            job,
+            cache=self._sums,
+            store=store,
             on_progress=on_progress,
             should_stop=should_stop,
+            row_by_row=row_by_row,
         )
 
     def sample_clip(
@@ -189,6 +225,7 @@ class MemoPipeline:
         noise: Tensor | None = None,
         emotion_per: Literal["window", "frame"] = "window",
         face_token_rows: Literal["released", "grouped"] = "released",
+        store: WindowStore | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> tuple[Clip, MemoryState]:
@@ -200,6 +237,7 @@ class MemoPipeline:
             start, num_frames: in frames; None for up to the audio's end.
             steps, guidance_scale, seed, emotion_per, face_token_rows: see `sampling.Settings`.
             noise: [windows, 4, 16, h, w] instead of the seeded noise.
+            store: where finished windows are kept, so that none is sampled twice.
             on_progress: called as (steps done, steps in all).
             should_stop: asked before every step; when true, the clip ends after the last finished window.
 
@@ -209,35 +247,42 @@ class MemoPipeline:
         Raises:
             SamplingError: arguments out of range. MemoryStateError: a memory of another checkpoint or reference.
         """
-        memory = MemoryState.empty() if memory is None else memory
-        latents = [torch.zeros(4, 0, *ref.latents.shape[2:])]
-        for window in self.sample_windows(
+        job = self.job(
             ref,
             audio,
             emotion,
             memory,
             start=start,
             num_frames=num_frames,
+            noise=noise,
             steps=steps,
             guidance_scale=guidance_scale,
             seed=seed,
-            noise=noise,
             emotion_per=emotion_per,
             face_token_rows=face_token_rows,
-            on_progress=on_progress,
-            should_stop=should_stop,
-        ):
-            latents.append(window.latents)
-            memory = window.memory
-        sampled = torch.cat(latents, dim=1)
-        wanted = audio.num_frames - start if num_frames is None else num_frames
-        return Clip(
-            sampled, start, audio.fps, partial(decode, self.nets.vae), stopped=sampled.shape[1] < wanted
-        ), memory
+        )
+        windows = self.sample_windows(job, store=store, on_progress=on_progress, should_stop=should_stop)
+        return self.collect(job, windows)
+
+    def collect(self, job: Job, windows: Iterable[Window]) -> tuple[Clip, MemoryState]:
+        """The clip made of a job's windows, and the memory after them: the job's own, should there be no window."""
+        latents, done, memory = torch.empty(4, job.num_frames, *job.reference.latents.shape[2:]), 0, job.memory
+        for window in windows:
+            latents[:, done : done + window.latents.shape[1]] = window.latents
+            done, memory = done + window.latents.shape[1], window.memory
+        settings = job.settings
+        about = {
+            "model": f"{self.nets.folder.name} ({self.nets.digest})",
+            "seed": settings.seed,
+            "steps": settings.steps,
+            "guidance": settings.guidance_scale,
+        }
+        stopped = done < job.num_frames
+        return Clip(latents[:, :done], job.start, job.audio.fps, self.decode, stopped=stopped, about=about), memory
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1]."""
-        return decode(self.nets.vae, latents)
+        return decode(self.nets.vae, latents, self.nets.device)
 
 
 def _check_face_embedding(embedding: Tensor | np.ndarray) -> Tensor:

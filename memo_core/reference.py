@@ -19,12 +19,14 @@ class Reference:
         pixels: [3, H, W] in [-1, 1].
         latents: [1, 4, H / 8, W / 8] float32 on the CPU, scaled VAE mean.
         face_embedding: [1, 512] float32; zeros where no face was found.
+        faces_found: how many faces the picture shows; None where nobody looked.
         digest: identifies the picture, by its pixels in 8 bits: the same on every device and in every precision.
     """
 
     pixels: Tensor
     latents: Tensor
     face_embedding: Tensor
+    faces_found: int | None = None
     digest: str = field(init=False, default="")
 
     def __post_init__(self) -> None:

@@ -18,6 +18,12 @@ settings.register_profile("memo", deadline=None)
 settings.load_profile("memo")
 
 
+@pytest.fixture(autouse=True)
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds windows that another one left in the user's cache."""
+    monkeypatch.setenv("MEMO_STORE", str(tmp_path / "windows"))
+
+
 @pytest.fixture(scope="session")
 def memo_tiny() -> Path:
     """Folder of a complete small checkpoint in the released layout, random weights."""

@@ -52,11 +52,10 @@ def sums_error(sums: Sums, expected: Expected, window: int, layer: str) -> tuple
 def conditions_of(
     pipe: MemoPipeline, reference: Reference, track: AudioTrack, emotions: EmotionTrack, expected: Expected, window: int
 ) -> Conditions:
-    frames = slice(16 * window, 16 * window + 16)
+    job = pipe.job(reference, track, emotions, num_frames=48)
     with torch.no_grad():
-        return sampler_of(pipe, reference).conditions(
-            track.embeddings[frames], emotions.labels[frames], memory_before(window, pipe, reference, expected)
-        )
+        memory = memory_before(window, pipe, reference, expected)
+        return sampler_of(pipe, reference).conditions(job.inputs(window, memory))
 
 
 def velocity_of(pipe: MemoPipeline, conditions: Conditions, noise: Tensor) -> Tensor:

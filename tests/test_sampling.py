@@ -30,7 +30,7 @@ def chain(
 ) -> list[Window]:
     """The three windows that the reference implementation sampled, sampled here."""
     noise = fixture_noise(expected)
-    return list(pipe.sample_windows(reference, track, emotions, num_frames=48, steps=4, noise=noise))
+    return list(pipe.sample_windows(pipe.job(reference, track, emotions, num_frames=48, steps=4, noise=noise)))
 
 
 @pytest.mark.parametrize("window", range(WINDOWS))

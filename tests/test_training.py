@@ -106,6 +106,7 @@ def test_past_windows_end_where_the_present_begins() -> None:
 def test_memory_in_training_is_the_memory_of_sampling(narrow: None) -> None:
     torch.manual_seed(0)
     nets = stages.Nets().eval()
+    nets.device = torch.device("cpu")
     past = torch.randn(1, 48, 4, SIZE, SIZE)
     tokens = nets.image_proj(torch.zeros(1, presets.FACE_EMBEDDING))
     with torch.no_grad():

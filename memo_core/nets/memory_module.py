@@ -62,7 +62,7 @@ class MemoryModule(nn.Module):
 
     def __init__(self, dim: int, heads: int, blocks: int, layers: int, groups: int, ops: Any = nn):
         super().__init__()
-        self.num_memory_layers = blocks * layers
+        self.num_memory_layers, self.width = blocks * layers, dim
         self.temporal_transformer = _TemporalTransformer(dim, heads, blocks, layers, groups, ops)
 
     def sums(self, past: Tensor, height: int, width: int, frames: int) -> list[Memory]:

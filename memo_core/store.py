@@ -1,0 +1,155 @@
+"""WindowStore: finished windows on disk, found again by what they were made from, so that none is rendered twice."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+MAX_BYTES = 10 * 2**30  # of the whole store, unless MEMO_STORE_GB says otherwise
+MAX_ENTRY_BYTES = 64 * 2**20  # one window at 512 x 512 takes 2 MiB
+_KEPT = 0.9  # share of the allowed size that is left after making room
+_ABANDONED = 3600  # seconds after which a half-written file belongs to nobody
+_KEY = re.compile(r"[0-9a-f]{16,64}")
+
+
+class WindowStore:
+    """A folder of finished windows, each under the hash of everything that made it.
+
+    Several processes may use one folder: entries appear by renaming a whole file, carry a checksum, and one that is
+    damaged or gone is simply not there. When the folder grows beyond `max_bytes`, what was used least recently goes
+    first. Where it cannot be written (a full disk), it says so once and goes on without keeping anything.
+
+    Args:
+        folder: made when first written to.
+        max_bytes: size at which old entries are removed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> None:
+        self.folder, self.max_bytes = Path(folder), max_bytes
+        self._bytes: int | None = None  # what the folder holds; known after the first look
+        self._writes = True
+
+    @classmethod
+    def default(cls, folder: str | os.PathLike[str] | None = None) -> WindowStore | None:
+        """The store at `folder`, or in the user's cache; the variables MEMO_STORE (a folder, or "off") and
+        MEMO_STORE_GB (its size) override. None when it is off."""
+        wanted = os.environ.get("MEMO_STORE", "")
+        if wanted.lower() in ("off", "0", "none"):
+            return None
+        try:
+            size = int(float(os.environ["MEMO_STORE_GB"]) * 2**30)
+        except (KeyError, ValueError, OverflowError):
+            size = MAX_BYTES
+        return cls(wanted or folder or _user_cache() / "memo" / "windows", size)
+
+    def path(self, key: str) -> Path:
+        """Where the entry of a key lies."""
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"a key is 16 to 64 hexadecimal digits, received {key!r}")
+        return self.folder / key[:2] / f"{key}{SUFFIX}"
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of an entry, None where there is none. A damaged one is reported, removed, and not there."""
+        path = self.path(key)
+        try:
+            if path.stat().st_size > MAX_ENTRY_BYTES:
+                raise ValueError(f"it has {path.stat().st_size} bytes")
+            with safe_open(path, "pt") as file:
+                checksum = (file.metadata() or {}).get("sha256")
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            if checksum != _checksum(tensors):
+                raise ValueError("its checksum differs")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
+            logger.warning("a stored window is damaged and is made anew: %s (%s)", path, error)
+            _remove(path)
+            return None
+        try:
+            os.utime(path)  # used now: the last to go
+        except OSError:
+            pass
+        return tensors
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps float32 CPU tensors under a key. Never fails: what cannot be written is not kept."""
+        if not self._writes:
+            return
+        path = self.path(key)
+        temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        try:
+            if self._bytes is None:
+                self._bytes = self._make_room()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(whole, temporary, metadata={"sha256": _checksum(whole)})
+            self._bytes += temporary.stat().st_size
+            os.replace(temporary, path)
+            if self._bytes > self.max_bytes:
+                self._bytes = self._make_room()
+        except (OSError, SafetensorError) as error:
+            self._writes = False
+            _remove(temporary)
+            logger.warning(
+                "finished windows are no longer kept in %s: %s. Nothing else is affected", self.folder, error
+            )
+
+    def _make_room(self) -> int:
+        """Removes what is too much, oldest use first, and files left half-written; returns the bytes that stay."""
+        found: list[tuple[float, int, Path]] = []
+        for path in self.folder.glob("??/*"):
+            try:
+                about = path.stat()
+            except OSError:
+                continue
+            if path.suffix == ".part":
+                if time.time() - about.st_mtime > _ABANDONED:
+                    _remove(path)
+            elif path.suffix == SUFFIX:
+                found.append((about.st_mtime, about.st_size, path))
+        total = sum(size for _, size, _ in found)
+        if total <= self.max_bytes:
+            return total
+        for _, size, path in sorted(found):
+            if total <= _KEPT * self.max_bytes:
+                break
+            _remove(path)
+            total -= size
+        return total
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # someone reads it, or the folder is read-only: it stays
+        pass
+
+
+def _user_cache() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

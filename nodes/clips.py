@@ -1,0 +1,281 @@
+"""Clips: to pictures and back, looked at, and joined to a video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from comfy_api.v0_0_2 import InputImpl, io
+from torch import Tensor
+
+from ..memo_core.clips import WINDOW, Clip, ImageClip, Sound
+from ..memo_core.errors import ComposeError, SamplingError
+from ..memo_core.reference import Reference
+from . import host
+from .wires import CATEGORY, MemoClip, MemoModel, MemoReference
+
+AnyClip = Clip | ImageClip
+SLOTS = 16  # clips that Concat Clips takes by wire
+FPS = 30  # of plain images, unless said otherwise
+SIZES = ("refuse", "scale to first")
+
+
+class ClipToImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MEMO_ClipToImages",
+            display_name="MEMO Clip To Images",
+            category=CATEGORY,
+            description="Decodes a clip to images, for upscalers, face restorers and any other image node. Images To "
+            "MEMO Clip is the way back.",
+            inputs=[MemoClip.Input("clip", tooltip="From MEMO Sample Clip.")],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="All frames."),
+                io.Audio.Output(display_name="audio", tooltip="The part of the recording that they speak."),
+                io.Float.Output(display_name="fps", tooltip="Frames per second."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip: AnyClip) -> io.NodeOutput:
+        height, width = clip.size
+        host.refuse_without_room(12 * clip.num_frames * height * width, f"{clip.num_frames} frames of {width}x{height}")
+        images = torch.empty(clip.num_frames, height, width, 3)
+        for number, frame in enumerate(watched(clip.frames())):
+            images[number] = torch.from_numpy(frame) / 255
+        sound = clip.own_sound or Sound(torch.zeros(1, max(1, round(16000 * clip.seconds))), 16000)
+        return io.NodeOutput(images, host.audio_of(sound), float(clip.fps))
+
+
+class ImagesToClip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MEMO_ImagesToClip",
+            display_name="Images To MEMO Clip",
+            category=CATEGORY,
+            description="Makes a clip of images, for example of upscaled ones, at any size. The clip they came from "
+            "brings back their time, speed and sound.",
+            inputs=[
+                io.Image.Input("images", tooltip="The frames, one picture each."),
+                io.Float.Input(
+                    "fps",
+                    default=FPS,
+                    min=0.01,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="Frames per second, where no clip is connected.",
+                ),
+                MemoClip.Input(
+                    "clip", optional=True, tooltip="The clip the images came from: its time, fps and sound."
+                ),
+                io.Audio.Input("audio", optional=True, tooltip="Another sound, beginning with the first frame."),
+            ],
+            outputs=[MemoClip.Output(display_name="clip", tooltip="For Concat Clips and all other clip nodes.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, images: Tensor, fps: float, clip: AnyClip | None = None, audio: dict | None = None
+    ) -> io.NodeOutput:
+        images = images[..., :3].cpu()
+        start, about, sound = 0, {}, None
+        if clip is not None:
+            start, fps, about, sound = clip.start, clip.fps, clip.about, clip.sound
+        if audio is not None:
+            start, sound = 0, host.sound_of(audio)
+        return io.NodeOutput(ImageClip(images, start, fps, sound, about))
+
+
+class ConcatClips(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        slots = [
+            io.MultiType.Input(
+                f"clip_{number}",
+                [MemoClip, io.Image],
+                optional=True,
+                tooltip=f"Clip or images number {number}. Empty places are skipped.",
+            )
+            for number in range(1, SLOTS + 1)
+        ]
+        return io.Schema(
+            node_id="MEMO_ConcatClips",
+            display_name="Concat Clips",
+            category=CATEGORY,
+            description="Joins clips and images, in their order, to one video with sound. Encodes as it goes: however "
+            "long the video, it never lies in memory as a whole.",
+            inputs=[
+                *slots,
+                io.MultiType.Input(
+                    "clips", [MemoClip, io.Image], optional=True, tooltip="A list of clips, after the numbered ones."
+                ),
+                io.Audio.Input(
+                    "audio",
+                    optional=True,
+                    tooltip="Sound of the whole video, from its beginning. Without it every clip brings its own.",
+                ),
+                io.Float.Input(
+                    "fps", default=0.0, min=0.0, max=1000.0, step=0.01, tooltip="0: the clips' own (30 for images)."
+                ),
+                io.Int.Input(
+                    "cross_fade",
+                    default=0,
+                    min=0,
+                    max=120,
+                    tooltip="Frames over which the last picture of a clip fades into the next clip. Nothing gets "
+                    "shorter, so the sound stays in time.",
+                ),
+                io.Combo.Input(
+                    "sizes",
+                    options=list(SIZES),
+                    default="refuse",
+                    tooltip="What to do with a clip of another size than the first: refuse, or scale it.",
+                ),
+            ],
+            outputs=[io.Video.Output(display_name="video", tooltip="For Save Video or Get Video Components.")],
+            hidden=[io.Hidden.unique_id],
+            is_input_list=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: object) -> int:
+        return host.lost_videos()
+
+    @classmethod
+    def execute(
+        cls,
+        fps: list[float],
+        cross_fade: list[int],
+        sizes: list[str],
+        clips: Sequence[AnyClip | Tensor] = (),
+        audio: Sequence[dict] = (),
+        **slots: list[AnyClip | Tensor],
+    ) -> io.NodeOutput:
+        parts, names = [], []
+        for name in [*(f"clip_{number}" for number in range(1, SLOTS + 1)), "clips"]:
+            given = clips if name == "clips" else slots.get(name) or ()
+            for number, part in enumerate(given, 1):
+                if part is None:
+                    continue
+                parts.append(part if not isinstance(part, Tensor) else ImageClip(part[..., :3].cpu(), 0, fps[0] or FPS))
+                names.append(name if len(given) == 1 else f"{name}[{number}]")
+        if not parts:
+            raise SamplingError("there is nothing to join: connect at least one clip or images to Concat Clips")
+        if len(audio) > 1:
+            raise SamplingError(f"audio is a list of {len(audio)} recordings; one for the whole video is expected")
+        sound = host.sound_of(audio[0]) if audio and audio[0] is not None else None
+        path = write_video(parts, names, sound, fps[0], cross_fade[0], sizes[0], cls.hidden.unique_id)
+        return io.NodeOutput(InputImpl.VideoFromFile(str(path)))
+
+
+class InspectClip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MEMO_InspectClip",
+            display_name="Inspect Clip",
+            category=CATEGORY,
+            description="Measures whether a clip still looks like its portrait: identity, colours, sharpness and "
+            "motion over time, in numbers and as a plot.",
+            inputs=[
+                io.MultiType.Input("clip", [MemoClip, io.Image], tooltip="A clip, or images of any size."),
+                MemoReference.Input("reference", tooltip="The portrait to compare with."),
+                MemoModel.Input("model", optional=True, tooltip="Compares faces too, if the checkpoint can find them."),
+            ],
+            outputs=[
+                io.String.Output(display_name="text", tooltip="What happens to the clip, in words and numbers."),
+                io.Image.Output(display_name="picture", tooltip="The curves over time."),
+                io.Float.Output(
+                    display_name="identity",
+                    tooltip="Mean likeness of the faces, -1 to 1; without face "
+                    "models the structural likeness of the pictures, 0 to 1.",
+                ),
+                io.Float.Output(display_name="colour", tooltip="Mean colour distance (Delta E); under 2 is invisible."),
+                io.Float.Output(display_name="sharpness", tooltip="Mean sharpness; 1 is as sharp as the portrait."),
+                io.Float.Output(display_name="motion", tooltip="Mean change from frame to frame, in levels of 255."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: AnyClip | Tensor, reference: Reference, model: host.HostPipeline | None = None
+    ) -> io.NodeOutput:
+        from ..memo_core.quality import draw_quality, measure
+
+        if isinstance(clip, Tensor):
+            clip = ImageClip(clip[..., :3].cpu(), 0, FPS)
+        analyzer = None if model is None else model.face_analyzer
+        found = measure(watched(clip.frames()), reference.pixels, analyzer, reference.face_embedding, fps=clip.fps)
+        picture = host.to_image(draw_quality(found))
+        likeness = found.likeness if found.identity is None else found.identity
+        means = (float(np.mean(curve)) for curve in (likeness, found.colour, found.sharpness, found.motion))
+        return io.NodeOutput(found.summary(), picture, *means, ui=host.preview(picture, cls))
+
+
+def watched(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames; stops when the user does."""
+    for number, frame in enumerate(frames):
+        if number % WINDOW == 0:
+            host.stop_if_interrupted()
+        yield frame
+
+
+def write_video(
+    parts: Sequence[AnyClip],
+    names: Sequence[str] = ("clip",),
+    sound: Sound | None = None,
+    fps: float = 0,
+    cross_fade: int = 0,
+    sizes: str = "refuse",
+    node_id: str | None = None,
+) -> Path:
+    """Encodes clips into a new temporary file. See ConcatClips."""
+    from ..memo_core.compose import cross_fade as joined
+    from ..memo_core.compose import resize_frames
+    from ..memo_core.video import VideoWriter
+
+    height, width = parts[0].size
+    for name, part in zip(names, parts):
+        if part.size != (height, width) and sizes == SIZES[0]:
+            raise ComposeError(
+                f"{name} is {part.size[1]}x{part.size[0]} and {names[0]} {width}x{height}: "
+                f"set sizes to '{SIZES[1]}', or make them equal before"
+            )
+        if not fps and part.fps != parts[0].fps:
+            raise ComposeError(f"{name} has {part.fps:g} fps and {names[0]} {parts[0].fps:g}: set fps in Concat Clips")
+    fps = fps or parts[0].fps
+    total = sum(part.num_frames for part in parts)
+    rate = sound.sample_rate if sound is not None else next((p.sound.sample_rate for p in parts if p.sound), None)
+    about = next((dict(part.about) for part in parts if part.about), {})
+    bar = host.Progress(node_id, total)
+
+    def frames_of(part: AnyClip) -> Iterator[np.ndarray]:
+        for frame in watched(part.frames()):
+            yield frame if part.size == (height, width) else np.asarray(resize_frames(frame, height, width))
+
+    with VideoWriter(host.temporary_video(), width, height, fps, rate, about) as writer:
+        if sound is not None:
+            writer.write_audio(sound.waveform)
+        elif rate is not None:
+            for part in parts:
+                writer.write_audio(sound_at(part, part.num_frames / fps, rate))
+        for number, frame in enumerate(joined(map(frames_of, parts), cross_fade), 1):
+            writer.write_frames(frame)
+            if number % WINDOW == 0 or number == total:
+                bar.update(number)
+    return writer.path
+
+
+def sound_at(part: AnyClip, seconds: float, rate: int) -> Tensor:
+    """The clip's sound, [channels, samples] at `rate`; silence for one without."""
+    from ..memo_core.audio import _resample
+
+    if part.sound is None:
+        return torch.zeros(1, max(1, round(seconds * rate)))
+    own = part.sound.span(part.start / part.fps, seconds)
+    return own.waveform if own.sample_rate == rate else _resample(own.waveform, own.sample_rate, rate)

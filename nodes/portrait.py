@@ -1,0 +1,239 @@
+"""The portrait: encoded for sampling; cut out of a larger picture, and laid back into it."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.v0_0_2 import io
+from torch import Tensor
+
+from ..memo_core.clips import Clip, ImageClip
+from ..memo_core.compose import Box, centre_square, crop_square, face_square, paste_back
+from ..memo_core.errors import PortraitError
+from . import host
+from .wires import CATEGORY, MemoBox, MemoClip, MemoModel, MemoReference
+
+LARGEST_FACE = -1
+
+
+class EncodeReference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MEMO_EncodeReference",
+            display_name="MEMO Encode Reference",
+            category=CATEGORY,
+            description="Turns a portrait into the reference that a talking head is made from: finds and crops the "
+            "face (avatar).",
+            inputs=[
+                MemoModel.Input("model", tooltip="From Load MEMO."),
+                io.Image.Input("image", tooltip="One picture of a face, seen from the front."),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=2048,
+                    step=64,
+                    tooltip="Side of the square video in pixels, a multiple of 64. 0: as the checkpoint was trained.",
+                ),
+                io.Combo.Input(
+                    "crop",
+                    options=["face", "none"],
+                    default="face",
+                    tooltip="face: cut around the face (or its mask). none: the middle of the picture.",
+                ),
+                io.Float.Input(
+                    "margin",
+                    default=0.35,
+                    min=0.0,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="Room left at each side of the face, in parts of the face's size.",
+                ),
+                io.Int.Input(
+                    "face_index",
+                    default=LARGEST_FACE,
+                    min=LARGEST_FACE,
+                    max=99,
+                    tooltip="Which of several faces: 0 is the largest, 1 the next. -1 takes the largest, if there is "
+                    "one.",
+                ),
+                io.Mask.Input("face_mask", optional=True, tooltip="Where the face is, if it is not found by itself."),
+            ],
+            outputs=[
+                MemoReference.Output(display_name="reference", tooltip="The portrait as the networks see it."),
+                io.Image.Output(display_name="crop", tooltip="What was cut out."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, size: int = 0) -> bool | str:
+        return size % 64 == 0 or f"size is {size}; it must be a multiple of 64, or 0"
+
+    @classmethod
+    def execute(
+        cls,
+        model: host.HostPipeline,
+        image: Tensor,
+        size: int,
+        crop: str,
+        margin: float,
+        face_index: int,
+        face_mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        chosen = face_index != LARGEST_FACE
+        reference = model.encode_reference(
+            host.one_picture(image),
+            size=size or model.default_size,
+            crop=crop,
+            margin=margin,
+            face_index=face_index if chosen else None,
+            face_box=None if face_mask is None else one_mask(face_mask, image),
+            no_face="error" if chosen else "warn",
+        )
+        cut = (reference.pixels.permute(1, 2, 0) + 1)[None] / 2
+        return io.NodeOutput(reference, cut, ui=host.preview(cut, cls))
+
+
+class CropPortrait(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MEMO_CropPortrait",
+            display_name="MEMO Crop Portrait",
+            category=CATEGORY,
+            description="Cuts a square with the face out of a picture of any shape: full body, several people. MEMO "
+            "Paste Back lays the talking face into the picture again.",
+            inputs=[
+                io.Image.Input("image", tooltip="The whole picture."),
+                io.Int.Input(
+                    "face_index",
+                    default=LARGEST_FACE,
+                    min=LARGEST_FACE,
+                    max=99,
+                    tooltip="With a model that finds faces: 0 is the largest, 1 the next. -1: the largest, if any.",
+                ),
+                io.Float.Input(
+                    "margin",
+                    default=0.35,
+                    min=0.0,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="Room left at each side of the face or mask, in parts of its size.",
+                ),
+                io.Float.Input(
+                    "center_x",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Middle of the square, in parts of the picture's width; used where no face is known.",
+                ),
+                io.Float.Input(
+                    "center_y",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Middle of the square, in parts of the picture's height; used where no face is known.",
+                ),
+                io.Float.Input(
+                    "scale",
+                    default=1.0,
+                    min=0.05,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Side of the square, in parts of the picture's shorter side; used where no face is known.",
+                ),
+                MemoModel.Input("model", optional=True, tooltip="Finds the face, if the checkpoint has face models."),
+                io.Mask.Input("face_mask", optional=True, tooltip="Where the face is; goes before all else."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="crop", tooltip="The square, for MEMO Encode Reference (crop: none)."),
+                MemoBox.Output(display_name="box", tooltip="Where it was, for MEMO Paste Back."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: Tensor,
+        face_index: int,
+        margin: float,
+        center_x: float,
+        center_y: float,
+        scale: float,
+        model: host.HostPipeline | None = None,
+        face_mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        size = (image.shape[1], image.shape[2])
+        face = one_mask(face_mask, image) if face_mask is not None else find_face(model, image, face_index)
+        box = centre_square(size, center_x, center_y, scale) if face is None else face_square(size, face, margin)
+        crop = crop_square(image[..., :3], box)
+        return io.NodeOutput(crop, box, ui=host.preview(crop[:1], cls))
+
+
+class PasteBack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MEMO_PasteBack",
+            display_name="MEMO Paste Back",
+            category=CATEGORY,
+            description="Lays a talking face back into the picture it was cut from, with a soft edge. Several "
+            "speakers: once for each, one after the other; who has nothing to say keeps still.",
+            inputs=[
+                io.MultiType.Input("clip", [MemoClip, io.Image], tooltip="The talking face."),
+                io.Image.Input("picture", tooltip="The whole picture, or frames that already hold another speaker."),
+                MemoBox.Input("box", tooltip="From MEMO Crop Portrait."),
+                io.Float.Input(
+                    "feather",
+                    default=0.1,
+                    min=0.0,
+                    max=0.5,
+                    step=0.01,
+                    tooltip="Width of the soft edge, in parts of the square.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="The whole picture, talking.")],
+        )
+
+    @classmethod
+    def execute(cls, clip: Clip | ImageClip | Tensor, picture: Tensor, box: Box, feather: float) -> io.NodeOutput:
+        count = max(len(clip) if isinstance(clip, Tensor) else clip.num_frames, len(picture))
+        host.refuse_without_room(12 * count * box.height * box.width, f"{count} frames of {box.width}x{box.height}")
+        frames = clip if isinstance(clip, Tensor) else clip.frames()
+        images = torch.empty(count, box.height, box.width, 3)
+        for number, frame in enumerate(paste_back(frames, picture[..., :3], box, feather)):
+            if number % 16 == 0:
+                host.stop_if_interrupted()
+            images[number] = frame
+        return io.NodeOutput(images)
+
+
+def find_face(model: host.HostPipeline | None, image: Tensor, face_index: int) -> tuple | None:
+    """The box of a face, by the checkpoint's face models; None where there are none, or no face and none was asked."""
+    if model is None or model.face_analyzer is None:
+        if face_index != LARGEST_FACE:
+            raise PortraitError(
+                f"face_index is {face_index}, but there are no face models to find faces with: connect a model whose "
+                "checkpoint has them, or set face_index to -1 and place the square by center_x, center_y and scale"
+            )
+        return None
+    pixels = (image[0, :, :, :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    faces = model.face_analyzer.detect(pixels)
+    index = max(face_index, 0)
+    if index < len(faces):
+        return faces[index].box
+    if face_index == LARGEST_FACE:
+        return None
+    raise PortraitError(f"face_index is {face_index}, but {len(faces)} faces were found; 0 is the largest")
+
+
+def one_mask(mask: Tensor, image: Tensor) -> Tensor:
+    """A MASK of the picture's size, [H, W]; PortraitError for another size."""
+    if tuple(mask.shape[-2:]) != (image.shape[1], image.shape[2]):
+        raise PortraitError(
+            f"face_mask is {mask.shape[-1]}x{mask.shape[-2]} pixels and the picture {image.shape[2]}x{image.shape[1]}: "
+            "paint the mask on this picture (MaskEditor)"
+        )
+    return mask.reshape(-1, *mask.shape[-2:])[0].cpu()

@@ -1,0 +1,136 @@
+"""The voice: an example to start with, and speech features per frame."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..memo_core.checkpoint import assets
+from ..memo_core.clips import Sound
+from . import host
+from .wires import CATEGORY, MemoAudio, MemoModel, Voice
+
+EXAMPLES = {"voice": "voice.wav", "song": "song.flac"}
+SEPARATION = ("off", "spectral", "Kim Vocal 2")
+
+
+class Example(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MEMO_Example",
+            display_name="MEMO Example",
+            category=CATEGORY,
+            description="A portrait and a recording to try this pack with. Put Load Image and Load Audio in its place "
+            "to make your own talking head.",
+            inputs=[
+                io.Combo.Input(
+                    "speech",
+                    options=list(EXAMPLES),
+                    default="voice",
+                    tooltip="voice: a few sentences, happy and then neutral. song: a voice over music.",
+                )
+            ],
+            outputs=[
+                io.Image.Output(display_name="portrait", tooltip="A cartoon face."),
+                io.Audio.Output(display_name="audio", tooltip="The recording."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, speech: str) -> io.NodeOutput:
+        from PIL import Image
+
+        from ..memo_core.audio import load_audio
+
+        portrait = host.to_image(Image.open(assets() / "portrait.png"))
+        return io.NodeOutput(portrait, host.audio_of(Sound(*load_audio(assets() / EXAMPLES[speech]))))
+
+
+class EncodeAudio(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MEMO_EncodeAudio",
+            display_name="MEMO Encode Audio",
+            category=CATEGORY,
+            description="Turns a recording into what drives the mouth: speech features for every frame of the video "
+            "(lip sync).",
+            inputs=[
+                MemoModel.Input("model", tooltip="From Load MEMO."),
+                io.Audio.Input("audio", tooltip="The recording to be spoken, of any length and sample rate."),
+                io.Float.Input(
+                    "fps",
+                    default=30,
+                    min=1,
+                    max=240,
+                    step=0.01,
+                    tooltip="Frames per second of the video. MEMO was trained at 30.",
+                ),
+                io.Combo.Input(
+                    "context",
+                    options=["local", "whole"],
+                    default="local",
+                    tooltip="local: features hear the sound around them alone, so that editing the end leaves the "
+                    "beginning as it is, at any length. whole: the recording at once, as released; up to 5 minutes.",
+                ),
+                io.Combo.Input(
+                    "separate_vocals",
+                    options=list(SEPARATION),
+                    default="off",
+                    tooltip="Lets the voice alone drive the face. spectral: needs nothing, for repeating music. "
+                    "Kim Vocal 2: the released way, needs the audio-separator package and the checkpoint's model.",
+                ),
+                io.Boolean.Input(
+                    "silence_gate",
+                    default=False,
+                    tooltip="In silent stretches the mouth rests, whatever noise there is.",
+                ),
+            ],
+            outputs=[MemoAudio.Output(display_name="audio", tooltip="Speech features, with their sound.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: host.HostPipeline, audio: dict, fps: float, context: str, separate_vocals: str, silence_gate: bool
+    ) -> io.NodeOutput:
+        sound = host.sound_of(audio)
+        return io.NodeOutput(
+            encode_voice(model, sound, fps, context, separate_vocals, silence_gate, cls.hidden.unique_id)
+        )
+
+
+def encode_voice(
+    model: host.HostPipeline,
+    sound: Sound,
+    fps: float = 30,
+    context: str = "local",
+    separation: str = "off",
+    silence_gate: bool = False,
+    node_id: str | None = None,
+) -> Voice:
+    """See EncodeAudio."""
+    from ..memo_core.audio import separate_vocals, separate_vocals_spectral
+    from ..memo_core.cli import VOCAL_SEPARATOR
+
+    speech = sound
+    if separation == "spectral":
+        speech = Sound(*separate_vocals_spectral(sound.waveform, sound.sample_rate))
+    elif separation != "off":
+        model_file = model.nets.folder / VOCAL_SEPARATOR
+        speech = Sound(*separate_vocals(sound.waveform, sound.sample_rate, model_file))
+    bar = host.Progress(node_id, 1000)
+
+    def progress(done: int, total: int) -> None:
+        host.stop_if_interrupted()
+        bar.update(1000 * done // total)
+
+    track = model.encode_audio(
+        speech.waveform,
+        speech.sample_rate,
+        fps,
+        None if context == "whole" else context,
+        silence_gate=silence_gate,
+        progress=progress,
+    )
+    return Voice(track, sound, speech)

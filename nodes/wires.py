@@ -1,0 +1,35 @@
+"""What travels between the nodes, and the names of the wires."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from comfy_api.v0_0_2 import io
+
+from ..memo_core.audio import AudioTrack
+from ..memo_core.clips import Sound
+
+MemoModel = io.Custom("MEMO_MODEL")  # host.HostPipeline
+MemoReference = io.Custom("MEMO_REFERENCE")  # memo_core.Reference
+MemoAudio = io.Custom("MEMO_AUDIO")  # Voice
+MemoEmotion = io.Custom("MEMO_EMOTION")  # memo_core.EmotionTrack
+MemoMemory = io.Custom("MEMO_MEMORY")  # memo_core.MemoryState
+MemoClip = io.Custom("MEMO_CLIP")  # memo_core.clips.Clip or ImageClip
+MemoBox = io.Custom("MEMO_BOX")  # memo_core.compose.Box
+
+CATEGORY = "MEMO"
+
+
+@dataclass(frozen=True, eq=False)
+class Voice:
+    """An encoded recording.
+
+    Attributes:
+        track: speech features per frame.
+        sound: what the viewer hears.
+        speech: what the networks hear: the same, or the voice alone.
+    """
+
+    track: AudioTrack
+    sound: Sound
+    speech: Sound
