@@ -20,7 +20,7 @@ test: $(VENV)/.for-test
 	$(BIN)/python -m pytest -q
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo*.mp4 demo*.png demo*.safetensors
+	rm -rf $(VENV) build *.egg-info demo*.mp4 demo*.png demo*.safetensors node.zip
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -1,0 +1,78 @@
+"""One ComfyUI for all tests here, and fresh ones on request; without ComfyUI all is skipped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .harness import Host, find_host, find_python
+
+# A pack like many others: it has a top-level `nodes`, and puts its folder first on the path, where a module waits
+# for whoever imports memo_core by its absolute name.
+OTHER_PACK = {
+    "__init__.py": """
+import os, sys
+sys.path.insert(0, os.path.dirname(__file__))
+from .nodes import NODE_CLASS_MAPPINGS
+""",
+    "nodes/__init__.py": """
+class Other:
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = ("INT",), "run", "other", True
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("INT", {"default": 1})}}
+    def run(self, value):
+        return {"ui": {"text": [str(value)]}, "result": (value,)}
+
+NODE_CLASS_MAPPINGS = {"OtherPackNode": Other}
+""",
+    "memo_core.py": "raise ImportError('imported the memo_core of another pack')\n",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without ComfyUI all tests here are left out but one, whose skip says so: one line."""
+    try:
+        folder = find_host()
+        if folder is not None and find_python(folder) is not None:
+            return
+    except FileNotFoundError as error:
+        raise pytest.UsageError(str(error)) from None
+    reason = "no ComfyUI host at COMFYUI_PATH or ~/comfy/ComfyUI; tests/host skipped"
+    if folder is not None:
+        reason = f"no Python that runs {folder}: set COMFYUI_PYTHON; tests/host skipped"
+    here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    for item in here[:1]:
+        item.add_marker(pytest.mark.skip(reason=reason))
+    items[:] = [item for item in items if item not in here[1:]]
+    config.hook.pytest_deselected(items=here[1:])
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """One host for all tests, with another pack beside ours."""
+    host = Host(tmp_path_factory.mktemp("host"), packs={"other-pack": OTHER_PACK})
+    yield host
+    _put_away(host)
+
+
+@pytest.fixture
+def fresh_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Host]]:
+    """fresh_host(**options of Host) -> a host with empty folders, stopped at the end of the test."""
+    hosts = []
+
+    def start(**options) -> Host:
+        hosts.append(Host(tmp_path_factory.mktemp("host"), **options))
+        return hosts[-1]
+
+    yield start
+    for host in hosts:
+        _put_away(host)
+
+
+def _put_away(host: Host) -> None:
+    host.stop()
+    shutil.rmtree(host.base / "custom_nodes")  # tens of MB each, which pytest would keep
