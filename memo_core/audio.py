@@ -29,6 +29,13 @@ MAX_WHOLE_SECONDS = 300  # whole encoding beyond this is refused: 6 GB of workin
 CHUNK_SECONDS = 10
 CONTEXT_SECONDS = 5  # context on either side of a chunk that "auto" takes
 MAX_CONTEXT_SECONDS = 60
+LOCAL_CHUNK = 4  # frames; context="local" encodes so many at once, counted from frame 0; it divides a window
+LOCAL_PAST = 5  # seconds that each chunk hears before itself
+LOCAL_FUTURE = 0.4  # seconds after: with the chunk and two neighbours an edit reaches back 0.6 s at 30 fps
+LOCAL_SILENCE = -60.0  # dB of full scale: a chunk that hears nothing louder is heard as digital silence
+SILENCE_LEVEL = -50.0  # dB of full scale: quieter than this is silence for the gate, whatever sounds elsewhere
+SILENCE_SECONDS = 0.3  # a shorter pause is part of speech
+SILENCE_BLOCK = 0.02  # seconds over which the level is taken
 NEIGHBOURS = 2  # frames of context on either side of each frame's embedding
 
 _MAX_CHANNELS = 64
@@ -47,13 +54,13 @@ class AudioTrack:
             memory, so that it costs a fifth of its nominal size; slices copy when they are moved or made contiguous.
         num_frames: frames that the recording itself spans; the rest up to F_padded is silence to fill the last window.
         fps: frames a second.
-        context: seconds of context around each encoded chunk, or None where the recording was encoded whole.
+        context: seconds of context around each encoded chunk, "local", or None where the recording was encoded whole.
     """
 
     embeddings: Tensor
     num_frames: int
     fps: float
-    context: float | None
+    context: float | Literal["local"] | None
 
     @property
     def num_padded_frames(self) -> int:
@@ -139,9 +146,10 @@ def encode_audio(
     sample_rate: float,
     speech_encoder: SpeechEncoder,
     fps: float = 30,
-    context: float | Literal["auto"] | None = "auto",
+    context: float | Literal["auto", "local"] | None = "auto",
     window_frames: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    silence_gate: bool = False,
 ) -> AudioTrack:
     """Encodes a recording into per-frame speech embeddings (MEMO section 3.1).
 
@@ -157,13 +165,25 @@ def encode_audio(
     0.23 with 5 s, 0.12 with 10 s; on the random encoder of the tests, over 50 s of speech-like sound, 0.23, 0.21, 0.17,
     and the step between two chunks is 1.1 times that of whole encoding.
 
+    With `context="local"`, an edit of the sound from second t on changes embeddings only from t - 0.6 s on (at 30 fps;
+    resampling from another rate adds up to 0.08 s), those before are equal to the last bit: chunks of LOCAL_CHUNK
+    frames each hear LOCAL_PAST before them, or what there is, and LOCAL_FUTURE after them. Beyond its end the recording
+    is silent, so that appending zeros changes no hidden state. On the trained toon checkpoint the relative L2 distance
+    from whole encoding is 0.27 over 8 s of one voice and 0.39 over 30 s of two, and mouths follow the truth as well
+    (correlation 0.92 against 0.91, five unseen voices of 4 s); ten minutes take 52 s on one core. Normalisation makes
+    a pause longer than LOCAL_PAST as loud as speech: below LOCAL_SILENCE it is taken for digital silence, and
+    `silence_gate` stills what is louder. Speech below LOCAL_SILENCE has to be amplified first.
+
     Args:
         waveform: [T] or [channels, T]; see `prepare_waveform`.
         sample_rate: in Hz.
         fps: video frames a second, up to 240.
-        context: None, seconds from 0 to 60, or "auto": None up to WHOLE_SECONDS, else CONTEXT_SECONDS.
+        context: None, seconds from 0 to 60, "local", or "auto": None up to WHOLE_SECONDS, else CONTEXT_SECONDS.
         window_frames: the embeddings are padded to a multiple of this.
         progress: called with (chunks done, chunks in all).
+        silence_gate: gives frames inside a silent stretch the embedding of digital silence, so that mouths rest: at
+            least SILENCE_SECONDS below SILENCE_LEVEL. The level is absolute, so that the gate, too, hears only what is
+            near; a recording whose speech is that quiet has to be amplified first.
 
     Raises:
         AudioError: bad recording or argument, or embeddings that would exceed MAX_EMBEDDING_BYTES.
@@ -191,6 +211,10 @@ def encode_audio(
             progress(1, 1)
     else:
         hidden = _encode_chunks(samples, speech_encoder, fps, padded, context, progress)
+    if silence_gate:
+        frames = math.ceil(fps)
+        silence = _encode(torch.zeros(SAMPLE_RATE), speech_encoder, SAMPLE_RATE, frames)[frames // 2]
+        hidden[_silent_frames(samples, fps, padded)] = silence
     return AudioTrack(_with_neighbours(hidden), num_frames, fps, context)
 
 
@@ -263,6 +287,73 @@ def separate_vocals(waveform: Tensor | np.ndarray, sample_rate: float, model: st
         if not names:
             raise AudioError("audio-separator wrote no vocals")
         return load_audio(output / names[0])
+
+
+_SPECTRAL_FRAME = 0.064  # seconds, rounded to a power of two of samples; a quarter of it from frame to frame
+_SPECTRAL_BLOCK = 60  # seconds processed at once: repetitions are looked for within them
+_SPECTRAL_OVERLAP = 2  # seconds over which two blocks fade into each other
+_SPECTRAL_APART = 1.0  # seconds that repetitions lie apart at least: a held vowel repeats itself at once
+_SPECTRAL_LOWEST = 100  # Hz, no voice reaches below
+
+
+def separate_vocals_spectral(waveform: Tensor | np.ndarray, sample_rate: float) -> tuple[Tensor, float]:
+    """Lowers repeating music around a voice, without any weights: REPET-SIM (Rafii and Pardo, ISMIR 2012).
+
+    Every spectrum is compared with the most similar ones at other times, within blocks of a minute: what it shares with
+    them is accompaniment, what is left the voice. Music that does not repeat, and noise, stay. A toon voice over a loop
+    of chords gains 4 dB where it was 8 dB louder than the music, 7 dB where it was 2 dB louder. A minute of stereo at
+    44.1 kHz takes about 15 s.
+
+    Args:
+        waveform: [T] or [channels, T]; see `prepare_waveform` for formats.
+        sample_rate: in Hz.
+
+    Returns:
+        the voice, [channels, T] float32 on the CPU, and the sample rate as given. A recording too short to repeat
+        anything (below three seconds), or below 1000 Hz, comes back as it is.
+
+    Raises:
+        AudioError: bad recording.
+    """
+    rate = _check_rate(sample_rate)
+    channels = _as_channels(waveform)
+    _mono(channels, rate)  # the same checks as everywhere
+    channels = torch.stack([_to_float(channel) for channel in channels])
+    length = channels.shape[1]
+    block, overlap = round(_SPECTRAL_BLOCK * rate), round(_SPECTRAL_OVERLAP * rate)
+    if length < 3 * _SPECTRAL_APART * rate or rate < 1000:
+        return channels, sample_rate
+    # As many blocks as needed, of equal length, so that none at the end is too short to repeat anything.
+    count = math.ceil(max(1, length - overlap) / (block - overlap))
+    step = math.ceil((length - overlap) / count)
+    voice = torch.zeros_like(channels)
+    for start in range(0, count * step, step):
+        piece = channels[:, start : start + step + overlap]
+        part = _without_repetition(piece, rate)
+        if start:  # fades in where the block before fades out
+            part[:, :overlap] *= torch.linspace(0, 1, overlap)
+        if start + piece.shape[1] < length:
+            part[:, -overlap:] *= torch.linspace(1, 0, overlap)
+        voice[:, start : start + piece.shape[1]] += part
+    return voice, sample_rate
+
+
+def _without_repetition(channels: Tensor, rate: float) -> Tensor:
+    """[channels, T] -> the same without what similar moments share; at least three seconds."""
+    import librosa
+
+    size = 2 ** max(4, round(math.log2(_SPECTRAL_FRAME * rate)))
+    spectra = np.stack([librosa.stft(channel.numpy(), n_fft=size, hop_length=size // 4) for channel in channels])
+    loudness = np.abs(spectra).mean(axis=0)
+    apart = round(_SPECTRAL_APART * rate / (size // 4))
+    # The spectra of silence are no directions to compare: a little of everything makes them alike.
+    floor = 1e-6 * loudness.max() + 1e-12
+    repeated = librosa.decompose.nn_filter(loudness + floor, aggregate=np.median, metric="cosine", width=apart)
+    repeated = np.minimum(loudness, repeated)
+    mask = librosa.util.softmask(loudness - repeated, repeated, power=2)
+    mask[librosa.fft_frequencies(sr=rate, n_fft=size) < _SPECTRAL_LOWEST] = 0
+    voice = [librosa.istft(s * mask, hop_length=size // 4, length=channels.shape[1]) for s in spectra]
+    return torch.from_numpy(np.stack(voice).astype(np.float32))
 
 
 def _describe_separator_model(model: Path, folder: Path) -> None:
@@ -363,7 +454,9 @@ def _too_long(seconds: float) -> AudioError:
     )
 
 
-def _resolve_context(context: Any, seconds: float) -> float | None:
+def _resolve_context(context: Any, seconds: float) -> float | Literal["local"] | None:
+    if isinstance(context, str) and context == "local":
+        return "local"
     if isinstance(context, str) and context == "auto":
         return None if seconds <= WHOLE_SECONDS else float(CONTEXT_SECONDS)
     if context is None:
@@ -374,7 +467,9 @@ def _resolve_context(context: Any, seconds: float) -> float | None:
             )
         return None
     if not _is_number(context) or not 0 <= context <= MAX_CONTEXT_SECONDS:
-        raise AudioError(f'context is {context!r}; None, "auto" or seconds from 0 to {MAX_CONTEXT_SECONDS} are allowed')
+        raise AudioError(
+            f'context is {context!r}; None, "auto", "local" or seconds from 0 to {MAX_CONTEXT_SECONDS} are allowed'
+        )
     return float(context)
 
 
@@ -405,25 +500,56 @@ def _encode_chunks(
     encoder: SpeechEncoder,
     fps: float,
     padded: int,
-    context: float,
+    context: float | Literal["local"],
     progress: Callable[[int, int], None] | None,
 ) -> Tensor:
-    chunk = max(1, round(CHUNK_SECONDS * fps))
-    margin = round(context * fps)
+    if context == "local":
+        chunk, before, after = LOCAL_CHUNK, round(LOCAL_PAST * fps), round(LOCAL_FUTURE * fps)
+    else:
+        chunk, before, after = max(1, round(CHUNK_SECONDS * fps)), round(context * fps), round(context * fps)
     starts = range(0, padded, chunk)
     hidden = torch.empty(padded, encoder.num_layers, encoder.hidden_dim)
+    # One chunk at a time: in a batch, the last bits depend on how many others there are.
     for done, start in enumerate(starts, 1):
         stop = min(start + chunk, padded)
-        first, last = max(0, start - margin), min(stop + margin, padded)
+        first, last = max(0, start - before), start + chunk + after
+        if context != "local":
+            last = min(last, padded)
         # The last frame takes the feature at the very end (align_corners): ending there keeps the frames evenly spaced,
         # and every chunk on the same raster.
         begin = round(first * SAMPLE_RATE / fps)
         end = round((last - 1) * SAMPLE_RATE / fps) + encoder.min_samples
-        states = _encode(samples[begin:end], encoder, end - begin, last - first)
+        heard = samples[begin:end]
+        if context == "local":  # silence beyond the end counts in mean and variance like any other sound
+            heard = F.pad(heard, (0, end - begin - len(heard)))
+            if heard.double().var(correction=0) < 10 ** (LOCAL_SILENCE / 10):
+                heard = torch.zeros_like(heard)  # normalised, the noise of a long pause would be as loud as speech
+        states = _encode(heard, encoder, end - begin, last - first)
         hidden[start:stop] = states[start - first : stop - first]
         if progress is not None:
             progress(done, len(starts))
     return hidden
+
+
+def _silent_frames(samples: Tensor, fps: float, padded: int) -> Tensor:
+    """[padded] bool: the frames that lie wholly within a silent stretch; beyond its end the recording is silent."""
+    block = round(SILENCE_BLOCK * SAMPLE_RATE)
+    enough = math.ceil(SILENCE_SECONDS / SILENCE_BLOCK)
+    blocks = math.ceil(max(len(samples), padded * SAMPLE_RATE / fps) / block) + enough
+    level = torch.zeros(blocks)
+    for first in range(0, len(samples), part := 60 * SAMPLE_RATE):  # not three hours in double precision at once
+        piece = samples[first : first + part].double()
+        piece = F.pad(piece, (0, -len(piece) % block)).view(-1, block)
+        level[first // block : first // block + len(piece)] = piece.var(dim=1, correction=0)
+    quiet = (level < 10 ** (SILENCE_LEVEL / 10)).numpy()
+    # Where each run of equal blocks begins, and the end of the last one.
+    runs = np.flatnonzero(np.r_[True, quiet[1:] != quiet[:-1], True])
+    for begin, end in zip(runs[:-1], runs[1:]):
+        quiet[begin:end] &= end - begin >= enough
+    edges = np.arange(padded + 1) * SAMPLE_RATE / fps / block
+    loud = np.r_[0, np.cumsum(~quiet)]
+    first, last = np.floor(edges[:-1]).astype(int), np.ceil(edges[1:]).astype(int)
+    return torch.from_numpy(loud[first] == loud[last])
 
 
 def _with_neighbours(hidden: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memo_core import audio
-from memo_core.audio import encode_audio, load_audio, prepare_waveform, separate_vocals
+from memo_core.audio import encode_audio, load_audio, prepare_waveform, separate_vocals, separate_vocals_spectral
 from memo_core.errors import AudioError, CheckpointError
 from memo_core.nets.speech_encoder import SpeechEncoder
+from training import voices
 
 RATE = 16000
 
@@ -126,7 +127,7 @@ def test_encoding_changes_nothing_of_its_input(encoder: SpeechEncoder, voice: Te
 
 @pytest.mark.parametrize(("fps", "window_frames"), [(25, 16), (30, 1), (12.5, 8), (29.97, 16)])
 def test_frames_fill_whole_windows(encoder: SpeechEncoder, voice: Tensor, fps: float, window_frames: int) -> None:
-    for context in (None, 0.5):
+    for context in (None, 0.5, "local"):
         track = encode_audio(voice, RATE, encoder, fps=fps, window_frames=window_frames, context=context)
         assert track.num_frames == math.ceil(len(voice) / RATE * fps)
         assert track.num_padded_frames % window_frames == 0
@@ -199,13 +200,128 @@ def test_progress_counts_chunks(encoder: SpeechEncoder) -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+# ---- local context
+
+
+def unchanged_seconds(before: Tensor, after: Tensor) -> float:
+    """How long two tracks are equal to the last bit."""
+    frames = min(len(before), len(after))
+    changed = (before[:frames] != after[:frames]).flatten(1).any(dim=1).nonzero()
+    return float(changed.min()) / 30
+
+
+@pytest.fixture(scope="module")
+def spoken(voice: Tensor) -> Tensor:
+    return speech(voice, 22)
+
+
+@pytest.fixture(scope="module")
+def local(encoder: SpeechEncoder, spoken: Tensor) -> Tensor:
+    """Embeddings of its first 20 s."""
+    return encode_audio(spoken[: 20 * RATE], RATE, encoder, context="local").embeddings
+
+
+def test_a_late_edit_changes_only_late_local_embeddings(encoder: SpeechEncoder, spoken: Tensor, local: Tensor) -> None:
+    edited = spoken[: 20 * RATE].clone()
+    edited[18 * RATE :] = 0.1 * torch.randn(2 * RATE, generator=torch.Generator().manual_seed(1))
+    after = encode_audio(edited, RATE, encoder, context="local").embeddings
+    assert 18 - 0.6 <= unchanged_seconds(local, after) <= 18
+    assert bool((local != after)[18 * 30 :].flatten(1).any(dim=1).all())
+
+
+def test_appending_and_cutting_change_only_local_embeddings_near_the_end(
+    encoder: SpeechEncoder, spoken: Tensor, local: Tensor
+) -> None:
+    for seconds in (1.23, 18.4, 22):
+        other = encode_audio(spoken[: round(seconds * RATE)], RATE, encoder, context="local").embeddings
+        assert min(seconds, 20) - 0.6 <= unchanged_seconds(local, other) <= min(seconds, 20)
+
+
+def test_an_edit_is_forgotten_by_local_embeddings(encoder: SpeechEncoder, spoken: Tensor, local: Tensor) -> None:
+    edited = spoken[: 20 * RATE].clone()
+    edited[3 * RATE : 4 * RATE] *= 0.5
+    after = encode_audio(edited, RATE, encoder, context="local").embeddings
+    assert unchanged_seconds(local.flip(0), after.flip(0)) >= 20 - 4 - audio.LOCAL_PAST - 0.3
+
+
+def test_silence_after_the_end_changes_no_local_embedding(
+    encoder: SpeechEncoder, spoken: Tensor, local: Tensor
+) -> None:
+    track = encode_audio(F.pad(spoken[: 20 * RATE], (0, RATE)), RATE, encoder, context="local")
+    assert track.context == "local"
+    assert torch.equal(track.embeddings[: len(local) - 2], local[:-2])  # the last two have other neighbours
+
+
+def test_other_rates_keep_the_law_of_local_embeddings(encoder: SpeechEncoder) -> None:
+    whole = 0.1 * torch.randn(5 * 44100, generator=torch.Generator().manual_seed(2))
+    before, after = (
+        encode_audio(whole[: seconds * 44100], 44100, encoder, context="local").embeddings for seconds in (4, 5)
+    )
+    assert unchanged_seconds(before, after) >= 4 - 0.7
+
+
+def test_faint_noise_in_a_long_pause_is_silence_to_local_embeddings(encoder: SpeechEncoder, voice: Tensor) -> None:
+    noise = 3e-4 * torch.randn(7 * RATE, generator=torch.Generator().manual_seed(4))  # -70 dB
+    faint, fainter, loud = (
+        encode_audio(torch.cat([voice[:RATE], gain * noise]), RATE, encoder, context="local").embeddings
+        for gain in (1, 0.5, 100)
+    )
+    late = slice((1 + audio.LOCAL_PAST) * 30 + 6, None)
+    assert torch.equal(faint[late], fainter[late])
+    assert relative_l2(faint[late], loud[late]) > 0.1
+
+
+def test_local_embeddings_are_in_step_with_whole_ones(encoder: SpeechEncoder, spoken: Tensor, local: Tensor) -> None:
+    whole = encode_audio(spoken[: 20 * RATE], RATE, encoder, context=None).embeddings[:, 2]
+    shifted = [relative_l2(local[:, 2].roll(shift, 0)[30:-30], whole[30:-30]) for shift in (-1, 0, 1)]
+    assert shifted[1] < min(shifted[0], shifted[2])
+
+
+# ---- the silence gate
+
+
+@pytest.mark.parametrize("context", [None, 1.0, "local"])
+def test_the_gate_gives_noise_between_words_the_embedding_of_silence(
+    encoder: SpeechEncoder, voice: Tensor, context: float | str | None
+) -> None:
+    word = voice[: RATE // 2] / voice[: RATE // 2].square().mean().sqrt() * 0.1
+    noise = 1e-3 * torch.randn(2 * RATE, generator=torch.Generator().manual_seed(3))  # -60 dB
+    recording = torch.cat([word, noise[: RATE // 10], word, noise, word])  # frames 0-14, 18-32, 93-107
+    plain, gated = (
+        encode_audio(recording, RATE, encoder, context=context, window_frames=1, silence_gate=gate).embeddings[:, 2]
+        for gate in (False, True)
+    )
+    silence = encode_audio(torch.zeros(RATE), RATE, encoder, context=None, window_frames=1).embeddings[15, 2]
+    gap = range(34, 92)
+    assert all(torch.equal(gated[frame], silence) for frame in gap)
+    assert not any(torch.equal(plain[frame], silence) for frame in gap)
+    words = [*range(33), *range(93, len(plain))]  # with a pause too short to be one
+    assert torch.equal(gated[words], plain[words])
+
+
+def test_all_of_a_silent_recording_is_gated(encoder: SpeechEncoder) -> None:
+    for recording in (torch.zeros(RATE), torch.full((RATE,), 0.3), torch.zeros(1)):  # an offset is no sound
+        states = encode_audio(recording, RATE, encoder, silence_gate=True).embeddings
+        assert torch.equal(states, states[:1, :1].expand_as(states))
+
+
+def test_the_gate_keeps_the_law_of_local_embeddings(encoder: SpeechEncoder, voice: Tensor) -> None:
+    recording = torch.cat([voice[:RATE], torch.zeros(RATE), 10 * voice[:RATE]])
+    before = encode_audio(recording, RATE, encoder, context="local", silence_gate=True).embeddings
+    for seconds in (1.1, 1.28, 1.32, 1.7, 2.1):
+        edited = recording.clone()
+        edited[round(seconds * RATE) :] = 0.5 * torch.randn(len(edited) - round(seconds * RATE))
+        after = encode_audio(edited, RATE, encoder, context="local", silence_gate=True).embeddings
+        assert seconds - 0.6 <= unchanged_seconds(before, after) <= seconds
+
+
 # ---- odd and bad input
 
 
-@pytest.mark.parametrize("context", [None, 0, 5])
+@pytest.mark.parametrize("context", [None, 0, 5, "local"])
 @pytest.mark.parametrize("samples", [1, 399, 533, 10 * RATE, 10 * RATE + 1])
 def test_silence_and_tiny_recordings_give_finite_embeddings(
-    encoder: SpeechEncoder, samples: int, context: float | None
+    encoder: SpeechEncoder, samples: int, context: float | str | None
 ) -> None:
     for waveform in (torch.zeros(samples), torch.full((samples,), 0.5)):
         track = encode_audio(waveform, RATE, encoder, context=context, window_frames=1)
@@ -256,6 +372,7 @@ def test_bad_recordings_are_refused_by_name(encoder: SpeechEncoder, waveform: ob
         {"context": -1},
         {"context": 61},
         {"context": "whole"},
+        {"context": "Local"},
         {"context": math.nan},
         {"context": True},
     ],
@@ -451,6 +568,47 @@ def test_separation_runs_the_given_model_and_touches_no_network(
     vocals = prepare_waveform(*separate_vocals(voice, RATE, tmp_path / "Kim_Vocal_2.onnx"))
     assert relative_l2(F.normalize(vocals, dim=0), F.normalize(voice, dim=0)) < 0.05
     assert [path.name for path in tmp_path.iterdir()] == ["Kim_Vocal_2.onnx"]
+
+
+def decibels(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Signal to distortion ratio."""
+    return 10 * math.log10(float(np.square(wanted).sum() / np.square(found - wanted).sum()))
+
+
+def test_spectral_separation_lowers_repeating_music_and_keeps_the_voice() -> None:
+    spoken, music = voices.default_song()
+    for loudness, gain in ((1, 3), (2, 5)):
+        mixture = np.stack([spoken.waveform + loudness * music, 0.5 * spoken.waveform + loudness * music])
+        voice, rate = separate_vocals_spectral(mixture, RATE)
+        assert (voice.shape, voice.dtype, rate) == (mixture.shape, torch.float32, RATE)
+        for found, mixed, share in zip(voice.numpy(), mixture, (1, 0.5)):
+            wanted = share * spoken.waveform
+            assert decibels(found, wanted) > decibels(mixed, wanted) + gain
+
+
+def test_spectral_separation_works_in_blocks_that_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audio, "_SPECTRAL_BLOCK", 7)
+    monkeypatch.setattr(audio, "_without_repetition", lambda piece, _: piece.clone())
+    for samples in (7 * RATE, 7 * RATE + 1, 31 * RATE + 7):
+        sound = torch.rand(1, samples)
+        assert relative_l2(separate_vocals_spectral(sound, RATE)[0], sound) < 1e-6
+
+
+@pytest.mark.parametrize(("samples", "rate"), [(1, RATE), (2 * RATE, RATE), (30, 1), (24001, 8000), (70000, 22050.5)])
+def test_spectral_separation_of_odd_recordings(samples: int, rate: float) -> None:
+    for sound in (torch.zeros(samples), torch.rand(samples) - 0.5):
+        voice, same = separate_vocals_spectral(sound, rate)
+        assert (voice.shape, same) == ((1, samples), rate)
+        assert torch.isfinite(voice).all()
+    with pytest.raises(AudioError, match="not finite"):
+        separate_vocals_spectral(torch.tensor([math.nan]), rate)
+
+
+def test_the_shipped_song_is_the_voice_over_the_music() -> None:
+    shipped, rate = load_audio(Path(__file__).parent.parent / "assets" / "song.flac")
+    spoken, music = voices.default_song()
+    assert rate == RATE
+    assert np.abs(shipped[0].numpy() - spoken.waveform - music).max() < 1e-3
 
 
 # ---- the speech encoder

@@ -26,6 +26,7 @@ FPS = 30
 CONTROL = 1000  # Hz, rate of articulation and pitch contours
 HOP, WINDOW, FFT = 128, 256, 512  # samples; a filter rings on for at most FFT - WINDOW
 RECORDING_SEED = 7_000_010  # no training run draws it; of 60 seeds the first whose emotions the detector hears
+SONG_SEED = 7_000_100
 
 Array = NDArray[np.float64]
 
@@ -732,7 +733,7 @@ def random_espeak(seconds: float, rng: np.random.Generator, emotion: int = EMOTI
     )
 
 
-# --- The recording the project ships ----------------------------------------------------------------------------------
+# --- The recordings the project ships ---------------------------------------------------------------------------------
 
 
 def default_voice_recording() -> Utterance:
@@ -748,3 +749,26 @@ def default_voice_recording() -> Utterance:
         first.phonemes + later,
         first.emotion,
     )
+
+
+def default_song() -> tuple[Utterance, NDArray[np.float32]]:
+    """A man's voice that no training run draws, 6 s, and the quiet music [T] to lay under it.
+
+    The music is a loop of four chords and a bass, half a second each, three times over: assets/song.flac is the sum.
+    """
+    voice = Voice(pitch=125.0, tract=0.97, breath=0.15, rate=0.95, loudness=0.09, brightness=0.5, bandwidth=1.0)
+    spoken = speak(voice, EMOTIONS.index("happy"), 6.0, np.random.default_rng(SONG_SEED))
+    time = np.arange(RATE // 2) / RATE
+    swell = np.minimum(time / 0.01, 1.0) * np.exp(-2.5 * time) * np.minimum((0.5 - time) / 0.02, 1.0)
+    chords = ((48, 64, 67, 72), (45, 60, 64, 69), (41, 60, 65, 69), (43, 59, 62, 67))  # C, A minor, F, G; bass first
+    loop = []
+    for bass, *notes in chords:
+        chord = sum(_note(note, time) for note in notes) / 3 + 0.8 * _note(bass, time)
+        loop.append(chord * swell)
+    return spoken, (0.06 * np.tile(np.concatenate(loop), 3)).astype(np.float32)
+
+
+def _note(key: int, time: Array) -> Array:
+    """A soft tone; `key` counts semitones, 69 is 440 Hz."""
+    phase = 2 * np.pi * 440.0 * 2 ** ((key - 69) / 12) * time
+    return np.sin(phase) + 0.3 * np.sin(2 * phase) + 0.1 * np.sin(3 * phase)
