@@ -138,7 +138,7 @@ def prepare_waveform(waveform: Tensor | np.ndarray, sample_rate: float) -> Tenso
     """
     rate = _check_rate(sample_rate)
     mono = _mono(_as_channels(waveform), rate)
-    return mono if rate == SAMPLE_RATE else _resample(mono, rate, SAMPLE_RATE)
+    return mono if rate == SAMPLE_RATE else resample(mono, rate, SAMPLE_RATE)
 
 
 def encode_audio(
@@ -266,7 +266,7 @@ def separate_vocals(waveform: Tensor | np.ndarray, sample_rate: float, model: st
             f'separating vocals needs the audio-separator package: pip install "audio-separator[cpu]" ({error})'
         ) from error
     _mono(waveform, rate)  # the same checks as everywhere
-    mixture = torch.stack([_resample(_to_float(channel), rate, _SEPARATOR_RATE) for channel in waveform[:2]])
+    mixture = torch.stack([resample(_to_float(channel), rate, _SEPARATOR_RATE) for channel in waveform[:2]])
     with tempfile.TemporaryDirectory(prefix="memo-vocals-") as folder:
         models, output = Path(folder, "models"), Path(folder, "output")
         models.mkdir()
@@ -440,7 +440,8 @@ def _mono(channels: Tensor, rate: float) -> Tensor:
     return mono
 
 
-def _resample(samples: Tensor, rate: float, target: float) -> Tensor:
+def resample(samples: Tensor, rate: float, target: float) -> Tensor:
+    """[..., T] at `rate` Hz -> [..., T * target / rate], float32 on the CPU (soxr_hq)."""
     import librosa
 
     resampled = librosa.resample(samples.numpy(), orig_sr=rate, target_sr=target, res_type="soxr_hq")

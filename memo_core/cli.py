@@ -126,10 +126,11 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     add("--require-face", "stop where no face is found, rather than go on without one", action="store_true")
     add(
         "--context",
-        "how much sound around each part it is heard in; auto is whole up to a minute (default: auto)",
+        "how much sound around each part it is heard in; local keeps what comes before an edit as it is; auto is whole "
+        "up to a minute (default: auto)",
         type=_context,
         default="auto",
-        metavar="auto|whole|SECONDS",
+        metavar="auto|whole|local|SECONDS",
     )
     add("--separate-vocals", "let the voice alone drive the face, without music (audio-separator)", action="store_true")
     add("--start", "begin here in VOICE (default: 0)", type=_seconds, default=0.0, metavar="SECONDS")
@@ -524,7 +525,7 @@ def _seconds(text: str) -> float:
 
 
 def _context(text: str) -> float | str:
-    return text if text in ("auto", "whole") else _seconds(text)
+    return text if text in ("auto", "whole", "local") else _seconds(text)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import ComposeError
-from .face import _crop_region, _read_box
+from .face import crop_region, read_box
 
 Frame = Tensor | NDArray[Any]
 LARGEST = 4  # a box's side, in longer sides of its picture
@@ -80,7 +80,7 @@ def face_square(image_size: tuple[int, int], face_box: Any, margin: float = 0.35
     height, width = _size(image_size)
     if not (math.isfinite(margin) and 0 <= margin <= 10):
         raise ComposeError(f"margin is {margin}; allowed is 0 to 10 times the face's size")
-    return Box(*_crop_region(height, width, 1, 1, _read_box(face_box, height, width), margin), width, height)
+    return Box(*crop_region(height, width, 1, 1, read_box(face_box, height, width), margin), width, height)
 
 
 def centre_square(image_size: tuple[int, int], center_x: float = 0.5, center_y: float = 0.5, scale: float = 1.0) -> Box:

@@ -266,7 +266,7 @@ def prepare_portrait(
     if face_index is not None and face_index < 0:
         raise PortraitError(f"face_index is {face_index}; allowed is 0 (the largest face) and up, or None")
     pixels = _to_rgb(image)
-    given = None if face_box is None else _read_box(face_box, *pixels.shape[:2])
+    given = None if face_box is None else read_box(face_box, *pixels.shape[:2])
 
     faces = analyzer.detect(pixels) if analyzer is not None else []
     face = _choose(faces, face_index, given)
@@ -291,7 +291,7 @@ def prepare_portrait(
 
     box = given if given is not None else face.box if face is not None else None
     target = box if crop == "face" else None
-    region = _crop_region(pixels.shape[0], pixels.shape[1], height, width, target, margin)
+    region = crop_region(pixels.shape[0], pixels.shape[1], height, width, target, margin)
     whole = region == (0, 0, pixels.shape[1], pixels.shape[0]) and pixels.shape[:2] == (height, width)
     if whole and isinstance(image, Tensor) and image.is_floating_point():
         result = image.detach().to("cpu", torch.float32, copy=True)  # nothing to do: not even rounded to 8 bits
@@ -320,7 +320,7 @@ def _choose(faces: list[Face], index: int | None, given: Box | None) -> Face | N
     return best if shared(best) > 0 else None
 
 
-def _crop_region(
+def crop_region(
     image_height: int, image_width: int, height: int, width: int, box: Box | None, margin: float
 ) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of the part with the aspect height:width to cut out; may reach beyond the image."""
@@ -371,7 +371,9 @@ def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _read_box(face_box: Any, height: int, width: int) -> Box:
+def read_box(face_box: Any, height: int, width: int) -> Box:
+    """Left, top, right, bottom from four numbers, clipped to the picture, or from a mask [H, W] or [1, H, W] that is
+    above 0.5 on the face; PortraitError where that is no part of the picture."""
     given = np.asarray(face_box.cpu() if isinstance(face_box, Tensor) else face_box)
     if given.shape == (4,):
         left, top, right, bottom = (float(value) for value in given)

@@ -14,7 +14,7 @@ from ..memo_core.clips import WINDOW, Clip, ImageClip, Sound
 from ..memo_core.errors import ComposeError, SamplingError
 from ..memo_core.reference import Reference
 from . import host
-from .wires import CATEGORY, MemoClip, MemoModel, MemoReference
+from .wires import CATEGORY, MemoClip, MemoModel, MemoReference, one_of
 
 AnyClip = Clip | ImageClip
 SLOTS = 16  # clips that Concat Clips takes by wire
@@ -140,6 +140,10 @@ class ConcatClips(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, sizes: Sequence[str] = SIZES[:1]) -> bool | str:
+        return one_of(sizes=(sizes[0], SIZES))
 
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> int:
@@ -273,9 +277,9 @@ def write_video(
 
 def sound_at(part: AnyClip, seconds: float, rate: int) -> Tensor:
     """The clip's sound, [channels, samples] at `rate`; silence for one without."""
-    from ..memo_core.audio import _resample
+    from ..memo_core.audio import resample
 
     if part.sound is None:
         return torch.zeros(1, max(1, round(seconds * rate)))
     own = part.sound.span(part.start / part.fps, seconds)
-    return own.waveform if own.sample_rate == rate else _resample(own.waveform, own.sample_rate, rate)
+    return own.waveform if own.sample_rate == rate else resample(own.waveform, own.sample_rate, rate)

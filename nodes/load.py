@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ..memo_core.errors import CheckpointError
 from . import host
-from .wires import CATEGORY, MemoModel
+from .wires import CATEGORY, MemoModel, one_of
 
 
 class LoadMEMO(io.ComfyNode):
@@ -42,13 +42,16 @@ class LoadMEMO(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str = "toon") -> bool | str:
-        known = host.checkpoints()
-        return checkpoint in known or f"there is no checkpoint {checkpoint!r}; known are {', '.join(known)}"
+    def validate_inputs(cls, checkpoint: str = "toon", dtype: str = "auto", attention: str = "auto") -> bool | str:
+        return one_of(
+            checkpoint=(checkpoint, host.checkpoints()),
+            dtype=(dtype, ["auto", *host.DTYPES]),
+            attention=(attention, ["auto", *host.ATTENTION]),
+        )
 
     @classmethod
     def execute(cls, checkpoint: str, dtype: str, attention: str) -> io.NodeOutput:
-        known = host.checkpoints()
-        if checkpoint not in known:
-            raise CheckpointError(f"there is no checkpoint {checkpoint!r}; known are {', '.join(known)}")
-        return io.NodeOutput(host.HostPipeline.load(known[checkpoint], dtype, attention))
+        folder = host.checkpoints().get(checkpoint)
+        if folder is None:
+            raise CheckpointError(f"the checkpoint {checkpoint!r} is gone; there are {', '.join(host.checkpoints())}")
+        return io.NodeOutput(host.HostPipeline.load(folder, dtype, attention))

@@ -10,9 +10,11 @@ from ..memo_core.clips import Clip, ImageClip
 from ..memo_core.compose import Box, centre_square, crop_square, face_square, paste_back
 from ..memo_core.errors import PortraitError
 from . import host
-from .wires import CATEGORY, MemoBox, MemoClip, MemoModel, MemoReference
+from .wires import CATEGORY, MemoBox, MemoClip, MemoModel, MemoReference, one_of
 
 LARGEST_FACE = -1
+LARGEST_SIZE = 2048  # pixels
+CROPS = ("face", "none")
 
 
 class EncodeReference(io.ComfyNode):
@@ -31,13 +33,13 @@ class EncodeReference(io.ComfyNode):
                     "size",
                     default=0,
                     min=0,
-                    max=2048,
+                    max=LARGEST_SIZE,
                     step=64,
                     tooltip="Side of the square video in pixels, a multiple of 64. 0: as the checkpoint was trained.",
                 ),
                 io.Combo.Input(
                     "crop",
-                    options=["face", "none"],
+                    options=list(CROPS),
                     default="face",
                     tooltip="face: cut around the face (or its mask). none: the middle of the picture.",
                 ),
@@ -66,8 +68,10 @@ class EncodeReference(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, size: int = 0) -> bool | str:
-        return size % 64 == 0 or f"size is {size}; it must be a multiple of 64, or 0"
+    def validate_inputs(cls, size: int = 0, crop: str = "face") -> bool | str:
+        if size % 64 or not 0 <= size <= LARGEST_SIZE:
+            return f"size is {size}; it must be a multiple of 64 up to {LARGEST_SIZE}, or 0"
+        return one_of(crop=(crop, CROPS))
 
     @classmethod
     def execute(

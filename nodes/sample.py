@@ -22,7 +22,9 @@ from . import host
 from .clips import write_video
 from .emotion import detect
 from .voice import encode_voice
-from .wires import CATEGORY, MemoAudio, MemoClip, MemoEmotion, MemoMemory, MemoModel, MemoReference, Voice
+from .wires import CATEGORY, MemoAudio, MemoClip, MemoEmotion, MemoMemory, MemoModel, MemoReference, Voice, one_of
+
+FEELINGS = ("detect", "none", *EMOTIONS)  # of a video made in one node
 
 
 def _sampling_inputs() -> list[io.Input]:
@@ -141,7 +143,7 @@ class TalkingVideo(io.ComfyNode):
                 io.Audio.Input("audio", tooltip="The recording that is spoken."),
                 io.Combo.Input(
                     "emotion",
-                    options=["detect", "none", *EMOTIONS],
+                    options=list(FEELINGS),
                     default="detect",
                     tooltip="detect: as heard in the voice. none: leave it to the model. Or one for the whole video.",
                 ),
@@ -154,6 +156,10 @@ class TalkingVideo(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, emotion: str = "detect") -> bool | str:
+        return one_of(emotion=(emotion, FEELINGS))
 
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> int:
@@ -360,7 +366,7 @@ class _Run:
         ]
         return (
             f"{width}x{height} pixels need {self.budget.least / 2**30:.1f} GB and the device has "
-            f"{room / 2**30:.1f} GB. What fits: {' or '.join(what) or 'nothing: use another device'} (MEMO Encode Reference: size)"
+            f"{room / 2**30:.1f} GB. What fits: {' or '.join(what) or 'nothing'} (MEMO Encode Reference: size)"
         )
 
 

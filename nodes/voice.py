@@ -7,9 +7,10 @@ from comfy_api.v0_0_2 import io
 from ..memo_core.checkpoint import assets
 from ..memo_core.clips import Sound
 from . import host
-from .wires import CATEGORY, MemoAudio, MemoModel, Voice
+from .wires import CATEGORY, MemoAudio, MemoModel, Voice, one_of
 
 EXAMPLES = {"voice": "voice.wav", "song": "song.flac"}
+CONTEXTS = ("local", "whole")
 SEPARATION = ("off", "spectral", "Kim Vocal 2")
 
 
@@ -35,6 +36,10 @@ class Example(io.ComfyNode):
                 io.Audio.Output(display_name="audio", tooltip="The recording."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, speech: str = "voice") -> bool | str:
+        return one_of(speech=(speech, EXAMPLES))
 
     @classmethod
     def execute(cls, speech: str) -> io.NodeOutput:
@@ -68,7 +73,7 @@ class EncodeAudio(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "context",
-                    options=["local", "whole"],
+                    options=list(CONTEXTS),
                     default="local",
                     tooltip="local: features hear the sound around them alone, so that editing the end leaves the "
                     "beginning as it is, at any length. whole: the recording at once, as released; up to 5 minutes.",
@@ -89,6 +94,10 @@ class EncodeAudio(io.ComfyNode):
             outputs=[MemoAudio.Output(display_name="audio", tooltip="Speech features, with their sound.")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, context: str = "local", separate_vocals: str = "off") -> bool | str:
+        return one_of(context=(context, CONTEXTS), separate_vocals=(separate_vocals, SEPARATION))
 
     @classmethod
     def execute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from comfy_api.v0_0_2 import io
@@ -33,3 +34,16 @@ class Voice:
     track: AudioTrack
     sound: Sound
     speech: Sound
+
+
+def one_of(**choices: tuple[str, Iterable[str]]) -> bool | str:
+    """For validate_inputs: whether each widget has one of its values. The host leaves that to the nodes.
+
+    Args:
+        choices: widget's name = (its value, the values it may have).
+    """
+    for name, (value, allowed) in choices.items():
+        allowed = list(allowed)
+        if value not in allowed:
+            return f"{name} is {value!r}; it must be one of: {', '.join(allowed)}"
+    return True
