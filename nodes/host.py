@@ -9,7 +9,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,9 @@ from server import PromptServer
 from torch import Tensor, nn
 
 from ..memo_core import checkpoint
-from ..memo_core.budget import module_bytes, sampling_budget
+from ..memo_core.budget import sampling_budget
 from ..memo_core.clips import Sound
-from ..memo_core.errors import AudioError, CheckpointError, MemoError, PortraitError
+from ..memo_core.errors import AudioError, MemoError, PortraitError
 from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.store import WindowStore
 
@@ -196,6 +196,13 @@ class HostPipeline(MemoPipeline):
 
         return sdpa_kernel([getattr(SDPBackend, ATTENTION[self._attention]), SDPBackend.MATH])
 
+    def release(self) -> None:
+        """Gives up the resident memory sums on a GPU, gigabytes that the host does not know of and other nodes want;
+        the next clip builds them again from the state."""
+        if self.nets.device.type != "cpu":
+            self._sums.clear()
+            host.soft_empty_cache()
+
     def forget(self) -> None:
         """Frees what can be made again: the resident memory sums, and other models on the device."""
         self._sums.clear()
@@ -230,7 +237,7 @@ def total_bytes(device: torch.device) -> int:
     return int(host.get_total_memory(device))
 
 
-def refuse_without_room(pipe: HostPipeline, bytes_needed: int, what: str) -> None:
+def refuse_without_room(bytes_needed: int, what: str) -> None:
     """MemoError where host memory cannot hold what a node is about to make."""
     free = free_bytes(torch.device("cpu"))
     if bytes_needed > 0.95 * free:
@@ -238,10 +245,6 @@ def refuse_without_room(pipe: HostPipeline, bytes_needed: int, what: str) -> Non
             f"{what} take {bytes_needed / 2**30:.1f} GB of memory and {free / 2**30:.1f} GB are free: "
             "work on shorter clips (MEMO Sample Clip: duration), or join clips with Concat Clips, which streams them"
         )
-
-
-def weights_bytes(pipe: HostPipeline) -> int:
-    return module_bytes(pipe.patcher.model)
 
 
 # --- Errors, interrupts, progress -------------------------------------------------------------------------------------
@@ -354,13 +357,3 @@ def sound_of(audio: dict[str, Any]) -> Sound:
 def audio_of(sound: Sound) -> dict[str, Any]:
     """The host's AUDIO of a recording."""
     return {"waveform": sound.waveform[None], "sample_rate": sound.sample_rate}
-
-
-@contextmanager
-def released_weights_named(folder: Path) -> Iterator[None]:
-    """Errors about missing weights say where the host looks for checkpoints."""
-    try:
-        yield
-    except CheckpointError as error:
-        roots = ", ".join(folder_paths.get_folder_paths(MODELS))
-        raise CheckpointError(f"{error}. Checkpoints are looked for in {roots}") from error

@@ -229,7 +229,10 @@ def sample(
         seed=seed,
     )
     run = _Run(model, job, host.window_store(), stop_on_collapse, node_id)
-    clip, memory = model.collect(job, run.windows())
+    try:
+        clip, memory = model.collect(job, run.windows())
+    finally:
+        model.release()
     return replace(clip, sound=voice.sound), memory
 
 

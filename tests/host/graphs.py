@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import re
 import wave
-from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from PIL import Image
 
 from .harness import ROOT, Host, Run
 
@@ -51,6 +51,11 @@ class Graph(dict):
         video = self.add("MEMO_ConcatClips", **slots, **(CONCAT | inputs))
         return self.add("SaveVideo", video=[video, 0], filename_prefix=prefix, format="auto", codec="auto")
 
+    def pictures(self, clip: Link) -> str:
+        """Saves a clip's frames as they are; `pictures` reads them."""
+        decoded = self.add("MEMO_ClipToImages", clip=clip)
+        return self.add("SaveImage", images=[decoded, 0], filename_prefix="memo/frame")
+
 
 def write_speech(host: Host, name: str, seconds: float, rate: int = 16000, start: float = 0.0) -> np.ndarray:
     """Writes so much of the example's voice (again from its start where that ends) into the host's input folder."""
@@ -90,14 +95,12 @@ def video(host: Host, done: Run, node: str) -> tuple[np.ndarray, np.ndarray, int
         return frames, sound, file.streams.audio[0].rate, fps
 
 
+def pictures(host: Host, done: Run, node: str) -> np.ndarray:
+    """Frames [F, H, W, 3] that a node saved as pictures. Not so a video's: x264 codes 64 x 64 pixels now so, now so."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(host.view(**file)))) for file in done.files(node)])
+
+
 def preflights(host: Host) -> list[tuple[int, int, int]]:
     """(frames, windows, windows in the store) of every sampling since the host's start, from its log."""
     found = re.findall(r"(\d+) frames in (\d+) windows, (\d+) of them in the store", host.log())
     return [tuple(map(int, numbers)) for numbers in found]
-
-
-def picture(host: Host, done: Run, node: str) -> Path:
-    """The first picture that a node shows, as a file."""
-    path = host.base / "shown.png"
-    path.write_bytes(host.view(**done.files(node)[0]))
-    return path

@@ -196,8 +196,9 @@ class Host:
             self.port = free.getsockname()[1]
         command = [str(self.python), "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(self.base)]
         command += ["--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes", *self.args]
-        # PYTHONPATH away: the pack has to find its own modules.
-        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | self.env
+        # The pack has to find its own modules, and its store in the user's folder.
+        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MEMO_STORE")}
+        env = kept | self.env
         self._log_start = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -321,8 +322,9 @@ class Host:
         self.post("/interrupt", {})
 
     def free(self) -> None:
-        """Forget cached outputs and unload the models; the host does it before its next prompt."""
+        """Forget cached outputs and unload the models."""
         self.post("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(0.5)  # the host does it when its worker wakes up, and does not say when it has
 
     def wait(self, prompt_id: str, timeout: float = 300) -> Run:
         """Wait until a queued prompt has ended; raises TimeoutError, HostDied."""
