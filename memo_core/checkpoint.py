@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,10 +111,11 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
 def download_command(folder: Path) -> str:
     """What to type to fetch the released weights into `folder`: `memo`, or Python itself where that is not installed,
     as inside ComfyUI's custom_nodes."""
-    here = Path(__file__).resolve().parent
-    if here.parent.name == "site-packages" or not (here.parent / "nodes").is_dir():
-        return f'memo download "{folder}"'
-    return f'cd "{here.parent}" && "{sys.executable}" -m {here.name} download "{folder}"'
+    script = shutil.which("memo", path=os.path.dirname(sys.executable))
+    if script:
+        return f'"{script}" download "{folder}"'
+    package = Path(__file__).resolve().parent
+    return f'cd "{package.parent}" && "{sys.executable}" -m {package.name} download "{folder}"'
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:

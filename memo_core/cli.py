@@ -227,30 +227,32 @@ def generate(args: argparse.Namespace) -> int:
                 seed=settings.seed,
             )
             windows = pipe.sample_windows(job, store=store, on_progress=bar.steps)
-            memory, stopped = _write(windows, writer, memory)
+            memory, stopped, stored = _write(windows, writer, memory)
     if stopped is not None and writer.frames_written < count:
         return _stopped(args, writer, memory, start, stopped)
     if isinstance(stopped, Exception):
         raise stopped
     if args.memory_out:
         memory.save(args.memory_out)
-    print(f"{output}: {count} frames, {count / FPS:.2f} s, {width}x{height}, {count / bar.seconds:.2f} frames/s")
+    found = f", {stored} of {job.windows} windows from the store" if stored else ""
+    print(f"{output}: {count} frames, {count / FPS:.2f} s, {width}x{height}, {count / bar.seconds:.2f} frames/s{found}")
     return OK
 
 
 def _write(
     windows: Iterator[Window], writer: VideoWriter, memory: MemoryState
-) -> tuple[MemoryState, BaseException | None]:
+) -> tuple[MemoryState, BaseException | None, int]:
     """Writes window after window and ends the file, after Ctrl-C or an error with what there is.
 
-    Returns the memory after the last window in the file, and what stopped it early.
+    Returns the memory after the last window in the file, what stopped it early, and how many windows were in the store.
     """
     from .clips import to_uint8
 
-    before, after, written, stopped = memory, memory, 0, None
+    before, after, written, stopped, stored = memory, memory, 0, None, 0
     try:
         for window in windows:
             before, after, written = after, window.memory, writer.frames_written
+            stored += window.stored
             writer.write_frames(to_uint8(window.frames))
     except (KeyboardInterrupt, Exception) as reason:
         stopped = reason
@@ -259,7 +261,7 @@ def _write(
     with _uninterrupted():
         writer.finish(partial=stopped is not None)
     # Only the writer knows whether the interrupt came before or after it took the last window.
-    return (after if writer.frames_written > written else before), stopped
+    return (after if writer.frames_written > written else before), stopped, stored
 
 
 @contextmanager

@@ -19,9 +19,9 @@ settings.load_profile("memo")
 
 
 @pytest.fixture(autouse=True)
-def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds windows that another one left in the user's cache."""
-    monkeypatch.setenv("MEMO_STORE", str(tmp_path / "windows"))
+    monkeypatch.setenv("MEMO_STORE", str(tmp_path_factory.mktemp("windows")))
 
 
 @pytest.fixture(scope="session")

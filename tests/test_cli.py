@@ -63,6 +63,15 @@ def _frames(path: str) -> np.ndarray:
 # --- generate ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_second_run_renders_nothing(here, generate, capsys):
+    assert generate("-o", "first.mp4") == 0 and "from the store" not in capsys.readouterr().out
+    assert generate("-o", "second.mp4") == 0
+    assert "2 of 2 windows from the store" in capsys.readouterr().out
+    assert np.array_equal(_frames("second.mp4"), _frames("first.mp4"))
+    assert generate("-o", "third.mp4", "--no-store") == 0 and "from the store" not in capsys.readouterr().out
+    assert generate("-o", "fourth.mp4", "--store", "mine") == 0 and list(Path("mine").rglob("*.safetensors"))
+
+
 def test_generate_makes_a_video_with_the_sound_of_the_voice_and_says_that_it_is_made_by_ai(here, generate, capsys):
     assert generate("--seed", "7", "--size", "128x64", "--emotion", "happy") == 0
     assert sorted(os.listdir()) == ["face.png", "voice.mp4", "voice.wav"]
