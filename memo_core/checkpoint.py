@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = ("toon",)  # checkpoints that ship with the program, loaded by name
 EMOTION_HEAD = "misc/audio_emotion_classifier"
+VOCAL_SEPARATOR = "misc/vocal_separator/Kim_Vocal_2.onnx"  # optional
 # What libraries raise for settings that contradict each other or are of the wrong kind.
 _IMPOSSIBLE = (ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .video import VideoWriter
 
 FPS = 30  # the rate MEMO was trained at
-VOCAL_SEPARATOR = "misc/vocal_separator/Kim_Vocal_2.onnx"  # in a checkpoint, optional
 OK, FAILED, INTERRUPTED = 0, 1, 130  # exit codes; argparse adds 2 for wrong usage
 
 
@@ -167,12 +166,13 @@ def generate(args: argparse.Namespace) -> int:
     if args.memory_in and args.horizon:
         raise MemoError("--horizon is for a new video; the state given with --memory-in brings its own")
 
+    from . import checkpoint
     from .audio import load_audio, separate_vocals
     from .emotion import EmotionTrack, emotion_index
     from .face import check_size
+    from .job import Settings
     from .memory import MemoryState
     from .pipeline import MemoPipeline
-    from .sampling import Settings
     from .store import WindowStore
     from .video import VideoWriter
 
@@ -205,7 +205,7 @@ def generate(args: argparse.Namespace) -> int:
         sound = waveform[:, round(start * rate / FPS) : round((start + count) * rate / FPS)]
         writer.write_audio(sound)
         if args.separate_vocals:
-            waveform, rate = separate_vocals(waveform, rate, pipe.nets.folder / VOCAL_SEPARATOR)
+            waveform, rate = separate_vocals(waveform, rate, pipe.nets.folder / checkpoint.VOCAL_SEPARATOR)
         audio = pipe.encode_audio(waveform, rate, FPS, None if args.context == "whole" else args.context)
         count = min(count, audio.num_frames - start)
         if args.emotion == "detect":
@@ -432,7 +432,7 @@ def info(args: argparse.Namespace) -> int:
         size = sum(file.stat().st_size for file in (nets.folder / name).iterdir() if file.is_file())
         print(f"{name:<32} {sum(p.numel() for p in net.parameters()):>14,} {size / 1e6:>7.1f} MB")
     print()
-    for name in (*face_models, VOCAL_SEPARATOR):
+    for name in (*face_models, checkpoint.VOCAL_SEPARATOR):
         print(f"{'there  ' if (nets.folder / name).is_file() else 'missing'}      {name} (optional)")
     return OK
 

@@ -18,9 +18,10 @@ from .clips import WINDOW, Clip
 from .emotion import EmotionTrack
 from .errors import PortraitError
 from .face import EMBEDDING_SIZE, FaceAnalyzer, PortraitImage, prepare_portrait
+from .job import Job, Settings
 from .memory import MemoryState, SumsCache
 from .reference import Reference
-from .sampling import Job, Settings, Window, count_stored, decode, encode, sample_windows
+from .sampling import Window, count_stored, decode, encode, sample_windows
 from .store import WindowStore
 
 

@@ -4,60 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from .audio import AudioTrack
 from .checkpoint import Networks
 from .clips import WINDOW
-from .emotion import EmotionTrack
 from .errors import SamplingError
+from .job import Job, Settings, WindowInputs
 from .memory import MemoryEntry, MemoryState, Sums, SumsCache
 from .nets.audio_module import NULL_EMOTION
 from .reference import Reference, tensors_digest
 from .store import WindowStore
 
-FACE_TOKEN_ROWS = ("released", "grouped")
 WINDOW_VERSION = 1  # to be raised whenever the same inputs come to give another window: stored ones are then not found
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """How to sample.
-
-    Attributes:
-        steps: Euler steps of the rectified flow, at least 1.
-        guidance_scale: classifier-free guidance; 1 samples without it, in half the time.
-        seed: of the noise; each window draws from (seed, number of its first frame).
-        emotion_per: "window" gives every frame of a window the most frequent label, as released; "frame" its own.
-        face_token_rows: with guidance the released code hands the two sets of face tokens to the Reference Net's rows
-            in turn ("released"); "grouped" gives each batch row its own.
-    """
-
-    steps: int = 20
-    guidance_scale: float = 3.5
-    seed: int = 42
-    emotion_per: str = "window"
-    face_token_rows: str = "released"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
-            raise SamplingError(f"steps must be a whole number from 1 to 1000, received {self.steps!r}")
-        if not isinstance(self.guidance_scale, (int, float)) or not 1 <= self.guidance_scale <= 100:
-            raise SamplingError(f"guidance_scale must be from 1 (no guidance) to 100, received {self.guidance_scale!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
-            raise SamplingError(f"seed must be a whole number from 0 to 2^64 - 1, received {self.seed!r}")
-        if self.emotion_per not in ("window", "frame"):
-            raise SamplingError(f"emotion_per must be 'window' or 'frame', received {self.emotion_per!r}")
-        if self.face_token_rows not in FACE_TOKEN_ROWS:
-            raise SamplingError(f"face_token_rows must be one of {FACE_TOKEN_ROWS}, received {self.face_token_rows!r}")
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance_scale != 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,25 +125,6 @@ class Window:
     def frames(self) -> Tensor:
         """[F, 3, H, W] in [0, 1]; a stored window is decoded when this is first asked for."""
         return self.decode(self.latents)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WindowInputs:
-    """All that one window is made from, and nothing else: equal inputs give equal windows."""
-
-    start: int  # first frame
-    frames: int  # 16, or less where the clip ends inside the window
-    audio: Tensor  # [16, context, layers, channels]
-    emotion: Tensor  # labels [1] or [16], or class weights [1, 10] or [16, 10]
-    noise: Tensor | None  # [4, 16, h, w]; None for the seeded one
-    memory: MemoryState  # that enters
-
-    def key(self, context: str) -> str:
-        """Content address: a hash of the inputs and of `context`, which names everything else that matters."""
-        digest = hashlib.sha256(f"{context}|{self.start}|{self.frames}|{self.memory.digest}".encode())
-        for tensor in (self.audio, self.emotion, self.noise):
-            digest.update(b"seeded" if tensor is None else tensors_digest(tensor).encode() + str(tensor.dtype).encode())
-        return digest.hexdigest()[:40]
 
 
 class Sampler:
@@ -297,75 +240,6 @@ def window_noise(seed: int, first_frame: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What is to be sampled: frames [start, start + num_frames) of `audio`, spoken by `reference`.
-
-    Attributes:
-        reference, audio, emotion: what is shown, heard and felt; no emotion is the null emotion.
-        memory: what came before.
-        settings: how to sample.
-        start: first frame, at any phase; windows begin at start, start + 16, ...
-        num_frames: None for up to the end of the audio.
-        noise: [windows, 4, 16, h, w] instead of the seeded noise.
-    """
-
-    reference: Reference
-    audio: AudioTrack
-    emotion: EmotionTrack | None
-    memory: MemoryState
-    settings: Settings
-    start: int = 0
-    num_frames: int | None = None
-    noise: Tensor | None = None
-
-    def checked(self, nets: Networks) -> Job:
-        """The job with its number of frames filled in.
-
-        Raises:
-            SamplingError: arguments out of range or of the wrong shape. MemoryStateError: a memory of another
-                checkpoint or reference.
-        """
-        features = nets.audio_proj.proj1.in_features
-        num_frames = _check_span(self.audio, self.emotion, self.start, self.num_frames, features)
-        wanted = [-(-num_frames // WINDOW), 4, WINDOW, *self.reference.latents.shape[2:]]
-        if self.noise is not None and list(self.noise.shape) != wanted:
-            raise SamplingError(f"noise must be {wanted} for {wanted[0]} windows, received {list(self.noise.shape)}")
-        if self.noise is not None and not torch.isfinite(self.noise).all():
-            raise SamplingError("noise holds NaN or infinite values")
-        self.memory.require(nets.digest, self.reference.digest)
-        return replace(self, num_frames=num_frames)
-
-    @property
-    def windows(self) -> int:
-        return -(-self.num_frames // WINDOW)
-
-    def entering(self, nets: Networks) -> MemoryState:
-        """The memory that enters the first window: before a video's first one the past is the portrait, held still."""
-        if not self.memory.is_empty:
-            return self.memory
-        past = self.reference.latents.expand(WINDOW, -1, -1, -1)
-        return self.memory.push(past, self.reference.face_embedding, nets.digest, self.reference.digest, windows=0)
-
-    def inputs(self, index: int, memory: MemoryState) -> WindowInputs:
-        """What window `index` is made from, when `memory` enters it."""
-        first = self.start + index * WINDOW
-        frames = torch.arange(first, first + WINDOW)
-        heard = frames.clamp_max(self.audio.num_padded_frames - 1)
-        if self.emotion is None:
-            emotion = torch.tensor([NULL_EMOTION])
-        else:
-            emotion = self.emotion.conditioning(heard, self.settings.emotion_per)
-        return WindowInputs(
-            start=first,
-            frames=min(WINDOW, self.start + self.num_frames - first),
-            audio=self.audio.embeddings[heard],
-            emotion=emotion,
-            noise=None if self.noise is None else self.noise[index],
-            memory=memory,
-        )
-
-
 def count_stored(nets: Networks, job: Job, store: WindowStore | None) -> int:
     """How many windows of the job, from its first one on, are in the store."""
     if store is None:
@@ -444,31 +318,3 @@ def sample_windows(
         if frames is not None:
             window.__dict__["frames"] = frames.cpu()  # what the cached property would compute
         yield window
-
-
-def _check_span(
-    audio: AudioTrack, emotion: EmotionTrack | None, start: int, num_frames: int | None, features: int
-) -> int:
-    """Number of frames to sample; SamplingError where the arguments do not fit each other."""
-    if not isinstance(start, int) or not 0 <= start < audio.num_frames:
-        raise SamplingError(
-            f"start must be a frame from 0 to {audio.num_frames - 1} (the audio's last), received {start!r}"
-        )
-    left = audio.num_frames - start
-    if num_frames is None:
-        num_frames = left
-    if not isinstance(num_frames, int) or not 1 <= num_frames <= left:
-        raise SamplingError(
-            f"num_frames must be from 1 to {left} (from frame {start} to the audio's end), received {num_frames!r}"
-        )
-    if audio.embeddings[0].numel() != features:
-        raise SamplingError(
-            f"the checkpoint reads {features} speech features per frame, the audio track has "
-            f"{list(audio.embeddings.shape[1:])}: encode the audio with the same checkpoint"
-        )
-    if emotion is not None and len(emotion.labels) < audio.num_frames:
-        raise SamplingError(
-            f"the emotion track has {len(emotion.labels)} frames, the audio {audio.num_frames}: "
-            "make both from one recording"
-        )
-    return num_frames

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..memo_core.checkpoint import assets
+from ..memo_core.checkpoint import VOCAL_SEPARATOR, assets
 from ..memo_core.clips import Sound
 from . import host
 from .wires import CATEGORY, MemoAudio, MemoModel, Voice, one_of
@@ -120,7 +120,6 @@ def encode_voice(
 ) -> Voice:
     """See EncodeAudio."""
     from ..memo_core.audio import separate_vocals, separate_vocals_spectral
-    from ..memo_core.cli import VOCAL_SEPARATOR
 
     speech = sound
     if separation == "spectral":

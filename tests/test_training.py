@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 
 from memo_core import MemoPipeline, MemoryState, Reference, checkpoint
 from memo_core.audio import NEIGHBOURS
+from memo_core.job import Settings
 from memo_core.memory import SumsCache
 from memo_core.nets.emotion2vec import Emotion2Vec
 from memo_core.nets.emotion_head import EmotionHead
-from memo_core.sampling import Conditions, Sampler, Settings, sample_window
+from memo_core.sampling import Conditions, Sampler, sample_window
 from training import __main__ as command
 from training import data, evaluate, losses, presets, run, stages, vae
 

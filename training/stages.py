@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from memo_core import checkpoint
 from memo_core.audio import NEIGHBOURS
 from memo_core.clips import WINDOW
+from memo_core.job import Settings
 from memo_core.kernels import DECAY
 from memo_core.nets.audio_module import NULL_EMOTION
 from memo_core.nets.config import NetConfig
@@ -26,7 +27,7 @@ from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.memory_module import Memory
 from memo_core.nets.projections import AudioProjection, ImageProjection
 from memo_core.nets.reference_net import ReferenceNet
-from memo_core.sampling import Conditions, Settings, decode, sample_window
+from memo_core.sampling import Conditions, decode, sample_window
 
 from . import data, losses, presets, run, voices
 from .data import Batch

@@ -1,0 +1,217 @@
+"""Sampling a clip on the host: says what it will take, shows progress, takes from the store, survives a full device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from ..memo_core.budget import sampling_budget
+from ..memo_core.clips import WINDOW, Clip
+from ..memo_core.emotion import EmotionTrack
+from ..memo_core.errors import SamplingError
+from ..memo_core.job import Job
+from ..memo_core.memory import MemoryState
+from ..memo_core.reference import Reference
+from ..memo_core.sampling import Window
+from ..memo_core.store import WindowStore
+from . import host
+from .wires import Voice
+
+
+def sample(
+    model: host.HostPipeline,
+    reference: Reference,
+    voice: Voice,
+    emotion: EmotionTrack | None,
+    memory: MemoryState | None,
+    *,
+    start: float = 0.0,
+    duration: float = 0.0,
+    steps: int,
+    guidance: float,
+    seed: int,
+    stop_on_collapse: bool = False,
+    node_id: str | None = None,
+) -> tuple[Clip, MemoryState]:
+    """The clip of a span of the voice, and the memory after it. See the node MEMO Sample Clip."""
+    track = voice.track
+    first, last = round(start * track.fps), track.num_frames
+    if first >= last:
+        raise SamplingError(
+            f"start is {start:g} s, but the recording ends at {last / track.fps:.2f} s: take out this clip, or lower "
+            "start or the duration of the clips before"
+        )
+    if duration:
+        last = min(last, first + max(1, round(duration * track.fps)))
+    job = model.job(
+        reference,
+        track,
+        None if emotion is None else emotion.fit(track.fps, track.num_padded_frames),
+        memory,
+        start=first,
+        num_frames=last - first,
+        steps=steps,
+        guidance_scale=guidance,
+        seed=seed,
+    )
+    run = _Run(model, job, host.window_store(), stop_on_collapse, node_id)
+    try:
+        clip, memory = model.collect(job, run.windows())
+    finally:
+        run.remember_speed()
+        model.release()
+    return replace(clip, sound=voice.sound), memory
+
+
+class _Run:
+    """One job on the host."""
+
+    def __init__(
+        self, model: host.HostPipeline, job: Job, store: WindowStore | None, stop_on_collapse: bool, node_id: str | None
+    ):
+        self.model, self.job, self.store = model, job, store
+        self.stored = model.count_stored(job, store)
+        self.progress = host.Progress(node_id, job.windows * job.settings.steps)
+        self.windows_done, self.sampled, self.spent = 0, 0, 0.0
+        self.detector = None
+        if stop_on_collapse:
+            from ..memo_core.quality import CollapseDetector
+
+            self.detector = CollapseDetector(job.reference.pixels)
+        height, width = job.reference.pixels.shape[1:]
+        self.budget = sampling_budget(model.nets, height, width, job.settings.guided)
+        self.speed_key = f"{model.nets.digest} {model.nets.device} {height}x{width} {job.settings.guided}"
+
+    def windows(self) -> Iterator[Window]:
+        """Samples the job; after running out of memory once more, with the rows of a batch one after the other."""
+        self._preflight()
+        if self.stored < self.job.windows:
+            self.model.to_device(self.budget.least)
+        rest, row_by_row = self.job, False
+        while True:
+            try:
+                for window in self._sample(rest, row_by_row):
+                    yield window
+                    frames = rest.start + rest.num_frames - window.start - window.latents.shape[1]
+                    if self._collapsed(window) or not frames:
+                        return
+                    rest = replace(rest, start=window.start + WINDOW, num_frames=frames, memory=window.memory)
+                return
+            except host.OutOfMemory:
+                if row_by_row or not self.job.settings.guided:
+                    raise
+                host.logger.warning("out of memory: once more, with half the working memory and nothing else loaded")
+                row_by_row = True
+                self.model.forget()
+                self.model.to_device(self.budget.least)
+
+    def _sample(self, job: Job, row_by_row: bool) -> Iterator[Window]:
+        steps, total, base = job.settings.steps, self.job.windows, self.windows_done
+
+        def on_progress(done: int, _: int) -> None:
+            window, step = divmod(done - 1, steps)
+            text = f"window {base + window + 1} of {total}, step {step + 1} of {steps}"
+            self.progress.update(base * steps + done, text)
+
+        def should_stop() -> bool:
+            host.stop_if_interrupted()
+            return False
+
+        began = time.monotonic()
+        for window in self.model.sample_windows(
+            job, store=self.store, on_progress=on_progress, should_stop=should_stop, row_by_row=row_by_row
+        ):
+            host.stop_if_interrupted()
+            self.windows_done += 1
+            if not window.stored:
+                self.sampled, self.spent = self.sampled + 1, self.spent + time.monotonic() - began
+                self.progress.update(self.windows_done * steps, picture=window.frames[-1])
+            yield window
+            began = time.monotonic()
+
+    def remember_speed(self) -> None:
+        if self.sampled:
+            host.SpeedBook().put(self.speed_key, self.spent / self.sampled / self.job.settings.steps)
+
+    def _collapsed(self, window: Window) -> bool:
+        reason = None if self.detector is None else self.detector.update(window.frames)
+        if reason is not None:
+            end = (window.start + window.latents.shape[1]) / self.job.audio.fps
+            host.logger.warning("stopped at %.2f s: %s", end, reason)
+        return reason is not None
+
+    def _preflight(self) -> None:
+        """One line on what is to come; SamplingError for what cannot fit."""
+        job, device = self.job, self.model.nets.device
+        faces = job.reference.faces_found
+        speed = host.SpeedBook().get(self.speed_key)
+        left = job.windows - self.stored
+        if not left:
+            time_needed = "nothing to render"
+        elif speed is None:
+            time_needed = "time not known before the first window"
+        else:
+            time_needed = f"about {_duration(speed * job.settings.steps * left)}"
+        clip_bytes = 4 * 4 * job.num_frames * job.reference.latents[0, 0].numel()
+        ram, gb = host.free_bytes(torch.device("cpu")), 2**30
+        on_device = (
+            ""
+            if device.type == "cpu"
+            else (
+                f"VRAM {(self.budget.weights + self.budget.least) / gb:.1f} GB needed (at least "
+                f"{self.budget.least / gb:.1f}), {host.free_bytes(device) / gb:.1f} free; "
+            )
+        )
+        in_ram = clip_bytes + (self.budget.least if device.type == "cpu" else 0)
+        host.logger.info(
+            "%.2f s: %d frames in %d windows, %d of them in the store; %s; %sRAM %.1f GB needed, %.1f free; faces "
+            "found: %s",
+            job.num_frames / job.audio.fps,
+            job.num_frames,
+            job.windows,
+            self.stored,
+            time_needed,
+            on_device,
+            in_ram / gb,
+            ram / gb,
+            "not looked for" if faces is None else faces,
+        )
+        if left and self.budget.least > 0.95 * host.total_bytes(device):
+            raise SamplingError(self._too_large(host.total_bytes(device)))
+        if in_ram > 0.95 * ram:
+            seconds = max(1, int(job.num_frames / job.audio.fps * 0.9 * ram / in_ram))
+            raise SamplingError(
+                f"the clip needs {in_ram / gb:.1f} GB of memory and {ram / gb:.1f} GB are free: make clips of at most "
+                f"{seconds} s (duration), one after the other"
+            )
+
+    def _too_large(self, room: int) -> str:
+        height, width = self.job.reference.pixels.shape[1:]
+        fits = [
+            (side, guided)
+            for side in range(64, max(height, width) + 1, 64)
+            for guided in (True, False)
+            if sampling_budget(self.model.nets, side, side, guided).least <= 0.95 * room
+        ]
+        what = [
+            f"size {max(side for side, g in fits if g == guided)}{how}"
+            for guided, how in _WAYS
+            if any(g == guided for _, g in fits)
+        ]
+        return (
+            f"{width}x{height} pixels need {self.budget.least / 2**30:.1f} GB and the device has "
+            f"{room / 2**30:.1f} GB. What fits: {' or '.join(what) or 'nothing'} (MEMO Encode Reference: size)"
+        )
+
+
+_WAYS = ((True, ""), (False, " with guidance 1"))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
