@@ -1,8 +1,9 @@
 """A headless Chromium with the host's own frontend in it, driven over the DevTools protocol.
 
-with Page(chromium, host_url, folder) as page:
-    page.run("app.graph.nodes.length")      # JavaScript, awaited -> its value
-    page.picture(left, top, width, height)  # of the graph, in its own coordinates -> PIL image
+with Page(find_chromium(), host.port, host.base, profile) as page:
+    page.open_workflow(graph)           # the UI format
+    page.run("app.graph.nodes.length")  # JavaScript, awaited -> its value
+    page.picture()                      # of the graph -> PIL image
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from urllib.request import ProxyHandler, build_opener
 import websocket
 from PIL import Image
 
+from .harness import Host
+
 _HTTP = build_opener(ProxyHandler({}))  # the browser is on this machine: no proxy
 # A page without its first-visit dialogs and extras, drawn in full at any zoom.
 SETTINGS = {
@@ -29,6 +32,8 @@ SETTINGS = {
     "Comfy.Locale": "en",
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Graph.CanvasMenu": False,
+    "Comfy.TextareaWidget.FontSize": 13,
     "Comfy.Workflow.Persist": False,
     "Comfy.Workflow.WarnBlueprintOverwrite": False,
     "Comfy.NodeBadge.NodeIdBadgeMode": "None",
@@ -70,7 +75,11 @@ class Page:
             self._process = subprocess.Popen([*command, "about:blank"], stdout=log, stderr=log)
         try:
             self._connect(folder, time.monotonic() + 60)
-            self._open(f"http://127.0.0.1:{port}/", width, height)
+            for domain in ("Page", "Runtime"):
+                self.command(f"{domain}.enable")
+            self.resize(width, height)
+            self._url = f"http://127.0.0.1:{port}/"
+            self.reload()
         except BaseException:
             self.close()
             raise
@@ -89,11 +98,10 @@ class Page:
                 time.sleep(0.1)
         self._socket = websocket.create_connection(address, timeout=60)
 
-    def _open(self, url: str, width: int, height: int) -> None:
-        for domain in ("Page", "Runtime"):
-            self.command(f"{domain}.enable")
-        self.resize(width, height)
-        self.command("Page.navigate", url=url)
+    def reload(self) -> None:
+        """Open ComfyUI anew."""
+        self.command("Page.navigate", url="about:blank")
+        self.command("Page.navigate", url=self._url)
         self.wait_for("window.app?.graph && app.extensionManager && !document.querySelector('#splash-loader')", 120)
         self.wait_for("Object.keys(LiteGraph.registered_node_types).some(name => name.startsWith('MEMO_'))", 120)
         time.sleep(1)  # the frontend opens its own first graph a little later
@@ -160,21 +168,49 @@ class Page:
                 raise TimeoutError(f"not true within {timeout:.0f} s: {condition}; the page says {list(self.said)}")
             time.sleep(0.1)
 
+    def open_workflow(self, graph: dict[str, Any]) -> None:
+        """Open a workflow in the UI format, as its user does."""
+        self.run("app.loadGraphData(graph)", graph=graph)
+        self.wait_for("app.graph.nodes.length === count", count=len(graph["nodes"]))
+
+    def press_run(self, host: Host, timeout: float) -> dict[str, Any]:
+        """Queue the open workflow and wait for its end -> the run's history; raises TimeoutError, ScriptError."""
+        known = set(json.loads(host.get("/history")))
+        deadline = time.monotonic() + timeout
+        self.run("app.queuePrompt(0, 1)")
+        while not (ended := json.loads(host.get("/history")).keys() - known):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not ended within {timeout:.0f} s:\n{host.log()[-2000:]}")
+            time.sleep(0.3)
+        history = json.loads(host.get("/history"))[ended.pop()]
+        if history["status"]["status_str"] != "success":
+            raise ScriptError(f"the run failed: {history['status']}")
+        return history
+
     def resize(self, width: int, height: int) -> None:
         self.command(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
         )
 
-    def picture(self, left: float, top: float, width: float, height: float) -> Image.Image:
-        """This part of the graph at full size, without the frontend's panels."""
-        self.resize(round(width), round(height))
+    def picture(self, edge: int = 30) -> Image.Image:
+        """The whole graph at full size with an edge around it, without the frontend's panels."""
+        left, top, right, bottom = self.run(
+            "(boxes => [Math.min(...boxes.map(box => box[0])), Math.min(...boxes.map(box => box[1])), "
+            "Math.max(...boxes.map(box => box[0] + box[2])), Math.max(...boxes.map(box => box[1] + box[3]))])"
+            "([...app.graph.nodes.map(node => [...node.boundingRect]), "
+            "...app.graph.groups.map(group => [...group.pos, ...group.size])])"
+        )
+        self.resize(round(right - left + 2 * edge), round(bottom - top + 2 * edge))
         self.run("app.extensionManager.focusMode = true")
+        hidden = ".comfy-menu-hamburger, video::-webkit-media-controls {display: none !important}"
+        style = f"<style>{hidden}</style>"
+        self.run("document.head.insertAdjacentHTML('beforeend', style)", style=style)
         time.sleep(0.5)
         self.run(
             "(app.canvas.ds.scale = 1, app.canvas.ds.offset[0] = x, app.canvas.ds.offset[1] = y, "
             "app.canvas.setDirty(true, true))",
-            x=-left,
-            y=-top,
+            x=edge - left,
+            y=edge - top,
         )
         time.sleep(1)
         shot = self.command("Page.captureScreenshot", format="png")["data"]
