@@ -1,7 +1,13 @@
-"""`python -m memo_core`: the `memo` command where it is not installed, as inside ComfyUI's custom_nodes."""
+"""`python -m memo_core`, or `python .../memo_core/__main__.py`: the `memo` command where it is not installed, as inside
+ComfyUI's custom_nodes."""
 
 import sys
+from pathlib import Path
 
-from .cli import main
+if not __package__:  # run as a file: Python then looks for modules beside it, if at all
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-sys.exit(main())
+from memo_core.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -117,6 +117,12 @@ def load_audio(path: str | Path) -> tuple[Tensor, int]:
     return torch.from_numpy(buffer[:, :filled]), rate
 
 
+def count_frames(samples: int, sample_rate: float, fps: float) -> int:
+    """Video frames that so many samples last, rounded up; but half a sample makes no frame: N frames of sound, to the
+    nearest sample, are N frames. (The released code, which always rounds up, then makes one more.)"""
+    return max(1, math.ceil((samples - 0.5) / sample_rate * fps - 1e-9))
+
+
 def prepare_waveform(waveform: Tensor | np.ndarray, sample_rate: float) -> Tensor:
     """Checks a recording and makes it mono at 16 kHz.
 
@@ -196,7 +202,7 @@ def encode_audio(
     samples = prepare_waveform(waveform, sample_rate)
     seconds = len(samples) / SAMPLE_RATE
     context = _resolve_context(context, seconds)
-    num_frames = math.ceil(len(samples) / SAMPLE_RATE * fps)
+    num_frames = count_frames(_as_channels(waveform).shape[1], sample_rate, fps)
     padded = math.ceil(num_frames / window_frames) * window_frames
     size = padded * speech_encoder.num_layers * speech_encoder.hidden_dim * 4
     if size > MAX_EMBEDDING_BYTES:

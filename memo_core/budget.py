@@ -40,13 +40,18 @@ def sampling_budget(nets: Networks, height: int, width: int, guided: bool = True
     number = nets.diffusion_net.conv_in.weight.element_size()
     modules = (nets.reference_net, nets.diffusion_net, nets.image_proj, nets.audio_proj, nets.vae)
     finest = rows * WINDOW * h * w * nets.diffusion_net.conv_in.weight.shape[0] * number
-    frames = vae_batch(height, width)
-    vae = nets.vae.config.block_out_channels[0] * height * width * nets.vae.decoder.conv_in.weight.element_size()
     return Budget(
         weights=sum(module_bytes(module) for module in modules),
         sums=rows * nets.diffusion_net.memory_numbers(h, w) * number,
-        working=max(_LIVE_MAPS * finest, frames * _VAE_MAPS * vae),
+        working=max(_LIVE_MAPS * finest, vae_bytes(nets, height, width)),
     )
+
+
+def vae_bytes(nets: Networks, height: int, width: int) -> int:
+    """Bytes that the VAE takes while it codes as many frames at once as it does at this size."""
+    number = nets.vae.decoder.conv_in.weight.element_size()
+    finest = nets.vae.config.block_out_channels[0] * height * width * number
+    return vae_batch(height, width) * _VAE_MAPS * finest
 
 
 def module_bytes(module: nn.Module) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,11 +81,6 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
         CheckpointError: there is no such folder, or required files are missing; names them.
     """
     folder = assets() / checkpoint if str(checkpoint) in EMBEDDED else Path(checkpoint).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"no checkpoint at {str(checkpoint)!r}: give a folder in the released layout, or one of "
-            f"{', '.join(EMBEDDED)}. This command fetches the released weights (13 GB): {download_command(folder)}"
-        )
     required = [
         f"{net}/{name}"
         for net in ("reference_net", "diffusion_net", "image_proj", "audio_proj")
@@ -101,6 +95,11 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
         f"{EMOTION_HEAD}/{WEIGHTS}",
     ]
     missing = [name for name in required if not (folder / name).is_file()]
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no checkpoint at {str(checkpoint)!r}: give one of {', '.join(EMBEDDED)}, or a folder in the released "
+            f"layout ({', '.join(missing)}). This fetches the released weights (13 GB): {download_command(folder)}"
+        )
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(required)} files: {', '.join(missing[:10])}. "
@@ -110,13 +109,9 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
 
 
 def download_command(folder: Path) -> str:
-    """What to type to fetch the released weights into `folder`: `memo`, or Python itself where that is not installed,
-    as inside ComfyUI's custom_nodes."""
-    script = shutil.which("memo", path=os.path.dirname(sys.executable))
-    if script:
-        return f'"{script}" download "{folder}"'
-    package = Path(__file__).resolve().parent
-    return f'cd "{package.parent}" && "{sys.executable}" -m {package.name} download "{folder}"'
+    """What to type to fetch the released weights into `folder`, in any shell and wherever this package lies."""
+    words = [sys.executable, str(Path(__file__).resolve().with_name("__main__.py")), "download", str(folder.absolute())]
+    return " ".join(f'"{word}"' if " " in word else word for word in words)
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:
@@ -176,6 +171,8 @@ def load(
             raise CheckpointError(f"no network fits {path} and the config.json beside it: {error}") from error
         load_strict(module, {key: tensor.to(device, dtype) for key, tensor in weights.items()}, path)
         digests.append(weights_digest(weights))
+        settings = read_json(folder / name / "config.json")  # what has no trace in the weights: heads, epsilons, scales
+        digests.append(json.dumps({key: settings[key] for key in sorted(settings) if not key.startswith("_")}))
         return module.eval().requires_grad_(False)
 
     def shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:

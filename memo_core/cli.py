@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from .memory import MemoryState
     from .sampling import Window
+    from .store import WindowStore
     from .video import VideoWriter
 
 FPS = 30  # the rate MEMO was trained at
@@ -139,7 +140,8 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     add("--horizon", "remember only the last N windows (default: all the past)", type=_positive_int, metavar="N")
     add(
         "--store",
-        "keep finished windows here and never make the same one twice (default: 10 GB in the user's cache)",
+        "keep finished windows here and never make the same one twice (default: ComfyUI's, inside of it; else 10 GB in "
+        "the user's cache)",
         metavar="FOLDER",
     )
     add("--no-store", "neither keep nor look for finished windows", action="store_true")
@@ -167,13 +169,12 @@ def generate(args: argparse.Namespace) -> int:
         raise MemoError("--horizon is for a new video; the state given with --memory-in brings its own")
 
     from . import checkpoint
-    from .audio import load_audio, separate_vocals
+    from .audio import count_frames, load_audio, separate_vocals
     from .emotion import EmotionTrack, emotion_index
     from .face import check_size
     from .job import Settings
     from .memory import MemoryState
     from .pipeline import MemoPipeline
-    from .store import WindowStore
     from .video import VideoWriter
 
     # What can be found wrong without the networks, before they are loaded.
@@ -183,10 +184,10 @@ def generate(args: argparse.Namespace) -> int:
     if args.size is not None:
         check_size(args.size)
     memory = MemoryState.load(args.memory_in) if args.memory_in else MemoryState.empty(args.horizon)
-    store = None if args.no_store else WindowStore(args.store) if args.store else WindowStore.default()
+    store = None if args.no_store else _store(args.store)
     portrait = _open_picture(args.portrait)
     waveform, rate = load_audio(args.voice)
-    start, count = _span(args, waveform.shape[1] / rate)
+    start, count = _span(args, count_frames(waveform.shape[1], rate, FPS), waveform.shape[1] / rate)
     device, dtype = _device(args)
 
     pipe = MemoPipeline.from_pretrained(args.checkpoint, device, dtype)
@@ -316,15 +317,26 @@ def _command(args: argparse.Namespace, changes: dict[str, object]) -> str:
     return shlex.join(words)
 
 
-def _span(args: argparse.Namespace, seconds: float) -> tuple[int, int]:
-    """First frame and number of frames, within a recording of so many seconds."""
-    start, end = round(args.start * FPS), math.ceil(seconds * FPS)
+def _span(args: argparse.Namespace, end: int, seconds: float) -> tuple[int, int]:
+    """First frame and number of frames, within a recording of `end` frames, so many seconds."""
+    start = round(args.start * FPS)
     if start >= end:
         raise MemoError(f"--start is {args.start:g} s, but {args.voice} lasts {seconds:.2f} s")
     count = end - start
     if args.duration is not None:
         count = min(count, max(1, round(args.duration * FPS)))
     return start, count
+
+
+def _store(folder: str | None) -> WindowStore | None:
+    """The store at `folder`; by default ComfyUI's, when this is one of its custom nodes, or one in the user's cache."""
+    from .store import WindowStore, allowed_bytes
+
+    if folder is not None:
+        return WindowStore(folder, allowed_bytes())
+    here = Path(__file__).resolve().parents
+    inside = len(here) > 3 and here[2].name == "custom_nodes"
+    return WindowStore.default(here[3] / "user" / "memo" / "windows" if inside else None)
 
 
 def _device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -380,7 +392,7 @@ def detect(args: argparse.Namespace) -> int:
     output = Path(args.output or Path(args.voice).with_suffix(".emotion.png").name)
     _check_folder(output)
 
-    from .audio import load_audio
+    from .audio import count_frames, load_audio
     from .checkpoint import EMOTION_HEAD, find
     from .clips import WINDOW
     from .drawing import draw_emotion
@@ -393,7 +405,8 @@ def detect(args: argparse.Namespace) -> int:
     encoder = Emotion2Vec.from_pretrained(folder / "emotion2vec")
     head = EmotionHead.from_pretrained(folder / EMOTION_HEAD)
     seconds = waveform.shape[1] / rate
-    track = detect_emotion(waveform, rate, encoder, head, math.ceil(seconds * FPS / WINDOW) * WINDOW, FPS)
+    frames = WINDOW * math.ceil(count_frames(waveform.shape[1], rate, FPS) / WINDOW)
+    track = detect_emotion(waveform, rate, encoder, head, frames, FPS)
 
     labels = track.probabilities.argmax(dim=1).tolist()
     times = [*track.segment_starts.tolist(), seconds]

@@ -44,6 +44,7 @@ class Settings:
             raise SamplingError(f"steps must be a whole number from 1 to 1000, received {self.steps!r}")
         if not isinstance(self.guidance_scale, (int, float)) or not 1 <= self.guidance_scale <= 100:
             raise SamplingError(f"guidance_scale must be from 1 (no guidance) to 100, received {self.guidance_scale!r}")
+        object.__setattr__(self, "guidance_scale", float(self.guidance_scale))  # 3 and 3.0 are one setting
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise SamplingError(f"seed must be a whole number from 0 to 2^64 - 1, received {self.seed!r}")
         if self.emotion_per not in ("window", "frame"):
@@ -138,7 +139,9 @@ class WindowInputs:
 
     def key(self, context: str) -> str:
         """Content address: a hash of the inputs and of `context`, which names everything else that matters."""
-        digest = hashlib.sha256(f"{context}|{self.start}|{self.frames}|{self.memory.digest}".encode())
+        # Not the memory's own digest: that knows its horizon, too, which only matters once it is reached.
+        past = "|".join(f"{entry.digest}:{entry.weight:.12g}" for entry in self.memory.entries)
+        digest = hashlib.sha256(f"{context}|{self.start}|{self.frames}|{past}".encode())
         for tensor in (self.audio, self.emotion, self.noise):
             digest.update(b"seeded" if tensor is None else tensors_digest(tensor).encode() + str(tensor.dtype).encode())
         return digest.hexdigest()[:40]

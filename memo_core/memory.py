@@ -128,7 +128,7 @@ class MemoryState:
             if mine and mine != wanted:
                 raise MemoryStateError(
                     f"this memory state belongs to {name} {mine}, but the {name} in use is {wanted}: "
-                    f"use the same {name}, or start from MemoryState.empty()"
+                    f"use the same {name}, or start from an empty memory"
                 )
 
     def push(
@@ -265,7 +265,7 @@ class MemoryState:
             )
             loaded = cls(entries, state["horizon"], int(state["windows"]), state["model"], state["reference"])
             digest = state["digest"]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise MemoryStateError(f"{path} is damaged: {error}") from error
         if loaded.digest != digest:
             raise MemoryStateError(
@@ -308,6 +308,10 @@ class SumsCache:
         self._key: tuple[str, ...] = ()
         self._sums: Sums = []
 
+    @property
+    def nbytes(self) -> int:
+        return sum(kv.nbytes + z.nbytes for kv, z in self._sums)
+
     def clear(self) -> None:
         self._key, self._sums = (), []
 
@@ -336,9 +340,14 @@ class SumsCache:
             for (kv, z), (a, b) in zip(sums, of_entry(entry), strict=True):
                 kv.mul_(factor).add_(a)
                 z.mul_(factor).add_(b)
-        self._key, self._sums = tuple(keys), sums
         last = state.entries[-1].weight
-        return sums if last == 1.0 else [(kv * last, z * last) for kv, z in sums]
+        if last == 1.0:
+            self._key, self._sums = tuple(keys), sums
+            return sums
+        for kv, z in sums:  # in place: there is room for one copy; the next call builds it anew
+            kv.mul_(last)
+            z.mul_(last)
+        return sums
 
 
 def _horner(entries: tuple[MemoryEntry, ...]) -> list[tuple[float, MemoryEntry]]:

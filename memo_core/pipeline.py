@@ -179,9 +179,9 @@ class MemoPipeline:
             noise=noise,
         ).checked(self.nets)
 
-    def count_stored(self, job: Job, store: WindowStore | None) -> int:
+    def count_stored(self, job: Job, store: WindowStore | None, on_window: Callable[[], None] = lambda: None) -> int:
         """How many windows, from the job's first on, need not be sampled because the store has them."""
-        return count_stored(self.nets, job, store)
+        return count_stored(self.nets, job, store, on_window)
 
     def sample_windows(
         self,
@@ -206,6 +206,7 @@ class MemoPipeline:
             job,
             cache=self._sums,
             store=store,
+            decode_stored=self.decode,
             on_progress=on_progress,
             should_stop=should_stop,
             row_by_row=row_by_row,

@@ -113,6 +113,7 @@ class Window:
         latents: [4, F, h, w] float32 on the CPU, scaled.
         memory: the state after it.
         stored: it was found in the store, not sampled.
+        decode: latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1].
     """
 
     start: int
@@ -123,8 +124,8 @@ class Window:
 
     @cached_property
     def frames(self) -> Tensor:
-        """[F, 3, H, W] in [0, 1]; a stored window is decoded when this is first asked for."""
-        return self.decode(self.latents)
+        """[F, 3, H, W] in [0, 1] on the CPU; a stored window is decoded when this is first asked for."""
+        return self.decode(self.latents).cpu()
 
 
 class Sampler:
@@ -240,18 +241,36 @@ def window_noise(seed: int, first_frame: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def count_stored(nets: Networks, job: Job, store: WindowStore | None) -> int:
-    """How many windows of the job, from its first one on, are in the store."""
+def count_stored(
+    nets: Networks, job: Job, store: WindowStore | None, on_window: Callable[[], None] = lambda: None
+) -> int:
+    """How many windows of the job, from its first one on, are in the store; `on_window` is called before each."""
     if store is None:
         return 0
     job = job.checked(nets)
     sampler, memory = Sampler(nets, job.reference, job.settings, SumsCache()), job.entering(nets)
     for index in range(job.windows):
-        found = store.get(job.inputs(index, memory).key(sampler.address))
+        on_window()
+        inputs = job.inputs(index, memory)
+        found = _look_up(store, inputs.key(sampler.address), inputs, (4, WINDOW, *job.reference.latents.shape[2:]))
         if found is None:
             return index
-        memory = memory.push(found["past"], job.reference.face_embedding, nets.digest, job.reference.digest)
+        memory = memory.push(found[1], job.reference.face_embedding, nets.digest, job.reference.digest)
     return job.windows
+
+
+def _look_up(
+    store: WindowStore, key: str, inputs: WindowInputs, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor] | None:
+    """Latents and past of a stored window; None where there is none, or not one that could be meant."""
+    found = store.get(key) or {}
+    latents, past = found.get("latents"), found.get("past")
+    channels, _, height, width = shape
+    if latents is None or past is None:
+        return None
+    if tuple(latents.shape) != (channels, inputs.frames, height, width) or past.shape != latents.transpose(0, 1).shape:
+        return None
+    return (latents, past) if bool(torch.isfinite(latents).all() and torch.isfinite(past).all()) else None
 
 
 @torch.no_grad()
@@ -261,6 +280,7 @@ def sample_windows(
     *,
     cache: SumsCache,
     store: WindowStore | None = None,
+    decode_stored: Callable[[Tensor], Tensor] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     row_by_row: bool = False,
@@ -269,6 +289,7 @@ def sample_windows(
 
     Args:
         store: where finished windows are kept, and looked for before they are sampled.
+        decode_stored: decodes windows that come from there; None: as those that are sampled.
         on_progress: called as (steps done, steps in all).
         should_stop: asked before every step; when true, ends after the last finished window.
         row_by_row: see `sample_window`.
@@ -283,11 +304,11 @@ def sample_windows(
     for index in range(job.windows):
         inputs = job.inputs(index, memory)
         key = None if store is None else inputs.key(sampler.address)
-        found = None if store is None else store.get(key)
+        found = None if store is None else _look_up(store, key, inputs, shape)
         done, total = index * settings.steps, job.windows * settings.steps
         frames = None
         if found is not None:
-            latents, past = found["latents"], found["past"]
+            latents, past = found
             if on_progress is not None:
                 on_progress(done + settings.steps, total)
         else:
@@ -311,10 +332,11 @@ def sample_windows(
             frames = decode(nets.vae, latents, nets.device)
             # What the viewer sees, not the latents themselves, as released.
             past = encode(nets.vae, frames * 2 - 1, nets.device).cpu()
-            if store is not None:
-                store.put(key, {"latents": latents, "past": past})
-        memory = memory.push(past, reference.face_embedding, nets.digest, reference.digest)
-        window = Window(inputs.start, latents, memory, found is not None, partial(decode, nets.vae, device=nets.device))
+        memory = memory.push(past, reference.face_embedding, nets.digest, reference.digest)  # checks it: before keeping
+        if store is not None and found is None:
+            store.put(key, {"latents": latents, "past": past})
+        how = decode_stored or partial(decode, nets.vae, device=nets.device)
+        window = Window(inputs.start, latents, memory, found is not None, how)
         if frames is not None:
             window.__dict__["frames"] = frames.cpu()  # what the cached property would compute
         yield window

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
 import sys
@@ -50,11 +51,7 @@ class WindowStore:
         wanted = os.environ.get("MEMO_STORE", "")
         if wanted.lower() in ("off", "0", "none"):
             return None
-        try:
-            size = int(float(os.environ["MEMO_STORE_GB"]) * 2**30)
-        except (KeyError, ValueError, OverflowError):
-            size = MAX_BYTES
-        return cls(wanted or folder or _user_cache() / "memo" / "windows", size)
+        return cls(wanted or folder or _user_cache() / "memo" / "windows", allowed_bytes())
 
     def path(self, key: str) -> Path:
         """Where the entry of a key lies."""
@@ -90,6 +87,8 @@ class WindowStore:
         if not self._writes:
             return
         path = self.path(key)
+        if sum(tensor.nbytes for tensor in tensors.values()) > MAX_ENTRY_BYTES - 2**16:  # room for the header
+            return
         temporary = path.with_name(f".{uuid.uuid4().hex}.part")
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
@@ -98,7 +97,12 @@ class WindowStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(whole, temporary, metadata={"sha256": _checksum(whole)})
             self._bytes += temporary.stat().st_size
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except PermissionError:  # on Windows, while another process reads the same entry
+                if not path.is_file():
+                    raise
+                _remove(temporary)
             if self._bytes > self.max_bytes:
                 self._bytes = self._make_room()
         except (OSError, SafetensorError) as error:
@@ -130,6 +134,15 @@ class WindowStore:
             _remove(path)
             total -= size
         return total
+
+
+def allowed_bytes() -> int:
+    """Size of a store: MEMO_STORE_GB, or MAX_BYTES."""
+    try:
+        gigabytes = float(os.environ.get("MEMO_STORE_GB", ""))
+    except ValueError:
+        return MAX_BYTES
+    return int(gigabytes * 2**30) if 0 < gigabytes < math.inf else MAX_BYTES
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

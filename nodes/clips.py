@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comfy_api.v0_0_2 import InputImpl, io
+from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..memo_core.clips import WINDOW, Clip, ImageClip, Sound
@@ -82,12 +82,14 @@ class ImagesToClip(io.ComfyNode):
         cls, images: Tensor, fps: float, clip: AnyClip | None = None, audio: dict | None = None
     ) -> io.NodeOutput:
         images = images[..., :3].cpu()
-        start, about, sound = 0, {}, None
+        start, about, sound = 0.0, {}, None
         if clip is not None:
-            start, fps, about, sound = clip.start, clip.fps, clip.about, clip.sound
+            # More images than the clip has frames were interpolated: they last as long as it did.
+            denser = max(1.0, len(images) / max(1, clip.num_frames))
+            start, fps, about, sound = clip.start * denser, clip.fps * denser, clip.about, clip.sound
         if audio is not None:
             start, sound = 0, host.sound_of(audio)
-        return io.NodeOutput(ImageClip(images, start, fps, sound, about))
+        return io.NodeOutput(ImageClip(images, round(start), fps, sound, about))
 
 
 class ConcatClips(io.ComfyNode):
@@ -119,7 +121,13 @@ class ConcatClips(io.ComfyNode):
                     tooltip="Sound of the whole video, from its beginning. Without it every clip brings its own.",
                 ),
                 io.Float.Input(
-                    "fps", default=0.0, min=0.0, max=1000.0, step=0.01, tooltip="0: the clips' own (30 for images)."
+                    "fps",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="Of the video; frames are repeated or left out, nothing gets slower. 0: the clips' own (30 "
+                    "for images).",
                 ),
                 io.Int.Input(
                     "cross_fade",
@@ -165,15 +173,18 @@ class ConcatClips(io.ComfyNode):
             for number, part in enumerate(given, 1):
                 if part is None:
                     continue
-                parts.append(part if not isinstance(part, Tensor) else ImageClip(part[..., :3].cpu(), 0, fps[0] or FPS))
+                parts.append(part)
                 names.append(name if len(given) == 1 else f"{name}[{number}]")
         if not parts:
             raise SamplingError("there is nothing to join: connect at least one clip or images to Concat Clips")
+        # Plain images come at the video's speed.
+        speed = fps[0] or next((part.fps for part in parts if not isinstance(part, Tensor)), FPS)
+        parts = [ImageClip(p[..., :3].cpu(), 0, speed) if isinstance(p, Tensor) else p for p in parts]
         if len(audio) > 1:
             raise SamplingError(f"audio is a list of {len(audio)} recordings; one for the whole video is expected")
         sound = host.sound_of(audio[0]) if audio and audio[0] is not None else None
         path = write_video(parts, names, sound, fps[0], cross_fade[0], sizes[0], cls.hidden.unique_id)
-        return io.NodeOutput(InputImpl.VideoFromFile(str(path)))
+        return io.NodeOutput(host.video_of(path))
 
 
 class InspectClip(io.ComfyNode):
@@ -253,26 +264,48 @@ def write_video(
         if not fps and part.fps != parts[0].fps:
             raise ComposeError(f"{name} has {part.fps:g} fps and {names[0]} {parts[0].fps:g}: set fps in Concat Clips")
     fps = fps or parts[0].fps
-    total = sum(part.num_frames for part in parts)
+    total = sum(frames_at(part, fps) for part in parts)
     rate = sound.sample_rate if sound is not None else next((p.sound.sample_rate for p in parts if p.sound), None)
     about = next((dict(part.about) for part in parts if part.about), {})
     bar = host.Progress(node_id, total)
 
     def frames_of(part: AnyClip) -> Iterator[np.ndarray]:
-        for frame in watched(part.frames()):
-            yield frame if part.size == (height, width) else np.asarray(resize_frames(frame, height, width))
+        for frame in paced(watched(part.frames()), part, fps):
+            if part.size != (height, width):
+                frame = np.asarray(resize_frames(frame, height, width))
+            # H.264 wants even sizes: the last row and column stand twice.
+            yield np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
 
-    with VideoWriter(host.temporary_video(), width, height, fps, rate, about) as writer:
+    even = (width + width % 2, height + height % 2)
+    with VideoWriter(host.temporary_video(), *even, fps, rate, about) as writer:
         if sound is not None:
             writer.write_audio(sound.waveform)
         elif rate is not None:
             for part in parts:
-                writer.write_audio(sound_at(part, part.num_frames / fps, rate))
+                writer.write_audio(sound_at(part, frames_at(part, fps) / fps, rate))
         for number, frame in enumerate(joined(map(frames_of, parts), cross_fade), 1):
             writer.write_frames(frame)
             if number % WINDOW == 0 or number == total:
                 bar.update(number)
     return writer.path
+
+
+def frames_at(part: AnyClip, fps: float) -> int:
+    """Frames that a clip takes in a video of `fps` frames a second."""
+    return max(1, round(part.seconds * fps)) if part.num_frames else 0
+
+
+def paced(frames: Iterator[np.ndarray], part: AnyClip, fps: float) -> Iterator[np.ndarray]:
+    """The clip's frames at another speed: repeated or left out, each time the one that is due."""
+    if part.fps == fps:
+        yield from frames
+        return
+    current, number = None, -1
+    for wanted in range(frames_at(part, fps)):
+        due = min(int((wanted + 0.5) * part.fps / fps), part.num_frames - 1)
+        while number < due:
+            current, number = next(frames), number + 1
+        yield current
 
 
 def sound_at(part: AnyClip, seconds: float, rate: int) -> Tensor:

@@ -7,6 +7,7 @@ import math
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
+from ..memo_core.audio import count_frames
 from ..memo_core.clips import WINDOW, Sound
 from ..memo_core.emotion import EMOTIONS, EmotionTrack, parse_emotion_lines
 from ..memo_core.errors import MemoError
@@ -52,6 +53,7 @@ class DetectAudioEmotion(io.ComfyNode):
                 io.String.Output(display_name="text", tooltip="The emotions as lines that Edit Emotion understands."),
                 io.Image.Output(display_name="picture", tooltip="Waveform, labels and probabilities."),
             ],
+            is_output_node=True,
         )
 
     @classmethod
@@ -90,6 +92,7 @@ class EditEmotion(io.ComfyNode):
                 io.String.Output(display_name="text", tooltip="All emotions after the edit, as lines."),
                 io.Image.Output(display_name="picture", tooltip="Labels and probabilities after the edit."),
             ],
+            is_output_node=True,
         )
 
     @classmethod
@@ -115,7 +118,8 @@ def detect(
     if isinstance(audio, Voice):
         frames, fps = audio.track.num_padded_frames, audio.track.fps
     else:
-        frames, fps = WINDOW * math.ceil(math.ceil(speech.seconds * FPS) / WINDOW), FPS
+        frames = count_frames(speech.waveform.shape[1], speech.sample_rate, FPS)
+        frames, fps = WINDOW * math.ceil(frames / WINDOW), FPS
     track = model.detect_emotion(speech.waveform, speech.sample_rate, frames, fps, sensitivity, smoothing)
     return track, speech
 

@@ -10,6 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,12 @@ import comfy.utils
 import folder_paths
 import numpy as np
 import torch
-from comfy_api.v0_0_2 import ui
+from comfy_api.v0_0_2 import InputImpl, ui
 from server import PromptServer
 from torch import Tensor, nn
 
 from ..memo_core import checkpoint
-from ..memo_core.budget import sampling_budget
+from ..memo_core.budget import vae_bytes
 from ..memo_core.clips import Sound
 from ..memo_core.errors import AudioError, MemoError, PortraitError
 from ..memo_core.pipeline import MemoPipeline
@@ -38,6 +39,8 @@ logger = logging.getLogger("MEMO")
 MODELS = "memo"  # the folder under models/, and its name in extra_model_paths.yaml
 RELEASED = "memo"  # the checkpoint offered there whether it has been downloaded or not
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KEPT_SUMS = 2**28  # bytes of memory sums that may stay between clips
+LISTENING_BYTES = 2**30  # working memory of the speech encoder, for minutes of sound at once
 ATTENTION = {"flash": "FLASH_ATTENTION", "memory efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
 _DEVICE_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # what Windows takes for devices
 
@@ -91,20 +94,26 @@ def user_folder() -> Path:
     return Path(folder_paths.get_user_directory()) / MODELS
 
 
+@lru_cache(maxsize=1)
 def window_store() -> WindowStore | None:
-    """Finished windows, kept in the host's user directory."""
+    """Finished windows, kept in the host's user directory. One for all runs: it remembers that a disk is full."""
     return WindowStore.default(user_folder() / "windows")
-
-
-_written: list[Path] = []
 
 
 def temporary_video() -> Path:
     """A new file name in the host's temporary folder."""
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
-    _written.append(folder / f"memo_{uuid.uuid4().hex}.mp4")
-    return _written[-1]
+    return folder / f"memo_{uuid.uuid4().hex}.mp4"
+
+
+_written: list[Path] = []
+
+
+def video_of(path: Path) -> InputImpl.VideoFromFile:
+    """The host's VIDEO of a temporary file."""
+    _written.append(path)
+    return InputImpl.VideoFromFile(str(path))
 
 
 def lost_videos() -> int:
@@ -116,7 +125,11 @@ def lost_videos() -> int:
 
 
 class MEMO(nn.ModuleDict):
-    """The MEMO networks and the VAE; its name is what the host prints."""
+    """The MEMO networks; its name is what the host prints."""
+
+
+class MEMOPictures(nn.ModuleDict):
+    """The VAE, by itself: looking at a clip needs nothing else."""
 
 
 class MEMOListeners(nn.ModuleDict):
@@ -127,7 +140,8 @@ class HostPipeline(MemoPipeline):
     """A pipeline whose networks the host moves on and off the device.
 
     Attributes:
-        patcher: MEMO networks and VAE, as the host manages them.
+        patcher: the MEMO networks, as the host manages them.
+        pictures: the VAE.
         listeners: speech and emotion networks; on the device only while they listen.
     """
 
@@ -136,11 +150,15 @@ class HostPipeline(MemoPipeline):
         nets.device = host.get_torch_device()
         self._attention = attention
         _cast_on_the_fly(nets.vae)
-        sampling = MEMO({name: getattr(nets, name) for name in _SAMPLING})
-        listening = MEMOListeners({name: getattr(nets, name) for name in _LISTENING})
         patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-        self.patcher = patcher(sampling, host.get_torch_device(), host.unet_offload_device())
-        self.listeners = patcher(listening, host.get_torch_device(), host.unet_offload_device())
+
+        def managed(group: type[nn.ModuleDict], *names: str) -> comfy.model_patcher.ModelPatcher:
+            modules = group({name: getattr(nets, name) for name in names})
+            return patcher(modules, host.get_torch_device(), host.unet_offload_device())
+
+        self.patcher = managed(MEMO, "reference_net", "diffusion_net", "image_proj", "audio_proj")
+        self.pictures = managed(MEMOPictures, "vae")
+        self.listeners = managed(MEMOListeners, "speech_encoder", "emotion_encoder", "emotion_head")
 
     @classmethod
     def load(cls, folder: Path, dtype: str, attention: str) -> HostPipeline:
@@ -158,9 +176,9 @@ class HostPipeline(MemoPipeline):
         nets = checkpoint.load(folder, host.unet_offload_device(), DTYPES[dtype], ops=comfy.ops.manual_cast)
         return cls(nets, attention)
 
-    def to_device(self, working: int = 0) -> None:
-        """Has the host load the MEMO networks and keep `working` bytes free besides."""
-        host.load_models_gpu([self.patcher], memory_required=working)
+    def to_device(self, working: int) -> None:
+        """Has the host load all that samples and keep `working` bytes free besides."""
+        host.load_models_gpu([self.patcher, self.pictures], memory_required=working)
 
     def encode_audio(self, *args: Any, **more: Any) -> Any:
         self._listen()
@@ -170,13 +188,14 @@ class HostPipeline(MemoPipeline):
         self._listen()
         return super().detect_emotion(*args, **more)
 
-    def encode_reference(self, *args: Any, **more: Any) -> Any:
-        self.to_device()
-        return super().encode_reference(*args, **more)
+    def encode_reference(self, image: Any, *args: Any, size: Any = None, **more: Any) -> Any:
+        side = size if isinstance(size, int) else max(size or self.default_size)
+        host.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, side, side))
+        return super().encode_reference(image, *args, size=size, **more)
 
     def decode(self, latents: Tensor) -> Tensor:
         height, width = (8 * side for side in latents.shape[2:])
-        self.to_device(sampling_budget(self.nets, height, width, guided=False).working)
+        host.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, height, width))
         return super().decode(latents).cpu()
 
     def sample_windows(self, *args: Any, **more: Any) -> Iterator[Any]:
@@ -194,12 +213,13 @@ class HostPipeline(MemoPipeline):
             return nullcontext()
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        return sdpa_kernel([getattr(SDPBackend, ATTENTION[self._attention]), SDPBackend.MATH])
+        first = list(ATTENTION).index(self._attention)  # and after it the slower ones, which run everywhere
+        return sdpa_kernel([getattr(SDPBackend, name) for name in list(ATTENTION.values())[first:]])
 
     def release(self) -> None:
-        """Gives up the resident memory sums on a GPU, gigabytes that the host does not know of and other nodes want;
-        the next clip builds them again from the state."""
-        if self.nets.device.type != "cpu":
+        """Gives up the resident memory sums where they are large: the host does not know of them and other nodes want
+        their room. The next clip builds them again from the state."""
+        if self._sums.nbytes > KEPT_SUMS:
             self._sums.clear()
             host.soft_empty_cache()
 
@@ -210,11 +230,7 @@ class HostPipeline(MemoPipeline):
         host.soft_empty_cache(True)
 
     def _listen(self) -> None:
-        host.load_models_gpu([self.listeners], force_full_load=True)
-
-
-_SAMPLING = ("reference_net", "diffusion_net", "image_proj", "audio_proj", "vae")
-_LISTENING = ("speech_encoder", "emotion_encoder", "emotion_head")
+        host.load_models_gpu([self.listeners], memory_required=LISTENING_BYTES, force_full_load=True)
 
 
 def _cast_on_the_fly(module: nn.Module) -> None:
@@ -229,8 +245,11 @@ def _cast_on_the_fly(module: nn.Module) -> None:
 
 def free_bytes(device: torch.device) -> int:
     """Free memory of a device, counting what the host could free; of the machine for the CPU."""
-    loaded = sum(model.model_loaded_memory() for model in host.current_loaded_models if model.device == device)
-    return int(host.get_free_memory(device)) + (0 if device.type == "cpu" else loaded)
+    free = int(host.get_free_memory(device))
+    if device.type == "cpu":
+        return free
+    loaded = (model for model in host.current_loaded_models if model.model is not None and model.device == device)
+    return free + int(sum(model.model_loaded_memory() for model in loaded))
 
 
 def total_bytes(device: torch.device) -> int:
@@ -332,11 +351,11 @@ def preview(image: Tensor, node: Any) -> ui.PreviewImage:
     return ui.PreviewImage(image, cls=node)
 
 
-def one_picture(image: Tensor, what: str = "the portrait") -> Tensor:
+def one_picture(image: Tensor) -> Tensor:
     """The single picture of an IMAGE, [3, H, W] in [-1, 1]; PortraitError for a batch."""
     if image.ndim != 4 or image.shape[0] != 1 or image.shape[3] not in (3, 4):
         raise PortraitError(
-            f"{what} must be one picture, IMAGE [1, H, W, 3]; received {list(image.shape)}. "
+            f"the portrait must be one picture, IMAGE [1, H, W, 3]; received {list(image.shape)}. "
             "The node ImageFromBatch picks one out of several"
         )
     return image[0, :, :, :3].permute(2, 0, 1).float().clamp(0, 1) * 2 - 1

@@ -35,7 +35,8 @@ class LoadMEMO(io.ComfyNode):
                     "attention",
                     options=["auto", *host.ATTENTION],
                     default="auto",
-                    tooltip="Attention kernel. auto lets PyTorch choose; math always works and is slowest.",
+                    tooltip="Attention kernel. auto lets PyTorch choose; math always works and is slowest. The video "
+                    "is the same but for rounding: windows in the store stay.",
                 ),
             ],
             outputs=[MemoModel.Output(display_name="model", tooltip="The loaded networks.")],

@@ -65,6 +65,7 @@ class EncodeReference(io.ComfyNode):
                 MemoReference.Output(display_name="reference", tooltip="The portrait as the networks see it."),
                 io.Image.Output(display_name="crop", tooltip="What was cut out."),
             ],
+            is_output_node=True,
         )
 
     @classmethod
@@ -155,6 +156,7 @@ class CropPortrait(io.ComfyNode):
                 io.Image.Output(display_name="crop", tooltip="The square, for MEMO Encode Reference (crop: none)."),
                 MemoBox.Output(display_name="box", tooltip="Where it was, for MEMO Paste Back."),
             ],
+            is_output_node=True,
         )
 
     @classmethod
@@ -205,7 +207,7 @@ class PasteBack(io.ComfyNode):
     def execute(cls, clip: Clip | ImageClip | Tensor, picture: Tensor, box: Box, feather: float) -> io.NodeOutput:
         count = max(len(clip) if isinstance(clip, Tensor) else clip.num_frames, len(picture))
         host.refuse_without_room(12 * count * box.height * box.width, f"{count} frames of {box.width}x{box.height}")
-        frames = clip if isinstance(clip, Tensor) else clip.frames()
+        frames = clip[..., :3] if isinstance(clip, Tensor) else clip.frames()
         images = torch.empty(count, box.height, box.width, 3)
         for number, frame in enumerate(paste_back(frames, picture[..., :3], box, feather)):
             if number % 16 == 0:

@@ -46,6 +46,11 @@ def sample(
         )
     if duration:
         last = min(last, first + max(1, round(duration * track.fps)))
+    if emotion is not None and emotion.seconds < track.num_frames / track.fps - 1:
+        raise SamplingError(
+            f"the emotions last {emotion.seconds:.1f} s and the recording {track.num_frames / track.fps:.1f} s: make "
+            "both from one recording"
+        )
     job = model.job(
         reference,
         track,
@@ -73,7 +78,7 @@ class _Run:
         self, model: host.HostPipeline, job: Job, store: WindowStore | None, stop_on_collapse: bool, node_id: str | None
     ):
         self.model, self.job, self.store = model, job, store
-        self.stored = model.count_stored(job, store)
+        self.stored = model.count_stored(job, store, host.stop_if_interrupted)
         self.progress = host.Progress(node_id, job.windows * job.settings.steps)
         self.windows_done, self.sampled, self.spent = 0, 0, 0.0
         self.detector = None
@@ -88,12 +93,14 @@ class _Run:
     def windows(self) -> Iterator[Window]:
         """Samples the job; after running out of memory once more, with the rows of a batch one after the other."""
         self._preflight()
-        if self.stored < self.job.windows:
-            self.model.to_device(self.budget.least)
-        rest, row_by_row = self.job, False
+        rest, again = self.job, False
         while True:
             try:
-                for window in self._sample(rest, row_by_row):
+                if again:
+                    self.model.forget()
+                if self.stored < self.job.windows:
+                    self.model.to_device(self.budget.least)
+                for window in self._sample(rest, row_by_row=again):
                     yield window
                     frames = rest.start + rest.num_frames - window.start - window.latents.shape[1]
                     if self._collapsed(window) or not frames:
@@ -101,12 +108,11 @@ class _Run:
                     rest = replace(rest, start=window.start + WINDOW, num_frames=frames, memory=window.memory)
                 return
             except host.OutOfMemory:
-                if row_by_row or not self.job.settings.guided:
+                if again:
                     raise
-                host.logger.warning("out of memory: once more, with half the working memory and nothing else loaded")
-                row_by_row = True
-                self.model.forget()
-                self.model.to_device(self.budget.least)
+            # Out here the failed step's tensors are gone.
+            host.logger.warning("out of memory: once more, with less working memory and nothing else loaded")
+            again = True
 
     def _sample(self, job: Job, row_by_row: bool) -> Iterator[Window]:
         steps, total, base = job.settings.steps, self.job.windows, self.windows_done
@@ -165,7 +171,8 @@ class _Run:
                 f"{self.budget.least / gb:.1f}), {host.free_bytes(device) / gb:.1f} free; "
             )
         )
-        in_ram = clip_bytes + (self.budget.least if device.type == "cpu" else 0)
+        fixed = self.budget.least if left and device.type == "cpu" else 0
+        in_ram = clip_bytes + fixed
         host.logger.info(
             "%.2f s: %d frames in %d windows, %d of them in the store; %s; %sRAM %.1f GB needed, %.1f free; faces "
             "found: %s",
@@ -181,8 +188,10 @@ class _Run:
         )
         if left and self.budget.least > 0.95 * host.total_bytes(device):
             raise SamplingError(self._too_large(host.total_bytes(device)))
+        if left and fixed > 0.95 * ram:
+            raise SamplingError(self._too_large(ram))
         if in_ram > 0.95 * ram:
-            seconds = max(1, int(job.num_frames / job.audio.fps * 0.9 * ram / in_ram))
+            seconds = max(1, int(job.num_frames / job.audio.fps * 0.9 * (ram - fixed) / clip_bytes))
             raise SamplingError(
                 f"the clip needs {in_ram / gb:.1f} GB of memory and {ram / gb:.1f} GB are free: make clips of at most "
                 f"{seconds} s (duration), one after the other"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_api.v0_0_2 import InputImpl, io
+from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..memo_core.emotion import EMOTIONS, EmotionTrack
@@ -180,4 +180,4 @@ class TalkingVideo(io.ComfyNode):
         clip, memory = sample(
             model, reference, voice, track, memory, steps=steps, guidance=guidance, seed=seed, node_id=node_id
         )
-        return io.NodeOutput(InputImpl.VideoFromFile(str(write_video([clip], node_id=node_id))), memory)
+        return io.NodeOutput(host.video_of(write_video([clip], node_id=node_id)), memory)

@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ..memo_core.checkpoint import VOCAL_SEPARATOR, assets
 from ..memo_core.clips import Sound
+from ..memo_core.errors import AudioError
 from . import host
 from .wires import CATEGORY, MemoAudio, MemoModel, Voice, one_of
 
@@ -83,7 +84,8 @@ class EncodeAudio(io.ComfyNode):
                     options=list(SEPARATION),
                     default="off",
                     tooltip="Lets the voice alone drive the face. spectral: needs nothing, for repeating music. "
-                    "Kim Vocal 2: the released way, needs the audio-separator package and the checkpoint's model.",
+                    "Kim Vocal 2: the released way, needs the audio-separator package and the checkpoint's model. Both "
+                    "hear the whole recording: after an edit all of it is rendered again.",
                 ),
                 io.Boolean.Input(
                     "silence_gate",
@@ -119,14 +121,19 @@ def encode_voice(
     node_id: str | None = None,
 ) -> Voice:
     """See EncodeAudio."""
-    from ..memo_core.audio import separate_vocals, separate_vocals_spectral
+    from ..memo_core.audio import MAX_WHOLE_SECONDS, separate_vocals, separate_vocals_spectral
 
+    if context == "whole" and sound.seconds > MAX_WHOLE_SECONDS:
+        raise AudioError(
+            f"the recording lasts {sound.seconds:.0f} s; context 'whole' is for up to {MAX_WHOLE_SECONDS} s: "
+            "set context to 'local'"
+        )
     speech = sound
     if separation == "spectral":
         speech = Sound(*separate_vocals_spectral(sound.waveform, sound.sample_rate))
     elif separation != "off":
         model_file = model.nets.folder / VOCAL_SEPARATOR
-        speech = Sound(*separate_vocals(sound.waveform, sound.sample_rate, model_file))
+        speech = Sound(*separate_vocals(sound.waveform, sound.sample_rate, model_file)).span(0, sound.seconds)
     bar = host.Progress(node_id, 1000)
 
     def progress(done: int, total: int) -> None:

@@ -20,7 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memo_core import audio
-from memo_core.audio import encode_audio, load_audio, prepare_waveform, separate_vocals, separate_vocals_spectral
+from memo_core.audio import (
+    count_frames,
+    encode_audio,
+    load_audio,
+    prepare_waveform,
+    separate_vocals,
+    separate_vocals_spectral,
+)
 from memo_core.errors import AudioError, CheckpointError
 from memo_core.nets.speech_encoder import SpeechEncoder
 from training import voices
@@ -135,6 +142,19 @@ def test_frames_fill_whole_windows(encoder: SpeechEncoder, voice: Tensor, fps: f
 
 
 # ---- chunks
+
+
+@pytest.mark.parametrize("rate", [16000, 22050, 44100, 48000, 96000])
+@pytest.mark.parametrize("fps", [24, 25, 29.97, 30, 60])
+@pytest.mark.parametrize("frames", [1, 2, 100, 101, 299, 300])
+def test_the_sound_of_so_many_frames_has_so_many(frames: int, fps: float, rate: int) -> None:
+    """As other programs cut it: to the nearest sample."""
+    assert count_frames(round(frames * rate / fps), rate, fps) == frames
+    assert count_frames(round(frames * rate / fps) + 2, rate, fps) == frames + 1
+
+
+def test_resampling_adds_no_frame(encoder: SpeechEncoder) -> None:
+    assert encode_audio(torch.zeros(round(100 * 44100 / 30)), 44100, encoder, fps=30).num_frames == 100
 
 
 def test_auto_context_is_whole_up_to_a_minute(encoder: SpeechEncoder) -> None:

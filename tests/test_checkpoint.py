@@ -76,7 +76,7 @@ def test_missing_files_are_listed(folder: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(folder)
     message = str(caught.value)
-    assert "lacks 4 of" in message and f'download "{folder}"' in message
+    assert "lacks 4 of" in message and f"__main__.py download {folder}" in message
     for name in (f"vae/{WEIGHTS}", "emotion2vec/config.yaml", "image_proj/config.json", f"image_proj/{WEIGHTS}"):
         assert name in message
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference, sampling
 from memo_core import store as store_module
+from memo_core.errors import MemoError
 from memo_core.store import WindowStore
 
 KEY = "0123456789abcdef"
@@ -103,7 +104,8 @@ def test_another_face_voice_or_past_is_another_window(
     face = replace(small, face_embedding=small.face_embedding + 1)  # the same picture
     voice = replace(track, embeddings=track.embeddings + 1)
     assert sampled(pipe, store, face, track)[1] == sampled(pipe, store, small, voice)[1] == [False] * 3
-    assert sampled(pipe, store, small, track, None, MemoryState.empty(horizon=1))[1] == [False] * 3
+    # A horizon matters once it is reached: in the third window, which remembers the portrait and two windows.
+    assert sampled(pipe, store, small, track, None, MemoryState.empty(horizon=2))[1] == [True, True, False]
 
 
 def test_only_windows_from_the_change_on_are_sampled_again(
@@ -138,6 +140,31 @@ def test_a_damaged_entry_is_reported_once_and_made_anew(
     assert [str(path) in record.getMessage() for record in caplog.records] == [True]
     store.put(KEY, entry())
     assert store.get(KEY) is not None
+
+
+def test_an_entry_that_is_no_window_is_not_there(
+    pipe: MemoPipeline, small: Reference, track: AudioTrack, store: WindowStore
+) -> None:
+    """Whole, but with other names, shapes or values, for example of another version."""
+    fresh, _ = sampled(pipe, store, small, track)
+    path = sorted(files(store), key=lambda path: path.stat().st_mtime_ns)[0]
+    good = store.get(path.stem)
+    for bad in ({"other": good["past"]}, good | {"past": good["past"][1:]}, good | {"past": good["past"] * torch.nan}):
+        store.put(path.stem, bad)
+        assert pipe.count_stored(pipe.job(small, track, **SHORT), store) == 0
+        latents, stored = sampled(pipe, store, small, track)
+        assert stored == [False, True, True] and torch.equal(latents, fresh)
+
+
+def test_a_window_that_went_wrong_is_not_kept(
+    pipe: MemoPipeline, small: Reference, track: AudioTrack, store: WindowStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = sampling.encode
+    monkeypatch.setattr(sampling, "encode", lambda *args: encode(*args) * torch.nan)
+    with pytest.raises(MemoError, match="NaN"):
+        sampled(pipe, store, small, track)
+    monkeypatch.undo()
+    assert not files(store) and sampled(pipe, store, small, track)[1] == [False] * 3
 
 
 def test_a_huge_file_is_not_read(
@@ -210,6 +237,12 @@ def test_half_written_files_of_a_killed_process_are_cleared(store: WindowStore) 
 def test_a_key_cannot_leave_the_folder(store: WindowStore) -> None:
     with pytest.raises(ValueError, match="hexadecimal"):
         store.get("../../etc/passwd")
+
+
+@pytest.mark.parametrize("value", ["-1", "inf", "nan", "much", "0"])
+def test_a_size_that_is_none_is_the_usual_one(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMO_STORE_GB", value)
+    assert store_module.allowed_bytes() == store_module.MAX_BYTES
 
 
 @pytest.mark.parametrize("value", ["off", "OFF", "0"])

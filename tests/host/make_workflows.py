@@ -491,11 +491,13 @@ def take_picture(name: str, folder: Path) -> None:
     try:
         (folder / "profile").mkdir()
         with Page(find_chromium(), host.port, host.base, folder / "profile") as page:
-            page.open_workflow(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
+            graph = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+            page.open_workflow(graph)
             page.press_run(host, 3600)
-            page.wait_for("[...document.querySelectorAll('video')].every(video => video.readyState >= 2)")
-            second = 4.2 if name == "two_endings" else 1.5  # the endings differ
             videos = "[...document.querySelectorAll('video')]"
+            count = sum(node["type"] == "SaveVideo" for node in graph["nodes"])
+            page.wait_for(f"{videos}.filter(video => video.readyState >= 2).length === count", count=count)
+            second = 4.2 if name == "two_endings" else 1.5  # the endings differ
             page.run(f"{videos}.forEach(video => {{ video.pause(); video.currentTime = second }})", second=second)
             shown = "video => !video.seeking && Math.abs(video.currentTime - second) < 0.1"
             page.wait_for(f"{videos}.every({shown})", second=second)

@@ -24,7 +24,8 @@ from pack.nodes import host
 from pack.memo_core import checkpoint
 
 pipe = host.HostPipeline.load(checkpoint.assets() / "toon", "fp32", "auto")
-own = [name for name, layer in pipe.patcher.model.named_modules()
+patchers = (pipe.patcher, pipe.pictures)
+own = [name for patcher in patchers for name, layer in patcher.model.named_modules()
        if any(True for _ in layer.parameters(recurse=False)) and not hasattr(layer, "comfy_cast_weights")]
 print("layers that keep their weights:", own)
 
@@ -36,9 +37,10 @@ def video():
     return clip.latents, clip.to_tensor()
 with torch.inference_mode():
     whole = video()
-    pipe.patcher.detach()
-    pipe.patcher.load(torch.device("cpu"), lowvram_model_memory=1)
-    print("lowvram:", pipe.patcher.model.model_lowvram)
+    for patcher in patchers:
+        patcher.detach()
+        patcher.load(torch.device("cpu"), lowvram_model_memory=1)
+    print("lowvram:", all(patcher.model.model_lowvram for patcher in patchers))
     print("equal:", all(torch.equal(a, b) for a, b in zip(whole, video())))
 """
 

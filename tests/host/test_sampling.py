@@ -414,6 +414,17 @@ def test_one_node_does_what_its_parts_do(host: Host) -> None:
     assert np.array_equal(parts, frames) and last(host) == (156, 10, 10)
 
 
+def test_a_failed_video_makes_nothing_run_again(host: Host) -> None:
+    write_speech(host, "fails.wav", 0.5)
+    graph, clip, _ = talk("fails.wav")
+    run(host, graph)
+    broken, other, _ = talk("fails.wav", seed=3)
+    huge = broken.add("EmptyImage", width=16400, height=2, batch_size=1, color=0)
+    broken.save([huge, 0])
+    assert host.wait(host.queue(broken)).status == "error"
+    assert run(host, graph).executed == []
+
+
 def test_a_vanished_temporary_video_is_made_again(host: Host) -> None:
     write_speech(host, "gone.wav", 1.0)
     graph, _, save = talk("gone.wav", seed=77)
