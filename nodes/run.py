@@ -134,6 +134,7 @@ class _Run:
             self.windows_done += 1
             if not window.stored:
                 self.sampled, self.spent = self.sampled + 1, self.spent + time.monotonic() - began
+            if not window.stored or self.windows_done == total:
                 self.progress.update(self.windows_done * steps, picture=window.frames[-1])
             yield window
             began = time.monotonic()

@@ -34,6 +34,7 @@ def _sampling_inputs() -> list[io.Input]:
             default=42,
             min=0,
             max=2**64 - 1,
+            control_after_generate=False,  # or the frontend draws another one for every run, and nothing is found again
             tooltip="Of the noise. While it stays the same, windows that were rendered once are not rendered again.",
         ),
     ]

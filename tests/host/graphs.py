@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import wave
 from typing import Any
+from urllib.error import HTTPError
 
 import av
 import numpy as np
@@ -93,6 +95,15 @@ def video(host: Host, done: Run, node: str) -> tuple[np.ndarray, np.ndarray, int
             return frames, np.zeros((0, 0)), 0, fps
         sound = np.concatenate([frame.to_ndarray() for frame in file.decode(audio=0)], axis=1)
         return frames, sound, file.streams.audio[0].rate, fps
+
+
+def refused(host: Host, graph: Graph, node: str) -> str:
+    """What the host says of a node that it does not run; others, which show something by themselves, it may run."""
+    try:
+        answer = json.loads(host.post("/prompt", {"prompt": graph, "client_id": host.client_id}))
+    except HTTPError as error:
+        answer = json.loads(error.read())
+    return " ".join(f"{error['message']}: {error['details']}" for error in answer["node_errors"][node]["errors"])
 
 
 def pictures(host: Host, done: Run, node: str) -> np.ndarray:

@@ -6,13 +6,12 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from urllib.error import HTTPError
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from .graphs import QUICK, Graph, pictures, run, video, write_speech, write_wav
+from .graphs import QUICK, Graph, pictures, refused, run, video, write_speech, write_wav
 from .harness import Host, Run
 
 
@@ -26,15 +25,6 @@ def fails(host: Host, graph: Graph) -> Run:
     done = host.wait(host.queue(graph))
     assert done.status == "error"
     return done
-
-
-def refused(host: Host, graph: Graph, node: str) -> str:
-    """What the host says of a node that it does not run; others, which show something by themselves, it may run."""
-    try:
-        answer = json.loads(host.post("/prompt", {"prompt": graph, "client_id": host.client_id}))
-    except HTTPError as error:
-        answer = json.loads(error.read())
-    return " ".join(error["details"] for error in answer["node_errors"][node]["errors"])
 
 
 def text_of(host: Host, done: Run, node: str) -> str:

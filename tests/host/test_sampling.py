@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from .graphs import QUICK, Graph, pictures, preflights, run, video, write_speech, write_wav
-from .harness import Host, PromptRefused
+from .graphs import QUICK, Graph, pictures, preflights, refused, run, video, write_speech, write_wav
+from .harness import Host
 
 
 def talk(file: str, **clip: object) -> tuple[Graph, str, str]:
@@ -418,10 +417,13 @@ def test_a_failed_video_makes_nothing_run_again(host: Host) -> None:
     write_speech(host, "fails.wav", 0.5)
     graph, clip, _ = talk("fails.wav")
     run(host, graph)
-    broken, other, _ = talk("fails.wav", seed=3)
-    huge = broken.add("EmptyImage", width=16400, height=2, batch_size=1, color=0)
-    broken.save([huge, 0])
-    assert host.wait(host.queue(broken)).status == "error"
+    stopped = Graph()
+    many = stopped.add("EmptyImage", width=256, height=256, batch_size=1000, color=0)
+    stopped.save([many, 0])
+    running = host.queue(stopped)
+    host.wait_event("progress", running)
+    host.interrupt()
+    assert host.wait(running).status == "interrupted"
     assert run(host, graph).executed == []
 
 
@@ -441,9 +443,6 @@ def test_a_vanished_temporary_video_is_made_again(host: Host) -> None:
 
 def test_bad_values_are_refused_before_anything_runs(host: Host) -> None:
     write_speech(host, "refuse.wav", 1.0)
-    for change in ({"steps": 0}, {"guidance": 0.5}, {"seed": -1}, {"start": -1.0}):
-        graph, node, _ = talk("refuse.wav", **change)
-        began = time.monotonic()
-        with pytest.raises(PromptRefused) as refused:
-            host.queue(graph)
-        assert node in refused.value.errors and time.monotonic() - began < 5
+    for name, value in {"steps": 0, "guidance": 0.5, "seed": -1, "start": -1.0}.items():
+        graph, node, _ = talk("refuse.wav", **{name: value})
+        assert name in refused(host, graph, node)
