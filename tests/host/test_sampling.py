@@ -417,10 +417,10 @@ def test_a_failed_video_makes_nothing_run_again(host: Host) -> None:
     write_speech(host, "fails.wav", 0.5)
     graph, clip, _ = talk("fails.wav")
     run(host, graph)
-    stopped = Graph()
-    many = stopped.add("EmptyImage", width=256, height=256, batch_size=1000, color=0)
-    stopped.save([many, 0])
-    running = host.queue(stopped)
+    more = Graph(graph)  # the same, and a video that is stopped while it is written
+    many = more.add("EmptyImage", width=256, height=256, batch_size=1000, color=0)
+    more.save([many, 0])
+    running = host.queue(more)
     host.wait_event("progress", running)
     host.interrupt()
     assert host.wait(running).status == "interrupted"
