@@ -404,3 +404,11 @@ def test_every_folder_of_modules_is_packed():
     listed = next(ast.literal_eval(line.split("=", 1)[1].strip()) for line in lines if line.startswith("packages"))
     folders = {path.parent for path in (ROOT / "memo_core").rglob("*.py")}
     assert {".".join(path.relative_to(ROOT).parts) for path in folders} | {"memo_core.assets"} == set(listed)
+
+
+@pytest.mark.parametrize("how", [["-m", "memo_core"], ["-I", "memo_core/__main__.py"]], ids=["module", "file"])
+def test_the_command_runs_without_being_installed(how: list[str]):
+    """As inside ComfyUI; -I is what a portable Python is like, which looks into no folder by itself."""
+    done = subprocess.run([sys.executable, *how, "info", "/nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{ROOT / 'memo_core' / '__main__.py'} download /nowhere" in done.stderr
