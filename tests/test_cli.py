@@ -412,3 +412,15 @@ def test_the_command_runs_without_being_installed(how: list[str]):
     done = subprocess.run([sys.executable, *how, "info", "/nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"{ROOT / 'memo_core' / '__main__.py'} download /nowhere" in done.stderr
+
+
+def test_inside_comfyui_the_store_is_comfyuis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What the nodes have made the command finds, and the other way round."""
+    monkeypatch.delenv("MEMO_STORE")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "custom_nodes" / "memo" / "memo_core" / "cli.py"))
+    assert cli._store(None).folder == tmp_path / "user" / "memo" / "windows"
+    assert cli._store("mine").folder == Path("mine")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "memo_core" / "cli.py"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if sys.platform == "linux":
+        assert cli._store(None).folder == tmp_path / "cache" / "memo" / "windows"
