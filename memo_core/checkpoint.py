@@ -98,7 +98,8 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     if not folder.is_dir():
         raise CheckpointError(
             f"no checkpoint at {str(checkpoint)!r}: give one of {', '.join(EMBEDDED)}, or a folder in the released "
-            f"layout ({', '.join(missing)}). This fetches the released weights (13 GB): {download_command(folder)}"
+            f"layout. This fetches the released weights (13 GB): {download_command(folder)}\nIts files are "
+            f"{', '.join(missing)}"
         )
     if missing:
         raise CheckpointError(

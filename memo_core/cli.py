@@ -179,8 +179,13 @@ def generate(args: argparse.Namespace) -> int:
 
     # What can be found wrong without the networks, before they are loaded.
     settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed)
+    if args.emotion == "none":  # as the nodes call it
+        args.emotion = "null"
     if args.emotion not in ("detect", "null"):
-        emotion_index(args.emotion)
+        try:
+            emotion_index(args.emotion)
+        except MemoError as error:
+            raise MemoError(f"--emotion may be detect, null (or none), or one by name: {error}") from error
     if args.size is not None:
         check_size(args.size)
     memory = MemoryState.load(args.memory_in) if args.memory_in else MemoryState.empty(args.horizon)

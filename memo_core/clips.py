@@ -31,7 +31,7 @@ class Sound:
     def __post_init__(self) -> None:
         if self.waveform.ndim != 2 or 0 in self.waveform.shape:
             raise AudioError(
-                f"a sound's waveform is [channels, samples], not empty; received {list(self.waveform.shape)}"
+                f"the recording holds no sound: [channels, samples] is expected, received {list(self.waveform.shape)}"
             )
         if not 0 < self.sample_rate < math.inf:
             raise AudioError(f"a sound's sample rate is a positive number of Hz, received {self.sample_rate!r}")

@@ -126,8 +126,9 @@ class MemoryState:
         """Raises MemoryStateError, naming both digests, if this state was made by another checkpoint or reference."""
         for name, mine, wanted in (("checkpoint", self.model, model), ("reference", self.reference, reference)):
             if mine and mine != wanted:
+                what = "" if name == "checkpoint" else " (another portrait, crop or size)"
                 raise MemoryStateError(
-                    f"this memory state belongs to {name} {mine}, but the {name} in use is {wanted}: "
+                    f"this memory state belongs to {name} {mine}{what}, but the {name} in use is {wanted}: "
                     f"use the same {name}, or start from an empty memory"
                 )
 

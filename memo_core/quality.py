@@ -134,6 +134,8 @@ class Curve:
             return "moves", True
         if end < start - 0.15:
             return ("likeness fades", False) if self.name == "likeness" else ("becomes another person", False)
+        if self.name == "likeness" and values.mean() < 0.4:
+            return "unlike the portrait", False
         if self.name == "identity" and values.mean() < 0.3:
             return "hardly the same person", False
         return "holds", True

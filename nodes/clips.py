@@ -141,7 +141,8 @@ class ConcatClips(io.ComfyNode):
                     "sizes",
                     options=list(SIZES),
                     default="refuse",
-                    tooltip="What to do with a clip of another size than the first: refuse, or scale it.",
+                    tooltip="What to do with a clip of another size than the first: refuse, or scale it to fit, with "
+                    "black bars where its proportions differ.",
                 ),
             ],
             outputs=[io.Video.Output(display_name="video", tooltip="For Save Video or Get Video Components.")],
@@ -251,7 +252,6 @@ def write_video(
 ) -> Path:
     """Encodes clips into a new temporary file. See ConcatClips."""
     from ..memo_core.compose import cross_fade as joined
-    from ..memo_core.compose import resize_frames
     from ..memo_core.video import VideoWriter
 
     height, width = parts[0].size
@@ -272,7 +272,7 @@ def write_video(
     def frames_of(part: AnyClip) -> Iterator[np.ndarray]:
         for frame in paced(watched(part.frames()), part, fps):
             if part.size != (height, width):
-                frame = np.asarray(resize_frames(frame, height, width))
+                frame = fitted(frame, height, width)
             # H.264 wants even sizes: the last row and column stand twice.
             yield np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
 
@@ -288,6 +288,18 @@ def write_video(
             if number % WINDOW == 0 or number == total:
                 bar.update(number)
     return writer.path
+
+
+def fitted(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A frame scaled to fit, in its own proportions, with black bars."""
+    from ..memo_core.compose import resize_frames
+
+    scale = min(height / frame.shape[0], width / frame.shape[1])
+    small = np.asarray(resize_frames(frame, *(max(1, round(scale * side)) for side in frame.shape[:2])))
+    top, left = (height - small.shape[0]) // 2, (width - small.shape[1]) // 2
+    result = np.zeros((height, width, 3), np.uint8)
+    result[top : top + small.shape[0], left : left + small.shape[1]] = small
+    return result
 
 
 def frames_at(part: AnyClip, fps: float) -> int:

@@ -86,6 +86,11 @@ class EncodeReference(io.ComfyNode):
         face_mask: Tensor | None = None,
     ) -> io.NodeOutput:
         chosen = face_index != LARGEST_FACE
+        if chosen and model.face_analyzer is None:
+            raise PortraitError(
+                f"face_index is {face_index}, but the checkpoint has no face models to find faces with: set face_index "
+                "to -1, or paint a face_mask"
+            )
         reference = model.encode_reference(
             host.one_picture(image),
             size=size or model.default_size,

@@ -45,11 +45,14 @@ def sample(
             "start or the duration of the clips before"
         )
     if duration:
-        last = min(last, first + max(1, round(duration * track.fps)))
-    if emotion is not None and emotion.seconds < track.num_frames / track.fps - 1:
+        wanted = first + max(1, round(duration * track.fps))
+        if wanted > last:
+            host.logger.info("the recording ends at %.2f s: the clip is as long as it lasts", last / track.fps)
+        last = min(last, wanted)
+    recorded = track.num_padded_frames / track.fps
+    if emotion is not None and abs(emotion.seconds - recorded) > WINDOW / min(track.fps, emotion.fps) + 0.1:
         raise SamplingError(
-            f"the emotions last {emotion.seconds:.1f} s and the recording {track.num_frames / track.fps:.1f} s: make "
-            "both from one recording"
+            f"the emotions last {emotion.seconds:.1f} s and the recording {recorded:.1f} s: make both from the same one"
         )
     job = model.job(
         reference,
@@ -89,6 +92,7 @@ class _Run:
         height, width = job.reference.pixels.shape[1:]
         self.budget = sampling_budget(model.nets, height, width, job.settings.guided)
         self.speed_key = f"{model.nets.digest} {model.nets.device} {height}x{width} {job.settings.guided}"
+        self.known_speed = host.SpeedBook().get(self.speed_key)
 
     def windows(self) -> Iterator[Window]:
         """Samples the job; after running out of memory once more, with the rows of a batch one after the other."""
@@ -134,6 +138,8 @@ class _Run:
             self.windows_done += 1
             if not window.stored:
                 self.sampled, self.spent = self.sampled + 1, self.spent + time.monotonic() - began
+                if self.sampled == 1 and self.windows_done < total and not self.known_speed:
+                    host.logger.info("about %s for the rest", _duration(self.spent * (total - self.windows_done)))
             if not window.stored or self.windows_done == total:
                 self.progress.update(self.windows_done * steps, picture=window.frames[-1])
             yield window
@@ -154,7 +160,7 @@ class _Run:
         """One line on what is to come; SamplingError for what cannot fit."""
         job, device = self.job, self.model.nets.device
         faces = job.reference.faces_found
-        speed = host.SpeedBook().get(self.speed_key)
+        speed = self.known_speed
         left = job.windows - self.stored
         if not left:
             time_needed = "nothing to render"
@@ -175,17 +181,18 @@ class _Run:
         fixed = self.budget.least if left and device.type == "cpu" else 0
         in_ram = clip_bytes + fixed
         host.logger.info(
-            "%.2f s: %d frames in %d windows, %d of them in the store; %s; %sRAM %.1f GB needed, %.1f free; faces "
+            "%.2f s: %d frames in %d windows, %d of them in the store%s; %s; %sRAM %.1f GB needed, %.1f free; faces "
             "found: %s",
             job.num_frames / job.audio.fps,
             job.num_frames,
             job.windows,
             self.stored,
+            " (it is off)" if self.store is None else "",
             time_needed,
             on_device,
             in_ram / gb,
             ram / gb,
-            "not looked for" if faces is None else faces,
+            "not looked for, there are no face models" if faces is None else faces,
         )
         if left and self.budget.least > 0.95 * host.total_bytes(device):
             raise SamplingError(self._too_large(host.total_bytes(device)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..memo_core.checkpoint import VOCAL_SEPARATOR, assets
+from ..memo_core.checkpoint import VOCAL_SEPARATOR, assets, download_command
 from ..memo_core.clips import Sound
 from ..memo_core.errors import AudioError
 from . import host
@@ -133,6 +133,11 @@ def encode_voice(
         speech = Sound(*separate_vocals_spectral(sound.waveform, sound.sample_rate))
     elif separation != "off":
         model_file = model.nets.folder / VOCAL_SEPARATOR
+        if not model_file.is_file():
+            raise AudioError(
+                f"{model_file} does not exist: set separate_vocals to 'spectral', or fetch it with "
+                f"{download_command(model.nets.folder)} --only vocal_separator"
+            )
         speech = Sound(*separate_vocals(sound.waveform, sound.sample_rate, model_file)).span(0, sound.seconds)
     bar = host.Progress(node_id, 1000)
 

@@ -118,7 +118,8 @@ def test_the_released_separator_says_what_it_needs(host: Host) -> None:
     settings = {"fps": 30.0, "context": "local", "silence_gate": False}
     voice = graph.add("MEMO_EncodeAudio", model=model, audio=[song, 1], separate_vocals="Kim Vocal 2", **settings)
     graph.add("PreviewAny", source=[voice, 0])
-    assert "Kim_Vocal_2.onnx does not exist" in fails(host, graph).error.message
+    message = fails(host, graph).error.message
+    assert "Kim_Vocal_2.onnx does not exist: set separate_vocals to 'spectral'" in message
 
 
 # --- The emotion ------------------------------------------------------------------------------------------------------
@@ -400,6 +401,8 @@ def test_sizes_that_differ_are_refused_by_name_or_scaled(host: Host) -> None:
     graph[joined]["inputs"]["sizes"] = "scale to first"
     frames, *_ = video(host, run(host, graph), save)
     assert frames.shape == (31, 64, 64, 3)
+    # In its own proportions: 120 x 100 becomes 64 x 53, between black bars.
+    assert frames[30, :4].max() < 30 and frames[30, -4:].max() < 30 and frames[30, 8:56].mean() > 80
 
 
 def test_another_speed_changes_neither_duration_nor_sound(host: Host) -> None:

@@ -331,7 +331,7 @@ def test_a_preflight_line_says_what_is_to_come(host: Host) -> None:
     line = [line for line in host.log().splitlines() if "frames in" in line][-1]
     assert re.search(
         r"1\.00 s: 30 frames in 2 windows, 0 of them in the store; (about \d+ s|time not known).*; "
-        r"RAM \d+\.\d GB needed, \d+\.\d free; faces found: not looked for",
+        r"RAM \d+\.\d GB needed, \d+\.\d free; faces found: not looked for, there are no face models",
         line,
     ), line
 
