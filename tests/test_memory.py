@@ -464,7 +464,7 @@ def test_digests_tell_states_apart() -> None:
         ),
         (lambda: push(make([16]), 16, 0, side=4), r"one latent size, received \[\[4, 2, 2\], \[4, 4, 4\]\]"),
         (lambda: make([16]).push(window(16, 0), FACE, "other", PORTRAIT), f"checkpoint {MODEL}, .* other"),
-        (lambda: make([16]).push(window(16, 0), FACE, MODEL, "other"), f"reference {PORTRAIT}, .* other"),
+        (lambda: make([16]).push(window(16, 0), FACE, MODEL, "other"), f"reference {PORTRAIT} .* other"),
         (
             lambda: MemoryState.blend(make([16]), MemoryState(make([16]).entries, None, 1, "other", PORTRAIT), 0.5),
             f"checkpoint other, .* {MODEL}",
