@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import comfy.model_management as host
+import comfy.model_management as management
 import comfy.model_patcher
 import comfy.utils
 import folder_paths
@@ -147,14 +147,14 @@ class HostPipeline(MemoPipeline):
 
     def __init__(self, nets: checkpoint.Networks, attention: str = "auto"):
         super().__init__(nets)
-        nets.device = host.get_torch_device()
+        nets.device = management.get_torch_device()
         self._attention = attention
         _cast_on_the_fly(nets.vae)
         patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
         def managed(group: type[nn.ModuleDict], *names: str) -> comfy.model_patcher.ModelPatcher:
             modules = group({name: getattr(nets, name) for name in names})
-            return patcher(modules, host.get_torch_device(), host.unet_offload_device())
+            return patcher(modules, management.get_torch_device(), management.unet_offload_device())
 
         self.patcher = managed(MEMO, "reference_net", "diffusion_net", "image_proj", "audio_proj")
         self.pictures = managed(MEMOPictures, "vae")
@@ -170,15 +170,21 @@ class HostPipeline(MemoPipeline):
         """
         import comfy.ops
 
-        device = host.get_torch_device()
+        device = management.get_torch_device()
         if dtype == "auto":
-            dtype = "bf16" if host.should_use_bf16(device) else "fp16" if host.should_use_fp16(device) else "fp32"
-        nets = checkpoint.load(folder, host.unet_offload_device(), DTYPES[dtype], ops=comfy.ops.manual_cast)
+            dtype = (
+                "bf16"
+                if management.should_use_bf16(device)
+                else "fp16"
+                if management.should_use_fp16(device)
+                else "fp32"
+            )
+        nets = checkpoint.load(folder, management.unet_offload_device(), DTYPES[dtype], ops=comfy.ops.manual_cast)
         return cls(nets, attention)
 
     def to_device(self, working: int) -> None:
         """Has the host load all that samples and keep `working` bytes free besides."""
-        host.load_models_gpu([self.patcher, self.pictures], memory_required=working)
+        management.load_models_gpu([self.patcher, self.pictures], memory_required=working)
 
     def encode_audio(self, *args: Any, **more: Any) -> Any:
         self._listen()
@@ -190,12 +196,12 @@ class HostPipeline(MemoPipeline):
 
     def encode_reference(self, image: Any, *args: Any, size: Any = None, **more: Any) -> Any:
         side = size if isinstance(size, int) else max(size or self.default_size)
-        host.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, side, side))
+        management.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, side, side))
         return super().encode_reference(image, *args, size=size, **more)
 
     def decode(self, latents: Tensor) -> Tensor:
         height, width = (8 * side for side in latents.shape[2:])
-        host.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, height, width))
+        management.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, height, width))
         return super().decode(latents).cpu()
 
     def sample_windows(self, *args: Any, **more: Any) -> Iterator[Any]:
@@ -221,16 +227,16 @@ class HostPipeline(MemoPipeline):
         their room. The next clip builds them again from the state."""
         if self._sums.nbytes > KEPT_SUMS:
             self._sums.clear()
-            host.soft_empty_cache()
+            management.soft_empty_cache()
 
     def forget(self) -> None:
         """Frees what can be made again: the resident memory sums, and other models on the device."""
         self._sums.clear()
-        host.free_memory(2**62, self.nets.device, keep_loaded=[])
-        host.soft_empty_cache(True)
+        management.free_memory(2**62, self.nets.device, keep_loaded=[])
+        management.soft_empty_cache(True)
 
     def _listen(self) -> None:
-        host.load_models_gpu([self.listeners], memory_required=LISTENING_BYTES, force_full_load=True)
+        management.load_models_gpu([self.listeners], memory_required=LISTENING_BYTES, force_full_load=True)
 
 
 def _cast_on_the_fly(module: nn.Module) -> None:
@@ -245,15 +251,15 @@ def _cast_on_the_fly(module: nn.Module) -> None:
 
 def free_bytes(device: torch.device) -> int:
     """Free memory of a device, counting what the host could free; of the machine for the CPU."""
-    free = int(host.get_free_memory(device))
+    free = int(management.get_free_memory(device))
     if device.type == "cpu":
         return free
-    loaded = (model for model in host.current_loaded_models if model.model is not None and model.device == device)
+    loaded = (model for model in management.current_loaded_models if model.model is not None and model.device == device)
     return free + int(sum(model.model_loaded_memory() for model in loaded))
 
 
 def total_bytes(device: torch.device) -> int:
-    return int(host.get_total_memory(device))
+    return int(management.get_total_memory(device))
 
 
 def refuse_without_room(bytes_needed: int, what: str) -> None:
@@ -273,7 +279,7 @@ OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 def stop_if_interrupted() -> None:
     """Raises the host's exception when the user has pressed stop."""
-    host.throw_exception_if_processing_interrupted()
+    management.throw_exception_if_processing_interrupted()
 
 
 class Progress:
