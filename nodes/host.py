@@ -301,7 +301,7 @@ class Progress:
             text: shown under the node.
             picture: [3, H, W] in [0, 1], shown on it.
         """
-        preview = None if picture is None else ("JPEG", to_pil(picture.permute(1, 2, 0)), min(512, max(picture.shape)))
+        preview = None if picture is None else ("JPEG", to_pil(picture.permute(1, 2, 0)), 512)
         self._bar.update_absolute(done, self._total, preview)
         if text and self._node is not None:
             PromptServer.instance.send_progress_text(text, self._node)
