@@ -98,8 +98,8 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     if not folder.is_dir():
         raise CheckpointError(
             f"no checkpoint at {str(checkpoint)!r}: give one of {', '.join(EMBEDDED)}, or a folder in the released "
-            f"layout. This fetches the released weights (13 GB): {download_command(folder)}\nIts files are "
-            f"{', '.join(missing)}"
+            f"layout. This fetches the released weights (13 GB): {download_command(folder)} (files: "
+            f"{', '.join(missing)})"
         )
     if missing:
         raise CheckpointError(
