@@ -13,7 +13,7 @@ from .sampling import vae_batch
 # Feature maps of the finest level that are alive at once in the Diffusion Net: skips, the hidden state, the gated
 # feed-forward layer (8 widths and 4 more), queries, keys and values.
 _LIVE_MAPS = 28
-_VAE_MAPS = 17  # maps of the VAE decoder's finest level alive at once: what Stable Diffusion's is known to take
+_VAE_MAPS = 17  # maps of the VAE decoder's finest level alive at once: what ComfyUI reserves for Stable Diffusion's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -172,13 +172,8 @@ class HostPipeline(MemoPipeline):
 
         device = management.get_torch_device()
         if dtype == "auto":
-            dtype = (
-                "bf16"
-                if management.should_use_bf16(device)
-                else "fp16"
-                if management.should_use_fp16(device)
-                else "fp32"
-            )
+            half = "fp16" if management.should_use_fp16(device) else "fp32"
+            dtype = "bf16" if management.should_use_bf16(device) else half
         nets = checkpoint.load(folder, management.unet_offload_device(), DTYPES[dtype], ops=comfy.ops.manual_cast)
         return cls(nets, attention)
 
@@ -214,7 +209,7 @@ class HostPipeline(MemoPipeline):
             yield window
 
     def attention(self) -> Any:
-        """The chosen attention kernel; plain mathematics where that one cannot run."""
+        """A context in which the chosen attention kernel runs, and a slower one where it cannot."""
         if self._attention == "auto":
             return nullcontext()
         from torch.nn.attention import SDPBackend, sdpa_kernel

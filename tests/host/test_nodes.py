@@ -76,17 +76,17 @@ def test_number_format_and_attention_can_be_chosen(host: Host, dtype: str, atten
 # --- The voice --------------------------------------------------------------------------------------------------------
 
 
-def test_audio_of_several_recordings_or_none_is_refused(host: Host) -> None:
+def test_one_sample_is_a_frame_and_none_is_refused(host: Host) -> None:
     write_wav(host, "tiny.wav", np.zeros(1, np.int16))
     graph = Graph()
     model = graph.model()
     voice = graph.voice(model, "tiny.wav")
-    run_ok = graph.add("PreviewAny", source=voice)
-    run(host, graph)  # one sample is a frame of silence
-    assert run_ok
-    empty = graph.add("EmptyAudio", duration=1.0, sample_rate=16000, channels=2)
+    save = graph.pictures([graph.clip(model, graph.reference(model), voice), 0])
+    assert len(pictures(host, run(host, graph), save)) == 1
+    empty = graph.add("EmptyAudio", duration=0.0, sample_rate=16000, channels=2)
     graph[voice[0]]["inputs"]["audio"] = [empty, 0]
-    run(host, graph)
+    error = fails(host, graph).error
+    assert error.node == voice[0] and "holds no sound" in error.message
 
 
 def test_vocals_are_separated_from_a_song(host: Host) -> None:
