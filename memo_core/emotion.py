@@ -195,12 +195,6 @@ class EmotionTrack:
         weights[:, _NEUTRAL] += 1 - strengths
         return weights
 
-    def window_labels(self, window_frames: int = 16) -> Tensor:
-        """The most frequent label of each window, the lower among equals: [ceil(F / window_frames)] int64."""
-        if window_frames < 1:
-            raise EmotionError(f"window_frames is {window_frames}; at least 1 is needed")
-        return torch.stack([window.mode().values for window in self.labels.split(window_frames)])
-
 
 def emotion_index(label: str | int) -> int:
     """The index of an emotion given by name (any case) or index. Raises EmotionError for any other."""

@@ -205,16 +205,6 @@ def test_bad_edits_are_refused_by_name(span: tuple[float, float], label: object,
         EmotionTrack.constant("neutral", 90).with_label(*span, label)
 
 
-def test_window_label_is_the_most_frequent_one_and_the_lower_among_equals() -> None:
-    labels = torch.tensor([5] * 9 + [1] * 7 + [7] * 8 + [2] * 8 + [3] * 4)
-    track = EmotionTrack(labels, torch.full((1, 9), 1 / 9), torch.zeros(1), 30)
-    assert track.window_labels(16).tolist() == [5, 2, 3]
-    assert track.window_labels(16)[1] == torch.mode(labels[16:32]).values
-    assert track.window_labels(36).tolist() == [5]
-    with pytest.raises(EmotionError):
-        track.window_labels(0)
-
-
 def test_bad_tracks_are_refused() -> None:
     one, certain = torch.zeros(1), torch.zeros(1, 9)
     cases = [
