@@ -13,9 +13,9 @@ import torch
 
 from memo_core.audio import load_audio, prepare_waveform
 from memo_core.video import read_video
-from training.judge import Judge, correlation_and_lag
-from training.toon import MOTION
-from training.voices import estimate_mouth
+from training.toon.heads import MOTION
+from training.toon.judge import Judge, correlation_and_lag
+from training.toon.voices import estimate_mouth
 
 MIN_CORRELATION = 0.5  # 20 clips against the voice of another: 0.05 on average, 0.37 at most
 MIN_MOTION = 0.05  # standard deviation of the mouth's opening, 0 closed and 1 wide open

@@ -30,7 +30,7 @@ from memo_core.audio import (
 )
 from memo_core.errors import AudioError, CheckpointError
 from memo_core.nets.speech_encoder import SpeechEncoder
-from training import voices
+from training.toon import voices
 
 RATE = 16000
 

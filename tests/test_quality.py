@@ -17,7 +17,7 @@ from memo_core import MemoPipeline
 from memo_core.errors import ComposeError, PortraitError
 from memo_core.face import Face
 from memo_core.quality import CollapseDetector, Quality, draw_quality, measure, to_lab
-from training import toon
+from training.toon import heads
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -211,11 +211,11 @@ def test_a_clip_of_the_shipped_checkpoint_holds() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_toon_face_holds(seed: int) -> None:
-    identity = toon.sample_identity(np.random.default_rng(seed))
+    identity = heads.sample_identity(np.random.default_rng(seed))
     drift = 0.3 * torch.rand(32, 10, generator=torch.Generator().manual_seed(seed))
-    motion = toon.neutral_motion() + drift
-    face = toon.render(identity, toon.neutral_motion()[None])[0].float() / 127.5 - 1
-    frames = toon.render(identity, motion).float() / 255
+    motion = heads.neutral_motion() + drift
+    face = heads.render(identity, heads.neutral_motion()[None])[0].float() / 127.5 - 1
+    frames = heads.render(identity, motion).float() / 255
     detector = CollapseDetector(face)
     assert detector.update(frames[:16]) is None and detector.update(frames[16:]) is None
 

@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 from memo_core.emotion import EMOTIONS
-from training import judge as judging
-from training import toon
+from training.toon import heads
+from training.toon import judge as judging
 
 
-def face(seed: int = 3) -> toon.Identity:
-    return toon.sample_identity(np.random.default_rng(seed))
+def face(seed: int = 3) -> heads.Identity:
+    return heads.sample_identity(np.random.default_rng(seed))
 
 
 def motion_with(**values: float) -> Tensor:
-    motion = toon.neutral_motion()[None]
+    motion = heads.neutral_motion()[None]
     for name, value in values.items():
-        motion[0, toon.MOTION.index(name)] = value
+        motion[0, heads.MOTION.index(name)] = value
     return motion
 
 
-def changed(identity: toon.Identity, before: dict[str, float], after: dict[str, float]) -> Tensor:
+def changed(identity: heads.Identity, before: dict[str, float], after: dict[str, float]) -> Tensor:
     """bool [128, 128]: pixels that visibly differ between two motions."""
-    pictures = toon.render(identity, torch.cat([motion_with(**before), motion_with(**after)])).int()
+    pictures = heads.render(identity, torch.cat([motion_with(**before), motion_with(**after)])).int()
     return (pictures[0] - pictures[1]).abs().amax(dim=0) > 12
 
 
@@ -44,33 +44,33 @@ def utterance(seed: int, frames: int = 120) -> SimpleNamespace:
 
 @pytest.mark.parametrize("size", [64, 96, 128, 200])
 def test_frames_have_the_asked_shape_at_any_size(size: int) -> None:
-    frames = toon.render(face(), toon.neutral_motion().repeat(3, 1), size)
+    frames = heads.render(face(), heads.neutral_motion().repeat(3, 1), size)
     assert frames.shape == (3, 3, size, size) and frames.dtype == torch.uint8
 
 
 def test_a_seed_always_draws_the_same_face_and_another_seed_another() -> None:
     assert face(5) == face(5)
     assert face(5) != face(6)
-    neutral = toon.neutral_motion()[None]
-    assert torch.equal(toon.render(face(5), neutral), toon.render(face(5), neutral))
+    neutral = heads.neutral_motion()[None]
+    assert torch.equal(heads.render(face(5), neutral), heads.render(face(5), neutral))
 
 
 def test_a_frame_does_not_depend_on_the_frames_drawn_with_it() -> None:
     motion = judging.random_motion(20, np.random.default_rng(0))
-    together = toon.render(face(), motion).int()
-    alone = torch.cat([toon.render(face(), row[None]) for row in motion]).int()
+    together = heads.render(face(), motion).int()
+    alone = torch.cat([heads.render(face(), row[None]) for row in motion]).int()
     assert (together - alone).abs().max() <= 1  # rounding
 
 
 def test_edges_are_antialiased_and_a_face_looks_alike_at_every_size() -> None:
     motion = motion_with(mouth_open=0.7, mouth_corners=0.5)
-    small, large = toon.render(face(), motion, 128)[0].float(), toon.render(face(), motion, 512)[0].float()
+    small, large = heads.render(face(), motion, 128)[0].float(), heads.render(face(), motion, 512)[0].float()
     shrunk = torch.nn.functional.avg_pool2d(large[None], 4)[0]
     assert judging.ssim(small / 255.0, shrunk / 255.0) > 0.995  # 0.95 to 0.97 with hard edges
     assert (small - shrunk).abs().mean() < 0.8  # 2 to 4 with hard edges
 
 
-@pytest.mark.parametrize("style", list(toon.HAIR_STYLES))
+@pytest.mark.parametrize("style", list(heads.HAIR_STYLES))
 def test_every_haircut_leaves_eyes_and_mouth_free(style: str) -> None:
     identity = replace(
         face(),
@@ -80,10 +80,10 @@ def test_every_haircut_leaves_eyes_and_mouth_free(style: str) -> None:
         background_bottom=(0.0, 0.0, 1.0),
         iris=(1.0, 0.0, 0.0),
     )
-    picture = toon.render(identity, motion_with(lids=1.0))[0].int()
+    picture = heads.render(identity, motion_with(lids=1.0))[0].int()
     green = picture[1] - picture[0]
     assert (green > 60).sum() > 700, "the hair is not seen"
-    top, bottom = round(toon.HEAD_Y + identity.eye_y) - 9, round(toon.HEAD_Y + identity.mouth_y) + 8
+    top, bottom = round(heads.HEAD_Y + identity.eye_y) - 9, round(heads.HEAD_Y + identity.mouth_y) + 8
     assert (green[top:bottom, 44:85] < 60).all()
 
 
@@ -120,8 +120,8 @@ def test_the_head_moves_but_background_and_shoulders_stay(name: str) -> None:
 
 def test_features_turn_to_the_viewers_right_and_more_than_the_head() -> None:
     identity = face()
-    pictures = toon.render(identity, torch.cat([motion_with(head_turn=v) for v in (-1.0, 0.0, 1.0)])).float()
-    y, x = round(toon.HEAD_Y + identity.eye_y), torch.arange(128.0)
+    pictures = heads.render(identity, torch.cat([motion_with(head_turn=v) for v in (-1.0, 0.0, 1.0)])).float()
+    y, x = round(heads.HEAD_Y + identity.eye_y), torch.arange(128.0)
     white = (pictures[:, :, y - 3 : y + 8].amin(dim=1) > 235).sum(dim=1).float()
     centres = (white * x).sum(dim=1) / white.sum(dim=1)
     assert 3.0 < float(centres[1] - centres[0]) < 7.0 and 3.0 < float(centres[2] - centres[1]) < 7.0
@@ -131,7 +131,7 @@ def test_an_open_mouth_is_unmistakable() -> None:
     """Teeth, tongue and the dark between them: up to 22 pixels high, growing steadily, in a mouth 30 pixels wide."""
     identity = face()
     motion = torch.cat([motion_with(mouth_open=opening) for opening in (0.0, 0.25, 0.5, 0.75, 1.0)])
-    column = toon.render(identity, motion)[:, :, 76:, 64].float() / 255.0
+    column = heads.render(identity, motion)[:, :, 76:, 64].float() / 255.0
     inside = torch.tensor([(0.27, 0.06, 0.09), (0.89, 0.40, 0.42), (0.98, 0.97, 0.95)])
     heights = ((column[:, None] - inside[None, :, :, None]).abs().amax(dim=2) < 0.15).any(dim=1)[:, :30].sum(dim=1)
     assert int(heights[0]) <= 2 and int(heights[-1]) >= 22
@@ -140,8 +140,8 @@ def test_an_open_mouth_is_unmistakable() -> None:
 
 
 def test_values_out_of_range_are_clamped() -> None:
-    wild = torch.full((1, len(toon.MOTION)), 5.0)
-    assert torch.equal(toon.render(face(), wild), toon.render(face(), torch.ones(1, len(toon.MOTION))))
+    wild = torch.full((1, len(heads.MOTION)), 5.0)
+    assert torch.equal(heads.render(face(), wild), heads.render(face(), torch.ones(1, len(heads.MOTION))))
 
 
 @pytest.mark.parametrize(
@@ -155,63 +155,63 @@ def test_values_out_of_range_are_clamped() -> None:
 )
 def test_bad_arguments_are_named(motion: Tensor, size: int, says: str) -> None:
     with pytest.raises(ValueError) as error:
-        toon.render(face(), motion, size)
+        heads.render(face(), motion, size)
     assert says in str(error.value)
 
 
 def test_the_mask_holds_still_while_the_face_plays() -> None:
     for seed in range(4):
         identity = face(seed)
-        mask = toon.mask_outside_mouth_and_eyes(identity)
+        mask = heads.mask_outside_mouth_and_eyes(identity)
         assert mask.shape == (128, 128) and 0.4 < float(mask.float().mean()) < 0.8
         rng = np.random.default_rng(seed)
         motion = judging.random_motion(32, rng)
-        motion[:, [toon.MOTION.index("head_turn"), toon.MOTION.index("head_tilt")]] = 0.0
-        frames = toon.render(identity, motion).int()
+        motion[:, [heads.MOTION.index("head_turn"), heads.MOTION.index("head_tilt")]] = 0.0
+        frames = heads.render(identity, motion).int()
         moved = (frames - frames[:1]).abs().amax(dim=(0, 1)) > 12
         assert (moved & mask).sum() < 60  # the dropping jaw widens the cheeks by a pixel
         assert (moved & ~mask).sum() > 1000
 
 
 def test_the_default_portrait_never_changes_silently() -> None:
-    picture = toon.default_portrait(64)
+    picture = heads.default_portrait(64)
     assert picture.shape == (3, 64, 64)
-    assert toon.sample_identity(np.random.default_rng(toon.PORTRAIT_SEED)).hair_style == "pigtails"
+    assert heads.sample_identity(np.random.default_rng(heads.PORTRAIT_SEED)).hair_style == "pigtails"
 
 
 # --- Performances -----------------------------------------------------------------------------------------------------
 
 
 def test_signatures_belong_to_the_first_eight_emotions() -> None:
-    assert len(toon.SIGNATURES) == 8
-    corners = dict(zip(EMOTIONS, (row[0] for row in toon.SIGNATURES), strict=False))
+    assert len(heads.SIGNATURES) == 8
+    corners = dict(zip(EMOTIONS, (row[0] for row in heads.SIGNATURES), strict=False))
     assert max(corners, key=corners.__getitem__) == "happy" and corners["sad"] < -0.5
-    raised = dict(zip(EMOTIONS, (row[1] for row in toon.SIGNATURES), strict=False))
+    raised = dict(zip(EMOTIONS, (row[1] for row in heads.SIGNATURES), strict=False))
     assert max(raised, key=raised.__getitem__) == "surprised" and min(raised, key=raised.__getitem__) == "angry"
 
 
 @pytest.mark.parametrize("emotion", range(8))
 def test_a_performance_follows_the_utterance_and_stays_in_range(emotion: int) -> None:
     spoken = utterance(emotion)
-    motion = toon.perform(spoken, emotion, np.random.default_rng(emotion))
+    motion = heads.perform(spoken, emotion, np.random.default_rng(emotion))
     assert motion.shape == (120, 10) and motion.dtype == torch.float32
     assert torch.allclose(motion[:, 0].double(), torch.from_numpy(spoken.mouth_open), atol=1e-6)
     assert torch.allclose(motion[:, 1].double(), torch.from_numpy(spoken.mouth_width), atol=1e-6)
-    for i, name in enumerate(toon.MOTION):
+    for i, name in enumerate(heads.MOTION):
         low = 0.0 if name in ("mouth_open", "lids") else -1.0
         assert low <= float(motion[:, i].min()) and float(motion[:, i].max()) <= 1.0
 
 
 def test_a_seed_always_gives_the_same_performance() -> None:
-    first = toon.perform(utterance(0), 3, np.random.default_rng(1))
-    assert torch.equal(first, toon.perform(utterance(0), 3, np.random.default_rng(1)))
-    assert not torch.equal(first, toon.perform(utterance(0), 3, np.random.default_rng(2)))
+    first = heads.perform(utterance(0), 3, np.random.default_rng(1))
+    assert torch.equal(first, heads.perform(utterance(0), 3, np.random.default_rng(1)))
+    assert not torch.equal(first, heads.perform(utterance(0), 3, np.random.default_rng(2)))
 
 
 def test_every_emotion_is_read_back_from_its_performances() -> None:
     for emotion in range(8):
         for seed in range(12):
-            motion = toon.perform(utterance(seed), emotion, np.random.default_rng([emotion, seed]))
+            motion = heads.perform(utterance(seed), emotion, np.random.default_rng([emotion, seed]))
             probabilities = judging.read_emotion(motion)
             assert probabilities.shape == (8,) and abs(float(probabilities.sum()) - 1.0) < 1e-5
             assert int(probabilities.argmax()) == emotion
@@ -220,8 +220,8 @@ def test_every_emotion_is_read_back_from_its_performances() -> None:
 
 
 def test_performers_blink_glance_and_keep_their_heads_quiet() -> None:
-    motion = toon.perform(utterance(0, 900), 4, np.random.default_rng(0))
-    column = {name: motion[:, i] for i, name in enumerate(toon.MOTION)}
+    motion = heads.perform(utterance(0, 900), 4, np.random.default_rng(0))
+    column = {name: motion[:, i] for i, name in enumerate(heads.MOTION)}
     shut = column["lids"] < 0.1
     blinks = int((shut[1:] & ~shut[:-1]).sum())
     assert 4 <= blinks <= 20 and float(shut.float().mean()) < 0.1
@@ -233,9 +233,9 @@ def test_performers_blink_glance_and_keep_their_heads_quiet() -> None:
 
 def test_unknown_emotions_and_empty_utterances_are_refused() -> None:
     with pytest.raises(ValueError, match="got 8"):
-        toon.perform(utterance(0), 8, np.random.default_rng(0))
+        heads.perform(utterance(0), 8, np.random.default_rng(0))
     with pytest.raises(ValueError, match="not empty"):
-        toon.perform(utterance(0, 0), 1, np.random.default_rng(0))
+        heads.perform(utterance(0, 0), 1, np.random.default_rng(0))
 
 
 # --- Measures and the judge -------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_a_judge_comes_back_from_disk_nearly_as_it_was(tmp_path: Path) -> None:
     judge = judging.Judge().eval()
     judge.save(tmp_path / "judge.safetensors")
     assert (tmp_path / "judge.safetensors").stat().st_size < 1_500_000
-    frames = toon.render(face(), judging.random_motion(4, np.random.default_rng(0)))
+    frames = heads.render(face(), judging.random_motion(4, np.random.default_rng(0)))
     loaded = judging.Judge.load(tmp_path / "judge.safetensors")
     assert torch.allclose(judge.read(frames), loaded.read(frames), atol=5e-3)
     assert torch.allclose(loaded.read(frames), loaded.read(frames.float() / 255.0), atol=1e-6)
@@ -293,6 +293,6 @@ def test_a_judge_comes_back_from_disk_nearly_as_it_was(tmp_path: Path) -> None:
 
 def test_the_shipped_judge_reads_faces_it_has_never_seen() -> None:
     figures = judging.examine(judging.Judge.load(), faces=12, clips=16, seed=7)
-    for name in ("mouth_open", *toon.SIGNATURE_COLUMNS):  # all that is graded
+    for name in ("mouth_open", *heads.SIGNATURE_COLUMNS):  # all that is graded
         assert figures[f"r2/{name}"] >= 0.9, figures
     assert figures["emotion"] >= 0.9, figures

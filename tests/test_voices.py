@@ -11,8 +11,8 @@ import pytest
 
 from memo_core.emotion import EMOTIONS
 from memo_core.errors import AudioError
-from training import voices
-from training.voices import FPS, RATE, Utterance, estimate_mouth, sample_voice, speak
+from training.toon import voices
+from training.toon.voices import FPS, RATE, Utterance, estimate_mouth, sample_voice, speak
 
 MAN = voices.Voice(pitch=110.0, tract=1.0, breath=0.1, rate=1.0, loudness=0.08, brightness=0.0, bandwidth=1.0)
 NEUTRAL = EMOTIONS.index("neutral")

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from memo_core import MemoPipeline
 from memo_core.emotion import EMOTIONS, EmotionTrack
 
-from . import run, toon
+from .. import run
+from . import heads
 from .judge import Judge, correlation_and_lag, read_emotion, ssim
 from .speech import utterance
 from .voices import RATE, Utterance
@@ -23,7 +24,7 @@ from .voices import RATE, Utterance
 SEED = 1 << 21  # training draws from other seeds
 SECONDS = 4.0
 SHEET_CLIPS, SHEET_FRAMES = 8, 10
-MOUTH = toon.MOTION.index("mouth_open")
+MOUTH = heads.MOTION.index("mouth_open")
 
 GOALS = {
     "mouth_correlation": ("mouth opening against the truth, correlation", ">= 0.6"),
@@ -41,21 +42,21 @@ GOALS = {
 class Case:
     """One clip to make: a face, a voice, and how the face truly moves to it."""
 
-    identity: toon.Identity
+    identity: heads.Identity
     spoken: Utterance
     motion: Tensor  # [F, 10]
 
     @property
     def portrait(self) -> Tensor:
         """uint8 [3, H, W]."""
-        return toon.render(self.identity, toon.neutral_motion()[None])[0]
+        return heads.render(self.identity, heads.neutral_motion()[None])[0]
 
 
 def draw_case(index: int) -> Case:
     rng = np.random.default_rng([SEED, index])
-    identity = toon.sample_identity(rng)
+    identity = heads.sample_identity(rng)
     spoken = utterance(SECONDS, rng, emotion=index % 8)
-    return Case(identity, spoken, toon.perform(spoken, spoken.emotion, rng))
+    return Case(identity, spoken, heads.perform(spoken, spoken.emotion, rng))
 
 
 @torch.no_grad()
@@ -63,9 +64,9 @@ def sample(
     pipe: MemoPipeline, case: Case, *, steps: int, guidance_scale: float, seed: int
 ) -> tuple[Tensor, EmotionTrack]:
     """uint8 frames [F, 3, H, W] of a case under its true emotion, and the emotion that the detector hears."""
-    audio = pipe.encode_audio(case.spoken.waveform, RATE, fps=toon.FPS)
+    audio = pipe.encode_audio(case.spoken.waveform, RATE, fps=heads.FPS)
     heard = pipe.detect_emotion(case.spoken.waveform, RATE, audio.num_padded_frames)
-    told = heard.with_label(0, audio.num_padded_frames / toon.FPS, case.spoken.emotion)
+    told = heard.with_label(0, audio.num_padded_frames / heads.FPS, case.spoken.emotion)
     ref = pipe.encode_reference(case.portrait.permute(1, 2, 0).numpy())
     clip, _ = pipe.sample_clip(ref, audio, told, steps=steps, guidance_scale=guidance_scale, seed=seed)
     return (clip.to_tensor().permute(0, 3, 1, 2) * 255).round().to(torch.uint8), heard
@@ -91,7 +92,7 @@ def evaluate(
         lips = correlation_and_lag(motion[:, MOUTH], case.motion[: len(frames), MOUTH])
         measured["mouth_correlation"].append(lips.correlation)
         measured["mouth_lag"].append(abs(lips.lag))
-        outside = toon.mask_outside_mouth_and_eyes(case.identity)
+        outside = heads.mask_outside_mouth_and_eyes(case.identity)
         measured["likeness"].append(ssim(frames[-1], case.portrait, outside))
         measured["emotion_read"].append(int(read_emotion(motion).argmax()) == case.spoken.emotion)
         measured["emotion_heard"].append(int(heard.labels.mode().values) == case.spoken.emotion)
@@ -99,7 +100,7 @@ def evaluate(
         measured["vae_likeness"].append(ssim(decoded[0], case.portrait.float() / 255, outside))
         if len(pictures) < 2 * SHEET_CLIPS:
             shown = torch.linspace(0, len(frames) - 1, SHEET_FRAMES).round().long()
-            pictures += [toon.render(case.identity, case.motion[shown]), frames[shown]]
+            pictures += [heads.render(case.identity, case.motion[shown]), frames[shown]]
     for mouth, other in zip(mouths, cases[1:] + cases[:1]):
         measured["swapped_correlation"].append(
             correlation_and_lag(mouth, other.motion[: len(mouth), MOUTH]).correlation

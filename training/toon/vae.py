@@ -11,22 +11,23 @@ from torch import Tensor
 
 from memo_core import checkpoint
 
-from . import presets, run, toon
+from .. import run
+from . import heads, sizes
 
 STEPS = 2400
 BATCH_IDENTITIES, BATCH_FRAMES = 4, 2
 LEARNING_RATE = 2e-3
-SCALING = presets.VAE["scaling_factor"]
+SCALING = sizes.VAE["scaling_factor"]
 
 
 def random_motions(count: int, rng: np.random.Generator) -> Tensor:
     """Motions over their whole range, beyond what a performance visits, many with a shut mouth or open eyes."""
-    motion = rng.uniform(-1, 1, (count, len(toon.MOTION))).astype(np.float32)
+    motion = rng.uniform(-1, 1, (count, len(heads.MOTION))).astype(np.float32)
     for name in ("mouth_open", "lids"):
-        index = toon.MOTION.index(name)
+        index = heads.MOTION.index(name)
         motion[:, index] = motion[:, index] * 0.5 + 0.5
-    motion[rng.random(count) < 0.25, toon.MOTION.index("mouth_open")] = 0.0
-    motion[rng.random(count) < 0.5, toon.MOTION.index("lids")] = 1.0
+    motion[rng.random(count) < 0.25, heads.MOTION.index("mouth_open")] = 0.0
+    motion[rng.random(count) < 0.5, heads.MOTION.index("lids")] = 1.0
     return torch.from_numpy(motion)
 
 
@@ -34,7 +35,7 @@ def random_faces(identities: int, frames: int, rng: np.random.Generator) -> Tens
     """uint8 [identities * frames, 3, H, W]."""
     return torch.cat(
         [
-            toon.render(toon.sample_identity(rng), random_motions(frames, rng), presets.IMAGE_SIZE)
+            heads.render(heads.sample_identity(rng), random_motions(frames, rng), sizes.IMAGE_SIZE)
             for _ in range(identities)
         ]
     )
@@ -85,11 +86,11 @@ def train(folder: Path, steps: int = STEPS) -> Path:
 
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    vae = AutoencoderKL.from_config(presets.VAE)
+    vae = AutoencoderKL.from_config(sizes.VAE)
     average = run.Average(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
     job = run.Job(
-        folder / "vae_job", steps, {"vae": vae, "average": average}, optimizer, generator, settings=str(presets.VAE)
+        folder / "vae_job", steps, {"vae": vae, "average": average}, optimizer, generator, settings=str(sizes.VAE)
     )
     for step in job.steps():
         for group in optimizer.param_groups:
@@ -106,5 +107,5 @@ def train(folder: Path, steps: int = STEPS) -> Path:
             run.contact_sheet(run.to_bytes(pairs), len(pairs) // 2, folder / "samples" / f"vae_{step:05d}.png")
     vae = average.module.eval()
     standardise(vae, run.to_signed(random_faces(64, 4, np.random.default_rng(1))))
-    checkpoint.save_module(folder / "checkpoint" / "vae", vae, presets.VAE)
+    checkpoint.save_module(folder / "checkpoint" / "vae", vae, sizes.VAE)
     return folder / "checkpoint" / "vae"

@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from memo_core import checkpoint
 
-from . import toon
+from . import heads
 
 ASSET = checkpoint.assets() / "judge.safetensors"
 
 # How much a clip's mean may stray from its emotion's signature: what performances vary by, plus the judge's own error.
 _SPREAD = torch.tensor([0.12, 0.14, 0.14, 0.09, 0.12])
-_SIGNATURE_COLUMNS = [toon.MOTION.index(name) for name in toon.SIGNATURE_COLUMNS]
+_SIGNATURE_COLUMNS = [heads.MOTION.index(name) for name in heads.SIGNATURE_COLUMNS]
 
 
 class Judge(nn.Module):
@@ -40,10 +40,10 @@ class Judge(nn.Module):
                 for layer in (nn.Conv2d(fan_in, fan_out, 3, stride, 1), nn.GroupNorm(8, fan_out), nn.SiLU())
             )
         )
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(96 * 16, 160), nn.SiLU(), nn.Linear(160, len(toon.MOTION)))
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(96 * 16, 160), nn.SiLU(), nn.Linear(160, len(heads.MOTION)))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Motion [N, 10] (see `toon.MOTION`) of frames [N, 3, H, W], uint8 or float in [0, 1], any size."""
+        """Motion [N, 10] (see `heads.MOTION`) of frames [N, 3, H, W], uint8 or float in [0, 1], any size."""
         if frames.ndim != 4 or frames.shape[1] != 3:
             raise ValueError(f"frames must be [N, 3, H, W], got {list(frames.shape)}")
         frames = _unit(frames).to(self.head[1].weight.dtype)
@@ -75,7 +75,7 @@ class Judge(nn.Module):
 def read_emotion(motion: Tensor) -> Tensor:
     """Probabilities [8] of the emotions behind a clip's motion [F, 10]: how near its mean is to each signature."""
     mean = motion[:, _SIGNATURE_COLUMNS].float().mean(dim=0).cpu()
-    distance = (mean - torch.tensor(toon.SIGNATURES)) / _SPREAD
+    distance = (mean - torch.tensor(heads.SIGNATURES)) / _SPREAD
     return (-0.5 * distance.square().sum(dim=1)).softmax(dim=0)
 
 
@@ -156,14 +156,14 @@ def _unit(frames: Tensor) -> Tensor:
 
 def random_motion(frames: int, rng: np.random.Generator) -> Tensor:
     """Motion rows [F, 10] that cover every parameter's range independently of the others."""
-    low = np.array([0.0 if name in ("mouth_open", "lids") else -1.0 for name in toon.MOTION])
-    motion = rng.uniform(low, 1.0, (frames, len(toon.MOTION)))
+    low = np.array([0.0 if name in ("mouth_open", "lids") else -1.0 for name in heads.MOTION])
+    motion = rng.uniform(low, 1.0, (frames, len(heads.MOTION)))
     # Performances hold the head nearly still and the eyes open most of the time.
     calm = rng.random((frames, 1)) < 0.6
     for name, factor in (("head_turn", 0.4), ("head_tilt", 0.6)):
-        column = toon.MOTION.index(name)
+        column = heads.MOTION.index(name)
         motion[:, column : column + 1] *= np.where(calm, factor, 1.0)
-    motion[rng.random(frames) < 0.25, toon.MOTION.index("mouth_open")] *= 0.15
+    motion[rng.random(frames) < 0.25, heads.MOTION.index("mouth_open")] *= 0.15
     return torch.from_numpy(motion.astype(np.float32))
 
 
@@ -212,12 +212,12 @@ def train_judge(
     # that drawing costs less than learning.
     per_face, pool_size = 16, 8192
     pool = torch.empty(pool_size, 3, 64, 64, dtype=torch.uint8)
-    truth = torch.empty(pool_size, len(toon.MOTION))
+    truth = torch.empty(pool_size, len(heads.MOTION))
 
     def refill(at: int) -> None:
-        identity = toon.sample_identity(rng)
+        identity = heads.sample_identity(rng)
         truth[at : at + per_face] = random_motion(per_face, rng)
-        frames = toon.render(identity, truth[at : at + per_face], 128).float()
+        frames = heads.render(identity, truth[at : at + per_face], 128).float()
         pool[at : at + per_face] = F.avg_pool2d(frames, 2).round().to(torch.uint8)
 
     for at in tqdm(range(0, pool_size, per_face), desc="judge: first faces", unit="face"):
@@ -258,15 +258,15 @@ def examine(judge: Judge, faces: int = 60, clips: int = 160, seed: int = 1 << 41
     """
     rng = np.random.default_rng(seed)
     wanted = [random_motion(16, rng) for _ in range(faces)]
-    read = torch.cat([judge.read(toon.render(toon.sample_identity(rng), motion)) for motion in wanted])
+    read = torch.cat([judge.read(heads.render(heads.sample_identity(rng), motion)) for motion in wanted])
     truth = torch.cat(wanted)
     r2 = 1.0 - (read - truth).square().sum(dim=0) / (truth - truth.mean(dim=0)).square().sum(dim=0)
-    figures = {f"r2/{name}": float(value) for name, value in zip(toon.MOTION, r2, strict=True)}
+    figures = {f"r2/{name}": float(value) for name, value in zip(heads.MOTION, r2, strict=True)}
     right = 0
     for clip in range(clips):
-        emotion = clip % len(toon.SIGNATURES)
-        motion = toon.perform(_Babble(rng), emotion, rng)
-        frames = toon.render(toon.sample_identity(rng), motion[::4])
+        emotion = clip % len(heads.SIGNATURES)
+        motion = heads.perform(_Babble(rng), emotion, rng)
+        frames = heads.render(heads.sample_identity(rng), motion[::4])
         right += int(read_emotion(judge.read(frames)).argmax()) == emotion
     figures["emotion"] = right / clips
     return figures
@@ -276,7 +276,7 @@ class _Babble:
     """The mouth of somebody who utters random syllables for 4 s, without a voice."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        frames = 4 * toon.FPS
+        frames = 4 * heads.FPS
         syllables = np.abs(np.sin(np.arange(frames) * rng.uniform(0.25, 0.5) + rng.uniform(0.0, np.pi)))
         self.mouth_open = syllables * rng.uniform(0.4, 1.0)
         self.mouth_width = np.sin(np.arange(frames) * rng.uniform(0.1, 0.3)) * rng.uniform(0.2, 0.8)

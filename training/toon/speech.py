@@ -19,7 +19,8 @@ from memo_core.nets.emotion2vec import Emotion2Vec
 from memo_core.nets.emotion_head import EmotionHead
 from memo_core.nets.speech_encoder import SpeechEncoder
 
-from . import presets, run, voices
+from .. import run
+from . import sizes, voices
 
 SPEECH_STEPS, EMOTION_STEPS = 700, 4000
 BATCH = 12
@@ -47,14 +48,14 @@ def train_speech(folder: Path, steps: int = SPEECH_STEPS) -> Path:
     generator = torch.Generator().manual_seed(1)
     encoder = SpeechEncoder.from_config(
         {
-            **presets.SPEECH,
+            **sizes.SPEECH,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
             "activation_dropout": 0.0,
             "feat_proj_dropout": 0.0,
         }
     )
-    readout = nn.Linear(presets.SPEECH_DIM, 2)
+    readout = nn.Linear(sizes.SPEECH_DIM, 2)
     parameters = [*encoder.parameters(), *readout.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     job = run.Job(
@@ -63,7 +64,7 @@ def train_speech(folder: Path, steps: int = SPEECH_STEPS) -> Path:
         {"encoder": encoder, "readout": readout},
         optimizer,
         generator,
-        settings=str(presets.SPEECH),
+        settings=str(sizes.SPEECH),
     )
     encoder.train()
     for step in job.steps():
@@ -89,7 +90,7 @@ def train_speech(folder: Path, steps: int = SPEECH_STEPS) -> Path:
 def train_emotion(folder: Path, steps: int = EMOTION_STEPS) -> Path:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(2)
-    encoder = Emotion2Vec.from_config(presets.EMOTION)
+    encoder = Emotion2Vec.from_config(sizes.EMOTION)
     head = EmotionHead(feature_dim=encoder.feature_dim, hidden_dim=64)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
@@ -99,7 +100,7 @@ def train_emotion(folder: Path, steps: int = EMOTION_STEPS) -> Path:
         {"encoder": encoder, "head": head},
         optimizer,
         generator,
-        settings=str(presets.EMOTION),
+        settings=str(sizes.EMOTION),
     )
     encoder.train()
     for step in job.steps():

@@ -26,7 +26,8 @@ from memo_core.audio import NEIGHBOURS
 from memo_core.clips import WINDOW
 from memo_core.nets.speech_encoder import SpeechEncoder
 
-from . import presets, run, toon
+from .. import run
+from . import heads, sizes
 from .speech import utterance
 from .vae import random_motions
 
@@ -45,20 +46,20 @@ def encode(vae, frames: Tensor) -> Tensor:
         return sampling.encode(vae, run.to_signed(frames)).half()
 
 
-def focus(identity: toon.Identity, size: int) -> Tensor:
+def focus(identity: heads.Identity, size: int) -> Tensor:
     """How much of each latent covers mouth, eyes or brows, [size, size] in [0, 1]."""
-    inside = ~toon.mask_outside_mouth_and_eyes(identity, presets.IMAGE_SIZE)
+    inside = ~heads.mask_outside_mouth_and_eyes(identity, sizes.IMAGE_SIZE)
     return F.adaptive_avg_pool2d(inside.float()[None], size)[0].half()
 
 
 @torch.no_grad()
 def make_clip(vae, speech: SpeechEncoder, rng: np.random.Generator) -> dict[str, Tensor]:
     """One performance: latents [64, 4, h, w], portrait [4, h, w], speech [64, L, C], emotion [], focus [h, w]."""
-    identity = toon.sample_identity(rng)
+    identity = heads.sample_identity(rng)
     spoken = utterance(SPOKEN_SECONDS, rng, REAL_SHARE)
-    motion = toon.perform(spoken, spoken.emotion, rng)
+    motion = heads.perform(spoken, spoken.emotion, rng)
     start = int(rng.integers(len(motion) - CLIP_FRAMES + 1))
-    frames = toon.render(identity, torch.cat([toon.neutral_motion()[None], motion[start : start + CLIP_FRAMES]]))
+    frames = heads.render(identity, torch.cat([heads.neutral_motion()[None], motion[start : start + CLIP_FRAMES]]))
     latents = encode(vae, frames)
     waveform = torch.as_tensor(spoken.waveform)[None]
     hidden = speech(F.layer_norm(waveform, waveform.shape[-1:]), len(motion))
@@ -74,8 +75,8 @@ def make_clip(vae, speech: SpeechEncoder, rng: np.random.Generator) -> dict[str,
 @torch.no_grad()
 def make_face(vae, rng: np.random.Generator) -> dict[str, Tensor]:
     """One face in unrelated poses: latents [8, 4, h, w], portrait [4, h, w]."""
-    frames = toon.render(
-        toon.sample_identity(rng), torch.cat([toon.neutral_motion()[None], random_motions(FACE_FRAMES, rng)])
+    frames = heads.render(
+        heads.sample_identity(rng), torch.cat([heads.neutral_motion()[None], random_motions(FACE_FRAMES, rng)])
     )
     latents = encode(vae, frames)
     return {"latents": latents[1:], "portrait": latents[0]}
