@@ -1,78 +1,82 @@
-"""`python -m training`: makes the toon checkpoint from nothing, and measures it."""
+"""`python -m training`: prepares data, trains the stages of MEMO, adapters and the emotion detector, and measures."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from memo_core import checkpoint
+from memo_core.errors import MemoError
 
-from . import data, judge, presets, speech, stages, vae
-from .evaluate import evaluate, table
-
-STAGES = {stage.name: stage for stage in presets.TOON_STAGES}
-JOBS = ("vae", "speech", "emotion", "data", *STAGES, "assemble")
-
-
-def run_job(name: str, folder: Path, out: Path) -> None:
-    """One job of the toon checkpoint; each needs those before it, and goes on where it was stopped."""
-    if name in STAGES:
-        before = list(STAGES)[: list(STAGES).index(name)]
-        stages.train(STAGES[name], folder, folder / f"{before[-1]}.pt" if before else None)
-        return
-    {
-        "vae": lambda: vae.train(folder),
-        "speech": lambda: speech.train_speech(folder),
-        "emotion": lambda: speech.train_emotion(folder),
-        "data": lambda: data.make(folder),
-        "assemble": lambda: stages.assemble(folder, out),
-        "judge": lambda: judge.train_judge(out.with_name("judge.safetensors")),
-    }[name]()
+from .config import ConfigError, override
+from .shards import ShardError
+from .toon import jobs
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    toon = commands.add_parser("toon", help="train the toon checkpoint", description="Train the toon checkpoint.")
-    what = toon.add_mutually_exclusive_group(required=True)
-    what.add_argument("--all", action="store_true", help=f"every job in order: {', '.join(JOBS)}")
-    what.add_argument(
-        "--stage", choices=(*JOBS, "judge"), help="one job; judge trains the regressor that grades, apart from the rest"
-    )
-    toon.add_argument(
-        "--folder", type=Path, default=Path("runs/toon"), help="where jobs keep their state and samples (%(default)s)"
-    )
-    toon.add_argument(
-        "--out",
-        type=Path,
-        default=checkpoint.assets() / "toon",
-        help="where assemble writes the checkpoint (%(default)s)",
-    )
-    toon.set_defaults(
-        run=lambda args: [run_job(name, args.folder, args.out) for name in (JOBS if args.all else [args.stage])]
-    )
-
-    measure = commands.add_parser(
-        "evaluate",
-        help="measure a toon checkpoint",
-        description="Measure a toon checkpoint on faces and voices it has not seen.",
-    )
-    measure.add_argument("checkpoint", nargs="?", default="toon", help="folder, or toon (the default)")
-    measure.add_argument("--clips", type=int, default=20, help="clips of 4 s (%(default)s)")
-    measure.add_argument("--steps", type=int, default=20, help="sampling steps (%(default)s)")
-    measure.add_argument("--guidance", type=float, default=3.5, help="guidance scale (%(default)s)")
-    measure.add_argument(
-        "--out", type=Path, default=Path("runs/evaluation"), help="figures.json and sheet.png (%(default)s)"
-    )
-    measure.set_defaults(run=run_evaluate)
-
+    add_train(commands)
+    jobs.add_command(commands)
     args = parser.parse_args(arguments)
-    args.run(args)
+    try:
+        args.run(args)
+    except (MemoError, ConfigError, ShardError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
 
 
-def run_evaluate(args: argparse.Namespace) -> None:
-    print(table(evaluate(args.checkpoint, args.out, clips=args.clips, steps=args.steps, guidance_scale=args.guidance)))
+def add_train(commands) -> None:
+    from .presets import PRESETS
+
+    train = commands.add_parser(
+        "train",
+        help="train or resume a stage",
+        description="Train or resume a stage; `accelerate launch -m training train ...` does so with many processes.",
+    )
+    train.add_argument("preset", choices=PRESETS, help="the stage")
+    train.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes: optimizer.batch=2 steps=500")
+    train.add_argument("--data", type=Path, required=True, help="folder of shards")
+    train.add_argument("--out", type=Path, required=True, help="folder of the run; one that was stopped goes on")
+    train.add_argument(
+        "--start", type=Path, help="checkpoint in the released layout, or the folder of a run: its last one"
+    )
+    train.add_argument("--sd15", type=Path, help="start from Stable Diffusion 1.5: its folder, or its unet folder")
+    train.add_argument("--animatediff", type=Path, help="temporal modules from this motion module (with --sd15)")
+    train.add_argument(
+        "--encoders",
+        type=Path,
+        help="checkpoint whose VAE and encoders complete the new ones, and make the pictures (default: --start)",
+    )
+    train.add_argument("--show", action="store_true", help="print the settings and stop")
+    train.set_defaults(run=run_train)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from . import engine
+    from .config import flatten
+    from .nets import Nets, silence_new_modules
+    from .presets import PRESETS
+
+    config = override(PRESETS[args.preset](), args.set)
+    if args.show:
+        print("\n".join(f"{name}={value}" for name, value in flatten(config).items()))
+        return
+    if (args.start is None) == (args.sd15 is None):
+        raise ConfigError("give either --start (a checkpoint, or a run) or --sd15 (Stable Diffusion 1.5)")
+    if args.start is not None:
+        start = engine.latest(args.start) or args.start
+        nets, name = Nets.from_pretrained(start), str(start)
+    else:
+        from . import initialise
+
+        nets, name, start = Nets(), str(args.sd15), None
+        silence_new_modules(nets)
+        print(initialise.from_stable_diffusion(nets, args.sd15))
+        if args.animatediff is not None:
+            print(initialise.from_animatediff(nets, args.animatediff))
+            name += f" and {args.animatediff}"
+    encoders = args.encoders or (start if start is not None and (start / "vae").is_dir() else None)
+    print(f"the last checkpoint is {engine.train(config, args.data, args.out, nets, encoders, name)}")
 
 
 if __name__ == "__main__":

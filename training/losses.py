@@ -5,10 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .config import Loss
 
-def draw_sigma(count: int, mean: float, generator: torch.Generator) -> Tensor:
-    """Noise levels [count] in (0, 1), logit-normal about `mean` (Esser et al. 2024, section 3.1)."""
-    return (mean + torch.randn(count, generator=generator)).sigmoid()
+
+def draw_sigma(count: int, config: Loss, generator: torch.Generator) -> Tensor:
+    """Noise levels [count] in (0, 1), drawn as the weighting says (Esser et al. 2024, section 3.1)."""
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    scheme = "none" if config.weighting == "uniform" else config.weighting
+    return compute_density_for_timestep_sampling(
+        scheme, count, config.logit_mean, config.logit_std, config.mode_scale, generator=generator
+    )
+
+
+def sigma_weight(sigma: Tensor, config: Loss) -> Tensor:
+    """Weight of each noise level in the loss, the same shape."""
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    return compute_loss_weighting_for_sd3(config.weighting, sigma)
 
 
 def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,27 +33,31 @@ def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]
     return (1 - sigma) * clean + sigma * noise, noise - clean
 
 
-def robust_flow_loss(
-    predicted: Tensor, velocity: Tensor, sigma: Tensor, weight: Tensor, threshold: float, exempt: Tensor | None = None
+def flow_errors(
+    predicted: Tensor, velocity: Tensor, sigma: Tensor, weight: Tensor, config: Loss
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared error of the velocity, leaving out samples whose clean estimate is too far off.
+    """Loss of each sample, and the error by which the robust filter judges it.
 
-    An error e of the velocity moves the clean estimate by sigma * e; a sample whose mean square of that exceeds
-    `threshold` is taken for a bad one (a cut, a wrong sound) and dropped from the step.
+    An error e of the velocity moves the clean estimate by sigma * e; measured there (`robust_measure` "clean") it does
+    not depend on how noisy the sample was.
 
     Args:
         predicted, velocity: [B, 4, F, h, w].
         sigma, weight: broadcast against them; the weight emphasises places.
-        exempt: [B] bool, samples that stay whatever their error.
 
     Returns:
-        The loss, and the share of samples kept.
+        Weighted mean squared error [B], and the unweighted error [B] without gradient.
     """
     error = (predicted - velocity).square()
-    distance = (error.detach() * sigma.square()).mean(dim=(1, 2, 3, 4))
-    keep = distance <= threshold
-    if exempt is not None:
-        keep = keep | exempt
-    keep = keep.to(error.dtype)
-    per_sample = (error * weight).mean(dim=(1, 2, 3, 4)) / weight.expand_as(error).mean(dim=(1, 2, 3, 4))
-    return (per_sample * keep).sum() / keep.sum().clamp_min(1), keep.mean()
+    seen = error.detach() * sigma.square() if config.robust_measure == "clean" else error.detach()
+    weighted = error * weight * sigma_weight(sigma, config)
+    return weighted.mean(dim=(1, 2, 3, 4)) / weight.expand_as(error).mean(dim=(1, 2, 3, 4)), seen.mean(dim=(1, 2, 3, 4))
+
+
+def kept_by_filter(error: Tensor, exempt: Tensor, threshold: float) -> Tensor:
+    """Which samples [B] stay in the step: those whose error is at most `threshold`, and the exempt ones.
+
+    Exempt are samples without a portrait: what they should look like is anybody's guess, so their error says nothing.
+    One that is not finite never stays.
+    """
+    return ((error <= threshold) | exempt) & torch.isfinite(error)

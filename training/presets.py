@@ -1,155 +1,107 @@
-"""Sizes and schedules of the toon checkpoint, as data: networks in the released form, a dataclass per stage."""
+"""Stages of training, ready to run: those of the paper (MEMO section 4.3, appendix B), and small ones for the toons."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import replace
 
-IMAGE_SIZE = 128  # pixels; 16 x 16 latents
-TOKEN_DIM = 64
-SPEECH_LAYERS, SPEECH_DIM = 3, 96
-AUDIO_TOKENS = 4
-FACE_EMBEDDING = 512
-
-_LEVELS = {
-    "block_out_channels": [48, 64, 96],
-    "layers_per_block": 1,
-    "attention_head_dim": 4,
-    "cross_attention_dim": TOKEN_DIM,
-    "norm_num_groups": 16,
-    "norm_eps": 1e-5,
-    "in_channels": 4,
-    "out_channels": 4,
-    "act_fn": "silu",
-    "sample_size": IMAGE_SIZE // 8,
-}
-# The finest level goes without attention and memory: on two cores they cost three quarters of a step there, and the
-# features one level down still hold more numbers than the latents.
-REFERENCE_NET = {
-    "_class_name": "UNet2DConditionModel",
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    **_LEVELS,
-}
-DIFFUSION_NET = {
-    "_class_name": "UNet3DConditionModel",
-    "down_block_types": ["DownBlock3D", "CrossAttnDownBlock3D", "CrossAttnDownBlock3D"],
-    "up_block_types": ["CrossAttnUpBlock3D", "CrossAttnUpBlock3D", "UpBlock3D"],
-    "audio_attention_dim": TOKEN_DIM,
-    "emo_drop_rate": 0.3,
-    "motion_module_kwargs": {
-        "attention_block_types": ["Temporal_Self"],
-        "num_attention_heads": 4,
-        "num_transformer_block": 1,
-        "temporal_attention_dim_div": 1,
-        "temporal_position_encoding": False,
-        "temporal_position_encoding_max_len": 32,
-        "zero_initialize": True,
-    },
-    "motion_module_resolutions": [2, 4],
-    "use_inflated_groupnorm": True,
-    **_LEVELS,
-}
-VAE = {
-    "_class_name": "AutoencoderKL",
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "block_out_channels": [16, 32, 64, 64],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "act_fn": "silu",
-    "sample_size": IMAGE_SIZE,
-    "scaling_factor": 0.18215,
-}
-SPEECH = {
-    "hidden_size": SPEECH_DIM,
-    "num_hidden_layers": SPEECH_LAYERS,
-    "num_attention_heads": 4,
-    "intermediate_size": 192,
-    "conv_dim": [48] * 7,
-    "num_conv_pos_embeddings": 32,
-    "num_conv_pos_embedding_groups": 8,
-    "feat_extract_norm": "group",
-}
-EMOTION = {
-    "model_conf": {
-        "depth": 1,
-        "num_heads": 4,
-        "embed_dim": 64,
-        "mlp_ratio": 2.0,
-        "encoder_dropout": 0.0,
-        "post_mlp_drop": 0.0,
-        "attention_dropout": 0.0,
-        "modalities": {
-            "audio": {
-                "prenet_depth": 1,
-                "prenet_dropout": 0.0,
-                "num_extra_tokens": 2,
-                "num_alibi_heads": 4,
-                "feature_encoder_spec": "[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2",
-                "conv_pos_width": 25,
-                "conv_pos_groups": 4,
-            }
-        },
-    }
-}
+from .config import Data, Drop, Engine, Lora, Loss, Optimizer, Stage
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageConfig:
-    """One stage of diffusion training (MEMO section 4.3, made small).
-
-    Probabilities are per sample. `past_windows` are the numbers of 16-frame past windows drawn from.
-    """
-
-    name: str
-    steps: int
-    faces: bool = False  # single frames, each by itself, instead of windows
-    frames: int = 16
-    batch: int = 4
-    learning_rate: float = 8e-4
-    warmup_steps: int = 100
-    train: tuple[str, ...] = ("reference", "spatial", "audio", "memory", "projections")
-    join_step: int = 0  # Reference Net and spatial layers stand still until then, while new modules warm up
-    past_windows: tuple[int, ...] = (1,)
-    drop_emotion: float = 0.3
-    drop_reference: float = 0.05
-    drop_audio: float = 0.05
-    drop_past: float = 0.05
-    drop_all: float = 0.08  # reference, audio and emotion together, as guidance's unconditional row has it
-    start_ratio: float = 0.25  # the past is the portrait, as before a video's first window
-    past_noise: float = 0.2  # greatest standard deviation of noise on past latents: generated ones are not clean either
-    robust_threshold: float = 0.3  # mean square error of the clean estimate above which a sample is dropped
-    robust_from: int = 0  # step from which on that is done: before, every sample is far off
-    mouth_weight: float = 4.0  # the mouth is a twentieth of the picture and the point of it
-    ema: float = 0.998
-    sigma_mean: float = 0.0  # of the noise level's logit; windows show through more noise than single frames do
-    seed: int = 0
+def memo_stage1() -> Stage:
+    """Face domain adaptation: Reference Net, spatial modules and the face projection learn from single frames."""
+    return Stage(
+        name="stage1",
+        steps=15_000,
+        train=("reference", "spatial", "face"),
+        data=Data(single_frames=True, frames=1, workers=4),
+        drop=Drop(emotion=0.0, audio=0.0, past=0.0),
+        loss=Loss(robust_threshold=math.inf),
+        optimizer=Optimizer(batch=8),
+    )
 
 
-TOON_STAGES = (
-    StageConfig(
+def memo_stage2() -> Stage:
+    """Robust scale-up: audio and memory modules warm up, then all parts learn; 16 past frames; bad samples dropped."""
+    return Stage(
+        name="stage2",
+        steps=500_000,
+        join=("reference", "spatial", "face"),
+        join_step=15_000,
+        data=Data(workers=4),
+        loss=Loss(robust_from=15_000),
+    )
+
+
+def memo_stage3() -> Stage:
+    """Dynamic past frames: 16, 32 or 48 of them, and only audio and memory modules learn."""
+    return Stage(name="stage3", steps=100_000, train=("audio", "memory"), data=Data(past_windows=(1, 2, 3), workers=4))
+
+
+def memo_lora() -> Stage:
+    """Fine-tuning on one card of 24 GB: adapters of rank 16, 8-bit Adam; start from a whole checkpoint."""
+    return Stage(
+        name="lora",
+        steps=2000,
+        data=Data(past_windows=(1, 2, 3), workers=2),
+        optimizer=Optimizer(learning_rate=1e-4, bits=8, warmup_steps=100),
+        lora=Lora(rank=16, alpha=16.0, targets=("attention", "audio", "memory")),
+        engine=Engine(ema=0.0, save_every=250, sample_every=250),
+    )
+
+
+_TOON_ENGINE = Engine(
+    gradient_checkpointing=False, attention="math", ema=0.998, save_every=200, keep=2, sample_every=300, samples=6
+)
+_TOON_DROP = Drop(all=0.08)
+
+
+def toon_stage1() -> Stage:
+    """As the paper's, on drawn faces; a few poses of each face."""
+    return Stage(
         name="stage1",
         steps=1800,
-        faces=True,
-        frames=4,
-        batch=12,
-        train=("reference", "spatial", "projections"),
-        learning_rate=1e-3,
-        mouth_weight=1.0,
-        robust_threshold=float("inf"),
-        sigma_mean=0.3,
-    ),
-    StageConfig(name="stage2", steps=2400, join_step=150, sigma_mean=0.7, robust_from=1600),
-    StageConfig(
+        train=("reference", "spatial", "face"),
+        data=Data(single_frames=True, frames=4),
+        drop=_TOON_DROP,
+        loss=Loss(logit_mean=0.3, robust_threshold=math.inf),
+        optimizer=Optimizer(learning_rate=1e-3, betas=(0.9, 0.99), schedule="cosine", warmup_steps=100, batch=12),
+        engine=_TOON_ENGINE,
+    )
+
+
+def toon_stage2() -> Stage:
+    """As the paper's; noisier levels, because windows show through more noise than single frames do."""
+    return Stage(
+        name="stage2",
+        steps=2400,
+        join=("reference", "spatial", "face"),
+        join_step=150,
+        data=Data(start_ratio=0.1, past_noise=0.2),
+        drop=_TOON_DROP,
+        # The mouth is a twentieth of the picture and the point of it.
+        loss=Loss(logit_mean=0.7, robust_threshold=0.3, robust_measure="clean", robust_from=1600, focus_weight=4.0),
+        optimizer=Optimizer(learning_rate=8e-4, betas=(0.9, 0.99), schedule="cosine", warmup_steps=100, batch=4),
+        engine=_TOON_ENGINE,
+    )
+
+
+def toon_stage3() -> Stage:
+    stage = toon_stage2()
+    return replace(
+        stage,
         name="stage3",
         steps=300,
         train=("audio", "memory"),
-        past_windows=(1, 2, 3),
-        learning_rate=2e-4,
-        warmup_steps=30,
-        sigma_mean=0.7,
-    ),
-)
+        join=(),
+        join_step=0,
+        data=replace(stage.data, past_windows=(1, 2, 3)),
+        loss=replace(stage.loss, robust_from=0),
+        optimizer=replace(stage.optimizer, learning_rate=2e-4, warmup_steps=30),
+    )
+
+
+PRESETS = {
+    preset.__name__: preset
+    for preset in (memo_stage1, memo_stage2, memo_stage3, memo_lora, toon_stage1, toon_stage2, toon_stage3)
+}

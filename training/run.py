@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -154,18 +155,45 @@ def numpy_rng(generator: torch.Generator):
     return np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
 
 
-def contact_sheet(images: Tensor, columns: int, path: Path) -> None:
-    """Writes uint8 [N, 3, H, W] pictures as one PNG, row by row."""
-    from PIL import Image
-
+def sheet(images: Tensor, columns: int) -> Tensor:
+    """uint8 [N, 3, H, W] pictures, row by row, as one picture [3, rows * H, columns * W]."""
     count, _, height, width = images.shape
     rows = -(-count // columns)
-    sheet = torch.zeros(3, rows * height, columns * width, dtype=torch.uint8)
+    whole = torch.zeros(3, rows * height, columns * width, dtype=torch.uint8)
     for i, image in enumerate(images):
         y, x = divmod(i, columns)
-        sheet[:, y * height : (y + 1) * height, x * width : (x + 1) * width] = image
+        whole[:, y * height : (y + 1) * height, x * width : (x + 1) * width] = image
+    return whole
+
+
+def save_picture(picture: Tensor, path: Path) -> None:
+    """Writes uint8 [3, H, W] as a PNG."""
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+
+
+def contact_sheet(images: Tensor, columns: int, path: Path) -> None:
+    """Writes uint8 [N, 3, H, W] pictures as one PNG, row by row."""
+    save_picture(sheet(images, columns), path)
+
+
+def bar(name: str, total: int, done: int, shown: bool) -> tqdm:
+    """A progress bar of steps."""
+    return tqdm(total=total, initial=done, desc=name, mininterval=5.0, disable=not shown)
+
+
+def hardware() -> str:
+    """The accelerator's name, or the processor's and how many cores of it."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
 
 def to_signed(images: Tensor) -> Tensor:

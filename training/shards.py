@@ -111,7 +111,7 @@ class Shards:
         with tarfile.open(self.folder / sample.shard) as tar:
             return json.load(tar.extractfile(f"{sample.key}.json"))
 
-    @lru_cache(maxsize=4096)  # noqa: B019: one reader lives as long as its process
+    @lru_cache(maxsize=4096)  # one reader lives as long as its process
     def _header(self, number: int) -> tuple[int, dict[str, Any]]:
         sample = self.samples[number]
         path = self.folder / sample.shard

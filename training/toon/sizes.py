@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..nets import Sizes
+
 IMAGE_SIZE = 128  # pixels; 16 x 16 latents
 TOKEN_DIM = 64
 SPEECH_LAYERS, SPEECH_DIM = 3, 96
@@ -47,6 +49,15 @@ DIFFUSION_NET = {
     "use_inflated_groupnorm": True,
     **_LEVELS,
 }
+NETS = Sizes(
+    reference_net=REFERENCE_NET,
+    diffusion_net=DIFFUSION_NET,
+    face_embedding=FACE_EMBEDDING,
+    audio_tokens=AUDIO_TOKENS,
+    audio_hidden=256,
+    speech_layers=SPEECH_LAYERS,
+    speech_dim=SPEECH_DIM,
+)
 VAE = {
     "_class_name": "AutoencoderKL",
     "in_channels": 3,

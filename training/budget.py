@@ -1,0 +1,351 @@
+"""What a stage costs, counted instead of guessed: operations and memory of a step, storage, GPU hours.
+
+The step itself runs, at full size and in full, on tensors without data (`FakeTensorMode`): every operation of its
+forward and backward pass is seen, with the sizes of what it makes and how long that is held. So the count follows the
+code, gradient checkpointing, adapters and all. Operations are those of matrix products, convolutions and attention, a
+multiplication and an addition counted as two (torch's FlopCounterMode); what is recomputed counts again.
+
+It runs as on a CUDA device: mixed precision keeps norms, softmax and sums in float32, and attention is fused. What
+only the device knows (its context, work space of its libraries, fragmentation) is `RESERVE`, an assumption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from memo_core.audio import NEIGHBOURS
+from memo_core.clips import WINDOW
+
+from .batches import Batch
+from .config import Stage, override
+from .flow import FlowModel
+from .nets import RELEASED, Nets, Sizes, checkpoint_gradients
+
+GIB = 2**30
+# Dense bf16 products with float32 sums, operations per second, as the manufacturer states; and memory in bytes.
+DEVICES = {
+    "H100 SXM": (989e12, 80 * GIB),
+    "H200": (989e12, 141 * 10**9),
+    "A100 80 GB": (312e12, 80 * GIB),
+    "RTX 4090": (165e12, 24 * GIB),
+}
+UTILISATION = 0.3  # assumed share of that speed; measure a step and say so with --utilisation
+RESERVE = 3 * GIB // 2  # assumed: context 0.5 GiB, work space of cuDNN and cuBLAS and fragmentation 1 GiB
+FPS = 30
+# What CUDA's mixed precision computes in float32 and the CPU's does not.
+_IN_FLOAT32 = ("layer_norm", "group_norm", "softmax", "sum")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One forward and backward pass, in operations and bytes."""
+
+    forward: int  # operations
+    backward: int  # with what is recomputed
+    weights: int  # bytes of all parameters and buffers
+    gradients: int  # of all parameters that learn
+    saved: int  # what the forward pass leaves for the backward pass
+    peak: int  # most at any time beside the weights: activations, their gradients, gradients made so far
+    peak_gradients: int  # the parameters' share of the peak
+
+    @property
+    def operations(self) -> int:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What a stage needs. Bytes are those of one device that holds everything."""
+
+    stage: Stage
+    step: Step
+    learning: int  # parameters that learn
+    moments: int  # bytes of the optimiser
+    average: int  # bytes of the averaged weights
+
+    @property
+    def total(self) -> int:
+        """Bytes of device memory, at the greater of two moments: in the backward pass, or in the optimiser's step,
+        which holds all gradients and, for whole weights, a temporary copy."""
+        gradients = self.step.gradients if self.stage.optimizer.accumulate > 1 else self.step.peak_gradients
+        backward = self.step.peak - self.step.peak_gradients + gradients
+        temporary = 4 * self.learning if self.stage.optimizer.bits == 32 else 0
+        held = self.step.weights + self.moments + self.average + RESERVE
+        return held + max(backward, self.step.gradients + temporary)
+
+    @property
+    def operations(self) -> int:
+        """Of one step of the optimiser on one process."""
+        return self.step.operations * self.stage.optimizer.accumulate
+
+    def hours(self, speed: float, utilisation: float = UTILISATION) -> float:
+        """GPU hours of the whole stage at `speed` operations per second."""
+        return self.operations * self.stage.steps / (speed * utilisation) / 3600
+
+
+def measure(module: nn.Module, step: Callable[[], Tensor], mixed: torch.dtype | None = None) -> Step:
+    """Counts one step; `module` and what `step` uses were made under FakeTensorMode, or are real and small.
+
+    Args:
+        module: its parameters are the weights; those that require gradients learn. Their gradients are left as None.
+        step: computes a loss, a scalar; called once.
+        mixed: type of mixed precision.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    held = [*module.parameters(), *module.buffers()]
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    live = _Live()
+    live.ignore(held)
+    counter = FlopCounterMode(display=False)
+    precision = nullcontext() if mixed is None else torch.autocast("cpu", mixed)
+    with precision, live, counter, _AsOnCuda():
+        loss = step()
+        forward, saved = counter.get_total_flops(), live.now
+        torch.autograd.backward(loss)  # not loss.backward(), inside which the function mode would be off
+        total = counter.get_total_flops()
+    gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
+    result = Step(
+        forward=forward,
+        backward=total - forward,
+        weights=sum(value.nbytes for value in held),
+        gradients=sum(value.nbytes for value in learning),
+        saved=saved,
+        peak=live.peak,
+        peak_gradients=sum(value.nbytes for value in gradients if live.born(value) <= live.peaked),
+    )
+    module.zero_grad(set_to_none=True)
+    return result
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all storages that operations made and something still holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.peaked = self.operations = 0
+        self._births: dict[int, int] = {}
+        self._ignored: set[int] = set()
+
+    def ignore(self, tensors: list[Tensor]) -> None:
+        self._ignored.update(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    def born(self, tensor: Tensor) -> int:
+        """Number of the operation that made the tensor's storage."""
+        return self._births.get(tensor.untyped_storage()._cdata, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._see(value.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._births or key in self._ignored:
+            return
+        self._births[key] = self.operations
+        weakref.finalize(storage, self._gone, key, size)
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.peaked = self.now, self.operations
+
+    def _gone(self, key: int, size: int) -> None:
+        self._births.pop(key, None)
+        self.now -= size
+
+
+class _AsOnCuda(TorchFunctionMode):
+    """Operations that a CUDA device does in another way than the CPU whose tensors stand in for its own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__int__":  # a count of samples without a reference: none, the dearest case
+            return 0
+        if not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        if name in _IN_FLOAT32 and args[0].is_floating_point():
+            return func(args[0].float(), *args[1:], **kwargs)
+        if name == "scaled_dot_product_attention" and torch.backends.cuda.flash_sdp_enabled():
+            query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in args)
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+        return func(*args, **kwargs)
+
+
+def count(config: Stage, sizes: Sizes = RELEASED, size: int = 512) -> Cost:
+    """Counts a stage's step with the real networks and the real loss; takes a minute at full size and no memory.
+
+    Where the number of past windows is drawn, the step counted has the most of them.
+
+    Args:
+        config: of the stage.
+        sizes: of the networks.
+        size: height and width of the video in pixels.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mixed = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.engine.mixed_precision]
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        if config.engine.attention == "math":
+            stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        nets = Nets(sizes)
+        if config.lora.rank:
+            from . import lora
+
+            nets.requires_grad_(False)
+            lora.add(nets, config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
+        else:
+            for part, parameters in nets.parts().items():
+                for parameter in parameters:
+                    parameter.requires_grad_(part in config.train)
+        if config.engine.gradient_checkpointing:
+            checkpoint_gradients(nets)
+        model, batch = FlowModel(nets, config.loss), example(config, sizes, size)
+        step = measure(model, lambda: model(batch)[0].mean(), mixed)
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    averaged = config.engine.ema and not config.lora.rank
+    return Cost(
+        stage=config,
+        step=step,
+        learning=sum(parameter.numel() for parameter in learning),
+        moments=sum(moments(parameter.numel(), config.optimizer.bits) for parameter in learning),
+        average=step.weights if averaged else 0,
+    )
+
+
+def moments(numbers: int, bits: int) -> int:
+    """Bytes of Adam's two moments of a tensor: float32, or a byte and a scale per 256 (bitsandbytes; not for tensors
+    below 4096 numbers)."""
+    return 8 * numbers if bits == 32 or numbers < 4096 else 2 * (numbers + 4 * -(-numbers // 256))
+
+
+def example(config: Stage, sizes: Sizes, size: int = 512) -> Batch:
+    """A batch of the stage's shapes, of zeros; past windows as many as the stage may draw."""
+    count, frames, side = config.optimizer.batch, config.data.frames, size // 8
+    channels = sizes.diffusion_net["in_channels"]
+    windows = None if config.data.single_frames else max(config.data.past_windows)
+    clip = torch.zeros(count, channels, frames, side, side)
+    batch = Batch(
+        keys=("",) * count,
+        latents=clip,
+        portrait=torch.zeros(count, channels, side, side),
+        face_embedding=torch.zeros(count, sizes.face_embedding),
+        focus=torch.zeros(count, side, side),
+        noise=torch.zeros_like(clip),
+        sigma=torch.full((count, frames), 0.5),
+        no_reference=torch.zeros(count, dtype=torch.bool),
+    )
+    if windows is None:
+        return batch
+    return replace(
+        batch,
+        past=torch.zeros(count, windows * WINDOW, channels, side, side),
+        past_windows=torch.full((count,), windows),
+        audio=torch.zeros(count, frames, 2 * NEIGHBOURS + 1, sizes.speech_layers, sizes.speech_dim),
+        no_audio=torch.zeros(count, dtype=torch.bool),
+        emotion=torch.zeros(count, dtype=torch.long),
+    )
+
+
+def storage(hours: float, size: int = 512, sizes: Sizes = RELEASED, clip_seconds: float = 15.0) -> int:
+    """Bytes of shards for so many hours of video; the format is that of `shards`."""
+    side = size // 8
+    frame = 2 * sizes.diffusion_net["in_channels"] * side**2 + 2 * sizes.speech_layers * sizes.speech_dim + 1
+    clip = 2 * sizes.diffusion_net["in_channels"] * side**2 + 2 * side**2 + 4 * sizes.face_embedding
+    clip += 2 * 512 + 1024  # tar headers; safetensors header, record and padding
+    return round(hours * 3600 * (FPS * frame + clip / clip_seconds))
+
+
+def table(costs: list[Cost], utilisation: float = UTILISATION) -> str:
+    """The costs side by side, as text."""
+    rows: list[tuple[str, Callable[[Cost], str]]] = [
+        ("gradient checkpointing", lambda c: "yes" if c.stage.engine.gradient_checkpointing else "no"),
+        ("batch x accumulation", lambda c: f"{c.stage.optimizer.batch} x {c.stage.optimizer.accumulate}"),
+        ("past frames, up to", lambda c: "-" if c.stage.data.single_frames else _past(c)),
+        ("parameters that learn, M", lambda c: f"{c.learning / 1e6:.1f}"),
+        ("forward, TFLOP", lambda c: f"{c.step.forward / 1e12:.2f}"),
+        ("backward, TFLOP", lambda c: f"{c.step.backward / 1e12:.2f}"),
+        ("step, TFLOP", lambda c: f"{c.operations / 1e12:.2f}"),
+        ("weights, GiB", lambda c: _gib(c.step.weights)),
+        ("gradients, GiB", lambda c: _gib(c.step.gradients)),
+        ("optimiser, GiB", lambda c: _gib(c.moments)),
+        ("averaged weights, GiB", lambda c: _gib(c.average)),
+        ("saved by forward, GiB", lambda c: _gib(c.step.saved)),
+        ("activations at peak, GiB", lambda c: _gib(c.step.peak - c.step.peak_gradients)),
+        ("reserve, GiB", lambda c: _gib(RESERVE)),
+        ("all in all, GiB", lambda c: _gib(c.total)),
+        ("fits", lambda c: ", ".join(name for name, (_, memory) in DEVICES.items() if c.total <= memory) or "none"),
+        ("steps", lambda c: f"{c.stage.steps:,}"),
+    ]
+    for name, (speed, _) in DEVICES.items():
+        rows.append((f"s per step, {name}", lambda c, s=speed: f"{c.operations / (s * utilisation):.2f}"))
+        rows.append((f"GPU hours, {name}", lambda c, s=speed: f"{c.hours(s, utilisation):,.0f}"))
+    cells = [["", *(cost.stage.name for cost in costs)]]
+    cells += [[name, *(show(cost) for cost in costs)] for name, show in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in cells]
+    return "\n".join(
+        [*lines, f"Times assume {utilisation:.0%} of the device's dense bf16 speed, which is not a measurement."]
+    )
+
+
+def _past(cost: Cost) -> str:
+    return str(max(cost.stage.data.past_windows) * WINDOW)
+
+
+def _gib(number: int) -> str:
+    return f"{number / GIB:.2f}"
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """`budget`."""
+    from .presets import PRESETS
+
+    command = commands.add_parser(
+        "budget",
+        help="what a stage needs: operations, memory, GPU hours, storage",
+        description="Count operations and memory of a step by running it on tensors without data; needs no GPU.",
+    )
+    full = [name for name in PRESETS if name.startswith("memo_")]
+    command.add_argument("presets", nargs="*", metavar="PRESET", default=full, help=f"of {', '.join(PRESETS)}")
+    command.add_argument("--size", type=int, default=512, help="height and width in pixels (%(default)s)")
+    command.add_argument("--batch", type=int, help="samples per process and micro-step (the preset's)")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
+    command.add_argument("--both", action="store_true", help="with and without gradient checkpointing")
+    command.add_argument(
+        "--utilisation", type=float, default=UTILISATION, help="share of the device's speed (%(default)s)"
+    )
+    command.add_argument("--hours", type=float, default=100.0, help="of video, for the storage (%(default)s)")
+    command.set_defaults(run=run_budget)
+
+
+def run_budget(args: argparse.Namespace) -> None:
+    from .presets import PRESETS
+
+    costs = []
+    for name in args.presets:
+        if name not in PRESETS:
+            raise SystemExit(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+        changes = args.set + ([f"optimizer.batch={args.batch}"] if args.batch else [])
+        config = override(PRESETS[name](), changes)
+        for checkpointing in (True, False) if args.both else (config.engine.gradient_checkpointing,):
+            engine = replace(config.engine, gradient_checkpointing=checkpointing)
+            costs.append(count(replace(config, engine=engine), size=args.size))
+    print(table(costs, args.utilisation))
+    print(f"Shards of {args.hours:g} h of video: {storage(args.hours, args.size) / 1e9:.0f} GB")

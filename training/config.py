@@ -1,0 +1,260 @@
+"""Settings of training as nested dataclasses: presets fill them, commands override them, checkpoints keep them.
+
+`override(config, ["optimizer.learning_rate=1e-4", "data.past_windows=1,2,3"])` returns a changed copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist, or a value that does not fit it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """What one sample of a step is.
+
+    single_frames: frames of a clip that do not follow each other, each by itself, without sound or past (stage 1).
+    frames: of a sample, 16 for windows.
+    past_windows: numbers of 16-frame past windows; one is drawn per step.
+    start_ratio: probability that a window is treated as a video's first, whose past is the portrait; windows that
+        begin in a clip's first 16 frames always are.
+    past_noise: greatest standard deviation of noise on past latents, because generated ones are not clean either.
+    workers: processes that read, per training process.
+    """
+
+    single_frames: bool = False
+    frames: int = 16
+    past_windows: tuple[int, ...] = (1,)
+    start_ratio: float = 0.0
+    past_noise: float = 0.0
+    workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drop:
+    """Probabilities, per sample, that a condition is taken away (MEMO appendix B), for guidance and for robustness.
+
+    all: reference, audio and emotion together, as guidance's unconditional row has it.
+    """
+
+    emotion: float = 0.3
+    reference: float = 0.05
+    audio: float = 0.05
+    past: float = 0.05
+    all: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """Rectified flow (MEMO section 3.1) and its robust filter (section 4.3).
+
+    weighting: how noise levels are drawn and weighted, as in Stable Diffusion 3 (Esser et al. 2024, section 3.1):
+        logit_normal, mode, cosmap, sigma_sqrt or uniform.
+    robust_threshold: samples whose error exceeds it are dropped from the step; infinity drops none.
+    robust_measure: "loss", the mean squared error of the velocity; or "clean", that error seen in the clean estimate
+        (times sigma squared), which does not depend on how noisy the sample was.
+    robust_from: step from which on samples are dropped: in the beginning all are far off.
+    focus_weight: weight of mouth, eyes and brows, where samples say which latents these are.
+    """
+
+    weighting: str = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    robust_threshold: float = 0.1
+    robust_measure: str = "loss"
+    robust_from: int = 0
+    focus_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimizer:
+    """AdamW.
+
+    bits: 8 keeps its moments in 8 bits (bitsandbytes; CUDA).
+    schedule: "constant" or "cosine", after a linear warm-up.
+    batch: samples per process and micro-step; accumulate: micro-steps per step.
+    """
+
+    learning_rate: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    bits: int = 32
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    batch: int = 1
+    accumulate: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """Low-rank adapters instead of whole weights. rank 0: none. targets: names that `training.lora` knows."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("attention",)
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """How it runs; none of these changes what is learned, except mixed_precision and ema.
+
+    mixed_precision: "no", "fp16" or "bf16".
+    attention: "auto", or "math" (plain attention: faster backwards on the CPU for narrow heads).
+    ema: decay of the averaged weights that checkpoints hold; 0: none.
+    save_every, sample_every, log_every: steps. keep: checkpoints kept.
+    trackers: TensorBoard always; "wandb" and others that accelerate knows besides.
+    """
+
+    mixed_precision: str = "bf16"
+    gradient_checkpointing: bool = True
+    attention: str = "auto"
+    ema: float = 0.9999
+    save_every: int = 1000
+    keep: int = 3
+    sample_every: int = 1000
+    samples: int = 4
+    log_every: int = 10
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One stage of training (MEMO section 4.3).
+
+    train: parts that learn: reference, spatial, face (its projection), audio (modules and projection), memory.
+    join_step: the parts in `join` stand still until then, while new modules warm up.
+    """
+
+    name: str
+    steps: int
+    train: tuple[str, ...] = ("reference", "spatial", "face", "audio", "memory")
+    join: tuple[str, ...] = ()
+    join_step: int = 0
+    seed: int = 0
+    data: Data = field(default_factory=Data)
+    drop: Drop = field(default_factory=Drop)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lora: Lora = field(default_factory=Lora)
+    engine: Engine = field(default_factory=Engine)
+
+
+PARTS = ("reference", "spatial", "face", "audio", "memory")
+_CHOICES = {
+    "train": PARTS,
+    "join": PARTS,
+    "loss.weighting": ("logit_normal", "mode", "cosmap", "sigma_sqrt", "uniform"),
+    "loss.robust_measure": ("loss", "clean"),
+    "optimizer.bits": (32, 8),
+    "optimizer.schedule": ("constant", "cosine"),
+    "engine.mixed_precision": ("no", "fp16", "bf16"),
+    "engine.attention": ("auto", "math"),
+}
+
+
+def check(config: Stage) -> Stage:
+    """Returns the configuration; ConfigError where a value is not one of those allowed."""
+    flat = flatten(config)
+    for name, allowed in _CHOICES.items():
+        values = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
+        for value in values:
+            if value not in allowed:
+                raise ConfigError(f"{name}: {value!r} is none of {', '.join(map(repr, allowed))}")
+    for name, value in flat.items():
+        if name.startswith("drop.") or name in ("data.start_ratio", "engine.ema"):
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name} must be between 0 and 1, got {value}")
+    for name in ("steps", "data.frames", "optimizer.batch", "optimizer.accumulate", "engine.save_every", "engine.keep"):
+        if flat[name] < 1:
+            raise ConfigError(f"{name} must be at least 1, got {flat[name]}")
+    if not config.data.past_windows or min(config.data.past_windows) < 1:
+        raise ConfigError(f"data.past_windows must be numbers from 1 on, got {config.data.past_windows}")
+    return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All settings by dotted name."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{item.name}.")
+        else:
+            flat[prefix + item.name] = value
+    return flat
+
+
+def override(config: Stage, changes: list[str]) -> Stage:
+    """A copy with `name=value` changes; names are dotted, lists comma-separated.
+
+    Raises:
+        ConfigError: there is no such name, or the value is not of its kind.
+    """
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise ConfigError(f"{change!r} is not of the form name=value")
+        config = _replaced(config, name.split("."), text, name)
+    return check(config)
+
+
+def _replaced(config: Any, path: list[str], text: str, name: str) -> Any:
+    hints = typing.get_type_hints(type(config))
+    if path[0] not in hints:
+        raise ConfigError(f"there is no setting {name!r}; here there are {', '.join(hints)}")
+    if len(path) > 1:
+        inner = getattr(config, path[0])
+        if not dataclasses.is_dataclass(inner):
+            raise ConfigError(f"there is no setting {name!r}: {path[0]} has nothing inside")
+        return dataclasses.replace(config, **{path[0]: _replaced(inner, path[1:], text, name)})
+    if dataclasses.is_dataclass(hints[path[0]]):
+        raise ConfigError(f"{name} is a group of settings: {', '.join(flatten(getattr(config, path[0])))}")
+    return dataclasses.replace(config, **{path[0]: _parsed(hints[path[0]], text, name)})
+
+
+def _parsed(kind: Any, text: str, name: str) -> Any:
+    try:
+        if typing.get_origin(kind) is tuple:
+            return tuple(typing.get_args(kind)[0](item) for item in text.split(",") if item)
+        if isinstance(kind, types.GenericAlias):
+            raise TypeError
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{name}: {text!r} is not {getattr(kind, '__name__', kind)}") from error
+
+
+def to_json(config: Stage) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+
+
+def from_json(text: str) -> Stage:
+    """What `to_json` wrote."""
+    return _built(Stage, json.loads(text))
+
+
+def _built(kind: Any, values: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    return kind(
+        **{
+            name: _built(hints[name], value)
+            if dataclasses.is_dataclass(hints[name])
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+            for name, value in values.items()
+            if name in hints
+        }
+    )

@@ -1,0 +1,93 @@
+"""The loss of a batch: what the networks are shown, and how far off they are (MEMO sections 3 and 4.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from memo_core.clips import WINDOW
+from memo_core.kernels import DECAY
+from memo_core.nets.memory_module import Memory
+
+from . import losses
+from .batches import Batch
+from .config import Loss
+from .nets import Nets
+
+
+class FlowModel(nn.Module):
+    """The networks with their loss as `forward`, so that an engine can wrap all of it.
+
+    Args:
+        nets: what learns.
+        loss: settings of the loss.
+    """
+
+    def __init__(self, nets: Nets, loss: Loss):
+        super().__init__()
+        self.nets, self.loss = nets, loss
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss [B] of each sample, and the error [B] that the robust filter judges it by."""
+        nets = self.nets
+        count, _, frames, height, width = batch.latents.shape
+        # The net expects rows without a reference first.
+        order = batch.no_reference.int().argsort(descending=True, stable=True)
+        unconditional = int(batch.no_reference.sum())
+
+        tokens = nets.image_proj(batch.face_embedding[order])
+        reference = nets.reference_net(batch.portrait[order], tokens)
+        unused = sum(feature.sum() * 0 for feature in reference) if unconditional == count else 0
+        reference = [feature[unconditional:] for feature in reference]
+        audio_tokens = emotion = memory = None
+        if batch.audio is not None:
+            audio_tokens = nets.audio_proj(batch.audio[order]) * ~batch.no_audio[order].view(-1, 1, 1, 1)
+            emotion = batch.emotion[order]
+            memory = memory_of(nets, batch.past[order], tokens, batch.past_windows[order])
+
+        clean, sigma = batch.latents[order], batch.sigma[order]
+        level = sigma.view(count, 1, frames, 1, 1)
+        noisy, velocity = losses.noised(clean, batch.noise[order], level)
+        predicted = nets.diffusion_net(
+            noisy,
+            sigma.flatten() * 1000,
+            reference=reference,
+            memory=memory,
+            face_tokens=tokens,
+            audio_tokens=audio_tokens,
+            emotion=emotion,
+            unconditional=unconditional,
+        )
+        focus = 1 + (self.loss.focus_weight - 1) * batch.focus[order].view(count, 1, 1, height, width)
+        loss, error = losses.flow_errors(predicted.float(), velocity, level, focus, self.loss)
+        back = order.argsort()
+        # `unused` is zero: it keeps the Reference Net in the graph of a process whose samples all go without it.
+        return (loss + unused)[back], error[back]
+
+
+def memory_of(nets: Nets, past: Tensor, face_tokens: Tensor, windows: Tensor | None = None) -> list[Memory]:
+    """Memory of past windows, decayed and summed as `memo_core.memory` does.
+
+    Args:
+        past: [B, P * 16, 4, h, w] latents, oldest first.
+        face_tokens: [B, tokens, C].
+        windows: [B] how many of the last windows count, 0 to P; None: all.
+    """
+    batch, frames, _, height, width = past.shape
+    with torch.no_grad():  # the past is given: only what the memory layers make of it is learned
+        rows = face_tokens.detach().repeat_interleave(frames, dim=0)
+        features = nets.reference_net(past.flatten(0, 1), rows)
+    for feature in features:  # torch's group norm on the CPU crashes in backward when its input alone needs no gradient
+        feature.requires_grad_(torch.is_grad_enabled())
+    memory: list[Memory] = []
+    count = frames // WINDOW
+    for number in range(count):
+        window = [f.unflatten(0, (batch, frames))[:, number * WINDOW :][:, :WINDOW].flatten(0, 1) for f in features]
+        sums = list(nets.diffusion_net.memory_sums(window, height, width, WINDOW))
+        if windows is not None:
+            counts = (windows >= count - number).to(sums[0][0].dtype).view(-1, 1, 1, 1)
+            sums = [(kv * counts[..., None], z * counts) for kv, z in sums]
+        if memory:
+            sums = [(kv * DECAY**WINDOW + a, z * DECAY**WINDOW + b) for (kv, z), (a, b) in zip(memory, sums)]
+        memory = sums
+    return memory

@@ -1,0 +1,224 @@
+"""The four networks that training changes: built, read and written in the released layout, and their parts."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from memo_core import checkpoint
+from memo_core.audio import NEIGHBOURS
+from memo_core.errors import CheckpointError
+from memo_core.nets.audio_module import AudioModule
+from memo_core.nets.config import NetConfig
+from memo_core.nets.diffusion_net import DiffusionNet
+from memo_core.nets.layers import ResnetBlock
+from memo_core.nets.memory_module import MemoryModule
+from memo_core.nets.projections import AudioProjection, ImageProjection
+from memo_core.nets.reference_net import ReferenceNet, _Transformer
+from memo_core.nets.spatial import SpatialTransformer
+from memo_core.nets.weights import WEIGHTS, load_strict, read_json, read_tensors
+
+NETS = ("reference_net", "diffusion_net", "image_proj", "audio_proj")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Sizes of the networks; the two configurations are config.json files in the released form."""
+
+    reference_net: dict[str, Any]
+    diffusion_net: dict[str, Any]
+    face_embedding: int = 512
+    face_tokens: int = 4
+    audio_tokens: int = 32
+    audio_hidden: int = 512
+    speech_layers: int = 12
+    speech_dim: int = 768
+
+
+_LEVELS = {
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+}
+RELEASED = Sizes(
+    reference_net={
+        "_class_name": "UNet2DConditionModel",
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        **_LEVELS,
+    },
+    diffusion_net={
+        "_class_name": "UNet3DConditionModel",
+        "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
+        "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
+        "audio_attention_dim": 768,
+        "emo_drop_rate": 0.3,
+        "motion_module_kwargs": {
+            "attention_block_types": ["Temporal_Self", "Temporal_Self"],
+            "num_attention_heads": 8,
+            "num_transformer_block": 1,
+            "temporal_attention_dim_div": 1,
+            "temporal_position_encoding": False,
+            "temporal_position_encoding_max_len": 32,
+            "zero_initialize": True,
+        },
+        "motion_module_resolutions": [1, 2, 4, 8],
+        "use_inflated_groupnorm": True,
+        **_LEVELS,
+    },
+)
+
+
+class Nets(nn.Module):
+    """Reference Net, Diffusion Net and the two projections.
+
+    Args:
+        sizes: of the networks; `RELEASED` are those of the paper.
+    """
+
+    def __init__(self, sizes: Sizes = RELEASED):
+        super().__init__()
+        self.sizes = sizes
+        token_dim = sizes.diffusion_net["cross_attention_dim"]
+        self.reference_net = ReferenceNet(NetConfig.from_json(sizes.reference_net))
+        self.diffusion_net = DiffusionNet(NetConfig.from_json(sizes.diffusion_net))
+        self.image_proj = ImageProjection(sizes.face_embedding, token_dim, sizes.face_tokens)
+        self.audio_proj = AudioProjection(
+            (2 * NEIGHBOURS + 1) * sizes.speech_layers * sizes.speech_dim,
+            sizes.audio_hidden,
+            sizes.diffusion_net["audio_attention_dim"],
+            sizes.audio_tokens,
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Nets:
+        """The networks of a checkpoint in the released layout, in float32, ready to learn.
+
+        Raises:
+            CheckpointError: files or keys are missing, extra or misshapen.
+        """
+        folder = Path(folder)
+        weights = {name: read_tensors(folder / name / WEIGHTS) for name in NETS}
+        audio = weights["audio_proj"]
+        token_dim = len(audio["norm.weight"])
+        hidden, width = audio["proj1.weight"].shape
+        sizes = Sizes(
+            reference_net=read_json(folder / "reference_net" / "config.json"),
+            diffusion_net=read_json(folder / "diffusion_net" / "config.json"),
+            face_embedding=weights["image_proj"]["proj.weight"].shape[1],
+            face_tokens=len(weights["image_proj"]["proj.weight"]) // len(weights["image_proj"]["norm.weight"]),
+            audio_tokens=len(audio["proj3.weight"]) // token_dim,
+            audio_hidden=hidden,
+            # How the width divides into layers and channels no tensor tells; only the product counts.
+            speech_layers=1,
+            speech_dim=width // (2 * NEIGHBOURS + 1),
+        )
+        with torch.device("meta"):
+            nets = cls(sizes)
+        for name in NETS:
+            floats = {key: value.float() for key, value in weights.pop(name).items()}
+            load_strict(getattr(nets, name), floats, folder / name / WEIGHTS)
+        return nets
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32, values: dict[str, Tensor] | None = None) -> None:
+        """Writes the four networks in the released layout; `values` replaces parameters by name."""
+        state = self.state_dict() if values is None else values
+        configs = {
+            "reference_net": self.sizes.reference_net,
+            "diffusion_net": self.sizes.diffusion_net,
+            "image_proj": {"_class_name": "ImageProjModel"},
+            "audio_proj": {"_class_name": "AudioProjModel"},
+        }
+        for name in NETS:
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            checkpoint.save_weights(folder / name, own, configs[name], dtype)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the part of the paper's figure 2 that they belong to (`config.PARTS`)."""
+        parts: dict[str, list[nn.Parameter]] = {
+            "reference": list(self.reference_net.parameters()),
+            "spatial": [],
+            "face": list(self.image_proj.parameters()),
+            "audio": list(self.audio_proj.parameters()),
+            "memory": [],
+        }
+        for name, parameter in self.diffusion_net.named_parameters():
+            part = "audio" if ".audio_modules." in name else "memory" if ".motion_modules." in name else "spatial"
+            parts[part].append(parameter)
+        return parts
+
+
+@torch.no_grad()
+def silence_new_modules(nets: Nets) -> None:
+    """Audio and memory modules, and the output, begin at zero, so that what stands before them is unchanged."""
+    for name, module in nets.diffusion_net.named_modules():
+        new = name.endswith("proj_out") and (".audio_modules." in name or ".motion_modules." in name)
+        if new:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def begin_from_nothing(nets: Nets) -> None:
+    """A start without Stable Diffusion from which small networks can grow.
+
+    Both nets begin with equal weights and with queries equal to keys, so that a place in the video attends first to
+    places like it in the portrait; new modules and the output begin silent.
+    """
+    own = nets.diffusion_net.state_dict()
+    shared = {key: value for key, value in own.items() if key in nets.reference_net.state_dict()}
+    nets.reference_net.load_state_dict(shared, strict=False)
+    for net in (nets.diffusion_net, nets.reference_net):
+        for name, module in net.named_modules():
+            if name.endswith("attn1") and ".attentions." in name:
+                module.to_q.weight.mul_(1.7)
+                module.to_k.weight.copy_(module.to_q.weight)
+    silence_new_modules(nets)
+    nn.init.zeros_(nets.diffusion_net.conv_out.weight)
+    nn.init.zeros_(nets.diffusion_net.conv_out.bias)
+
+
+def checkpoint_gradients(nets: nn.Module) -> None:
+    """Keeps no activations inside residual blocks and attention modules; the backward pass computes them again."""
+    for module in nets.modules():
+        if isinstance(module, (ResnetBlock, SpatialTransformer, AudioModule, MemoryModule, _Transformer)):
+            module.forward = functools.partial(_recomputed, module.forward)
+
+
+def _recomputed(forward: Any, *inputs: Any) -> Any:
+    return recompute(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
+
+
+def link_encoders(source: Path, folder: Path) -> None:
+    """Gives `folder` the parts of a checkpoint that training leaves alone: VAE, speech and emotion encoders, misc.
+
+    As links to the same data where the file system allows it, so that they take no room.
+    """
+    for part in ("vae", "wav2vec2", "emotion2vec", "misc"):
+        if not (source / part).is_dir():
+            if part == "misc":
+                continue
+            raise CheckpointError(f"{source} has no {part}: give a checkpoint in the released layout")
+        shutil.copytree(source / part, folder / part, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

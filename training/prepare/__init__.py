@@ -1,0 +1,22 @@
+"""The data pipeline: talking videos as they are found become training shards (MEMO section 4.3, appendix B).
+
+    command.py    `python -m training prepare`: the order of the stages, what is missing, what is new
+    settings.py   thresholds, sizes, model files; the digest that says when a stage has to run again
+    rows.py       one row for every clip, kept or dropped, and the table of all
+    media.py      reads pictures and sound of a part of any video, as a stream
+  stages, each a function (row, settings) -> rows
+    scenes.py     video -> clips between scene cuts (PySceneDetect)
+    faces.py      one whole face in every picture (SCRFD), and the square around it
+    quality.py    first picture (HyperIQA)
+    sync.py       lips and sound (SyncNet)
+    encode.py     VAE latents, speech features, emotions, face embedding, focus mask
+  around them
+    worker.py     a process that runs stages and may die
+    engines.py    many of them, on one machine or through Ray Data
+    review.py     a page for judging by eye, and its verdicts
+    picture.py    what was dropped where
+"""
+
+from .command import add_command
+
+__all__ = ["add_command"]

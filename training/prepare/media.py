@@ -1,0 +1,218 @@
+"""Pictures and sound of a part of any video, decoded as a stream: memory holds one picture, whatever the length.
+
+Files are read through Python's own file objects, so that a container cannot name other files or addresses to read, and
+a file's name may hold any bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from memo_core.video import BT709
+
+from .rows import Drop
+
+SOUND_GAP = 0.05  # seconds by which sound may run ahead of or behind its time stamps before it is moved
+SOUND_LEAD = 0.5  # seconds decoded before a span: the first packet after a jump may sound wrong
+MAX_HOLD = 1.0  # seconds that a picture may stand for missing ones after it
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a container claims. seconds: None where it does not say. fps likewise."""
+
+    seconds: float | None
+    width: int
+    height: int
+    fps: float | None
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], kind: str = "video") -> Iterator[Any]:
+    """The container, and a Drop for whatever goes wrong with it: before, at opening, or while it is read."""
+    import av
+
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise Drop("cannot be read", error.strerror or str(error)) from error
+    if not stat.S_ISREG(mode):
+        raise Drop("cannot be read", "it is not a regular file")
+    try:
+        with open(path, "rb") as file, av.open(file, "r", metadata_errors="replace") as container:
+            if not getattr(container.streams, kind):
+                raise Drop(f"no {'picture' if kind == 'video' else 'sound'}", f"the file has no {kind} stream")
+            yield container
+    except (av.FFmpegError, OSError, EOFError) as error:
+        raise Drop("cannot be read", f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def header(path: str | os.PathLike[str]) -> Header:
+    """What the file claims about its picture. Raises Drop without picture or sound."""
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        if not container.streams.audio:
+            raise Drop("no sound", "the file has no audio stream")
+        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000
+        rate = stream.average_rate or stream.guessed_rate
+        return Header(
+            float(seconds) if seconds > 0 else None,
+            stream.codec_context.width,
+            stream.codec_context.height,
+            float(rate) if rate else None,
+        )
+
+
+def pictures(
+    path: str | os.PathLike[str],
+    start: float = 0.0,
+    end: float = math.inf,
+    max_pixels: float = math.inf,
+    longest_side: int | None = None,
+) -> Iterator[tuple[float, NDArray[np.uint8]]]:
+    """Decoded pictures from the last one at or before `start` up to `end`.
+
+    Args:
+        start, end: seconds since the beginning of the file.
+        max_pixels: a larger picture raises Drop before it is converted.
+        longest_side: pictures are made smaller, to this.
+
+    Yields:
+        (seconds, uint8 [H, W, 3] RGB), times rising.
+    """
+    if start > 0:
+        with opened(path) as container:
+            first = next(_decode(container, start, max_pixels, longest_side), None)
+        if first is None or first[0] > start + 0.5 / 15:
+            start = 0.0  # an index that leads past the place: read from the beginning
+    with opened(path) as container:
+        for time, picture in _decode(container, start, max_pixels, longest_side):
+            if time >= end:
+                return
+            yield time, picture()
+
+
+def _decode(container: Any, start: float, max_pixels: float, longest_side: int | None) -> Iterator[tuple[float, Any]]:
+    stream = container.streams.video[0]
+    zero = (container.start_time or 0) / 1_000_000
+    if start > 0:
+        container.seek(int((start + zero) / stream.time_base), stream=stream)
+    step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+    last, size = None, None
+    for frame in container.decode(stream):
+        time = frame.time - zero if frame.time is not None else (0.0 if last is None else last + step)
+        if last is not None and time <= last:
+            continue
+        last = time
+        if frame.width * frame.height > max_pixels:
+            raise Drop("picture too large", f"{frame.width}x{frame.height}, more than {max_pixels:g} pixels")
+        if size is not None and size != (frame.width, frame.height):
+            raise Drop("picture size changes", f"from {size[0]}x{size[1]} to {frame.width}x{frame.height} at {time:.1f} s")
+        size = frame.width, frame.height
+        yield time, lambda frame=frame: _rgb(frame, longest_side)
+
+
+def _rgb(frame: Any, longest_side: int | None) -> NDArray[np.uint8]:
+    shrink = min(1.0, (longest_side or math.inf) / max(frame.width, frame.height))
+    size = {} if shrink == 1 else {"width": max(2, round(frame.width * shrink)), "height": max(2, round(frame.height * shrink))}
+    # PyAV before 17 takes all for BT.601 unless given two matrices that differ; that of RGB has no effect.
+    matrices = {"src_colorspace": "ITU709", "dst_colorspace": "ITU601"} if frame.colorspace == BT709 else {}
+    return frame.to_ndarray(format="rgb24", **size, **matrices)
+
+
+def at_rate(
+    path: str | os.PathLike[str], start: float, end: float, fps: float, max_pixels: float = math.inf
+) -> Iterator[NDArray[np.uint8]]:
+    """round((end - start) fps) pictures at an even rate: each the one nearest in time, whatever rate the file has.
+
+    Raises Drop where the picture ends more than MAX_HOLD before `end`.
+    """
+    count, done = round((end - start) * fps), 0
+    before: tuple[float, NDArray[np.uint8]] | None = None
+    for time, picture in pictures(path, start, end + 1 / fps, max_pixels):
+        while before is not None and done < count:
+            wanted = start + done / fps
+            if abs(wanted - before[0]) > abs(time - wanted):
+                break
+            yield before[1]
+            done += 1
+        before = time, picture
+    while before is not None and done < count and start + done / fps <= before[0] + MAX_HOLD:
+        yield before[1]
+        done += 1
+    if done < count:
+        raise Drop("picture ends early", f"{done} of {count} pictures from {start:.2f} to {end:.2f} s")
+
+
+def sound(path: str | os.PathLike[str], start: float, end: float, rate: int) -> tuple[NDArray[np.float32], float]:
+    """Mono sound of a span, each sample at its time, zeros where there is none.
+
+    Returns:
+        float32 [round((end - start) rate)], and how many seconds of it the file has.
+    """
+    import av
+
+    samples = np.zeros(round((end - start) * rate), np.float32)
+    heard = 0
+    for jump in (True, False):
+        with opened(path, "audio") as container:
+            stream = container.streams.audio[0]
+            zero = (container.start_time or 0) / 1_000_000
+            if jump and start > SOUND_LEAD:
+                container.seek(int((start - SOUND_LEAD + zero) / stream.time_base), stream=stream)
+            resampler, cursor = av.AudioResampler(format="flt", layout="mono", rate=rate), None
+            for frame in container.decode(stream):
+                if frame.time is not None:
+                    place = round((frame.time - zero - start) * rate)
+                    if cursor is None and jump and start > SOUND_LEAD and place > 0:
+                        break  # an index that leads past the place: read from the beginning
+                    if cursor is None or abs(place - cursor) > SOUND_GAP * rate:
+                        cursor = place
+                cursor = cursor or 0
+                if cursor >= len(samples):
+                    break
+                for piece in resampler.resample(frame):
+                    first, last = max(cursor, 0), min(cursor + piece.samples, len(samples))
+                    if last > first:
+                        samples[first:last] = piece.to_ndarray()[0, first - cursor : last - cursor]
+                        heard += last - first
+                    cursor += piece.samples
+        if heard:
+            break
+    np.nan_to_num(samples, copy=False)
+    return samples, heard / rate
+
+
+def cut(image: NDArray[np.uint8], box: list[float] | tuple[float, ...], size: int) -> NDArray[np.uint8]:
+    """The square `box` (left, top, right, bottom) of an image as uint8 [size, size, 3]; beyond the image its edge
+    repeats."""
+    left, top, right, bottom = box
+    height, width = image.shape[:2]
+    if left < 0 or top < 0 or right > width or bottom > height:
+        x = np.arange(math.floor(left), math.ceil(right)).clip(0, width - 1)
+        y = np.arange(math.floor(top), math.ceil(bottom)).clip(0, height - 1)
+        image = image[y[:, None], x]
+        right, bottom = right - math.floor(left), bottom - math.floor(top)
+        left, top = left - math.floor(left), top - math.floor(top)
+    picture = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    return np.asarray(picture)
+
+
+def even_rate(fps: float) -> Fraction:
+    return Fraction(fps).limit_denominator(1001)
+
+
+def raw_path(raw: str, source: str) -> Path:
+    return Path(raw, source)

@@ -1,0 +1,65 @@
+"""Pictures of what a run has learned so far: samples beside the truth, under the same conditions."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memo_core.job import Settings
+from memo_core.sampling import Conditions, decode, sample_window
+
+from . import run
+from .batches import Batch, TrainingSet, collate
+from .config import Drop
+from .flow import memory_of
+from .nets import Nets
+
+STEPS = 10
+SHOWN = 4  # frames of a window
+
+
+@lru_cache(maxsize=1)
+def _vae(folder: Path) -> Any:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False)
+    return vae.float().eval().requires_grad_(False)
+
+
+def picture(nets: Nets, data: TrainingSet, encoders: Path) -> Tensor:
+    """uint8 [3, H, W]: in each row the portrait, true frames, and sampled ones; always of the same samples."""
+    device = next(nets.parameters()).device
+    pictures = []
+    for batch in _samples(data):
+        batch = batch.to(device)
+        noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(7)).to(device)
+        sampled = sample_window(nets, noise, _conditions(nets, batch), Settings(steps=STEPS, guidance_scale=1.0))[0]
+        shown = torch.linspace(0, sampled.shape[1] - 1, min(SHOWN, sampled.shape[1])).round().long()
+        row = torch.cat([batch.portrait[0][:, None], batch.latents[0][:, shown], sampled[:, shown]], dim=1)
+        pictures.append(decode(_vae(encoders), row.cpu()))
+    return run.sheet((torch.cat(pictures) * 255).round().to(torch.uint8), len(pictures[0]))
+
+
+def _samples(data: TrainingSet) -> list[Batch]:
+    """The first samples of the run, with nothing dropped."""
+    undropped = copy.copy(data)
+    undropped.config = replace(data.config, drop=Drop(emotion=0.0, reference=0.0, audio=0.0, past=0.0))
+    return [collate([undropped[number]]) for number in range(data.config.engine.samples)]
+
+
+def _conditions(nets: Nets, batch: Batch) -> Conditions:
+    tokens = nets.image_proj(batch.face_embedding)
+    windows = batch.audio is not None
+    return Conditions(
+        reference=nets.reference_net(batch.portrait, tokens),
+        memory=memory_of(nets, batch.past, tokens, batch.past_windows) if windows else None,
+        face_tokens=tokens,
+        audio_tokens=nets.audio_proj(batch.audio) if windows else None,
+        emotion=batch.emotion if windows else None,
+    )
