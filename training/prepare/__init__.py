@@ -1,22 +1,29 @@
 """The data pipeline: talking videos as they are found become training shards (MEMO section 4.3, appendix B).
 
-    command.py    `python -m training prepare`: the order of the stages, what is missing, what is new
-    settings.py   thresholds, sizes, model files; the digest that says when a stage has to run again
-    rows.py       one row for every clip, kept or dropped, and the table of all
-    media.py      reads pictures and sound of a part of any video, as a stream
-  stages, each a function (row, settings) -> rows
-    scenes.py     video -> clips between scene cuts (PySceneDetect)
-    faces.py      one whole face in every picture (SCRFD), and the square around it
-    quality.py    first picture (HyperIQA)
-    sync.py       lips and sound (SyncNet)
-    encode.py     VAE latents, speech features, emotions, face embedding, focus mask
-  around them
-    worker.py     a process that runs stages and may die
-    engines.py    many of them, on one machine or through Ray Data
-    review.py     a page for judging by eye, and its verdicts
-    picture.py    what was dropped where
+  command.py    `python -m training prepare`: the order of the stages, what is missing, what is new
+  settings.py   thresholds, sizes, model files; the digest that says when a stage has to run again
+  rows.py       one row for every clip, kept or dropped, and the table of all
+  media.py      reads pictures and sound of a part of any video, as a stream
+stages, each a function (row, settings) -> rows
+  scenes.py     video -> clips between scene cuts (PySceneDetect)
+  faces.py      one whole face in every picture (SCRFD), and the square around it
+  quality.py    first picture (HyperIQA)
+  sync.py       lips and sound (SyncNet)
+  encode.py     VAE latents, speech features, emotions, face embedding, focus mask
+around them
+  worker.py     a process that runs stages and may die
+  engines.py    many of them, on one machine or through Ray Data
+  review.py     a page for judging by eye, and its verdicts
+  picture.py    what was dropped where
 """
 
-from .command import add_command
+from __future__ import annotations
 
-__all__ = ["add_command"]
+import argparse
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Adds `prepare` to `python -m training`."""
+    from . import command  # not above: workers need none of it
+
+    command.add_command(commands)

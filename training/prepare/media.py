@@ -12,8 +12,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from .rows import Drop
 
 SOUND_GAP = 0.05  # seconds by which sound may run ahead of or behind its time stamps before it is moved
 SOUND_LEAD = 0.5  # seconds decoded before a span: the first packet after a jump may sound wrong
+LEAD = 0.2  # seconds before a span whose pictures are handed over, because one may be the nearest to its start
 MAX_HOLD = 1.0  # seconds that a picture may stand for missing ones after it
 
 
@@ -82,7 +81,7 @@ def pictures(
     max_pixels: float = math.inf,
     longest_side: int | None = None,
 ) -> Iterator[tuple[float, NDArray[np.uint8]]]:
-    """Decoded pictures from the last one at or before `start` up to `end`.
+    """Decoded pictures from shortly before `start` up to `end`.
 
     Args:
         start, end: seconds since the beginning of the file.
@@ -95,13 +94,14 @@ def pictures(
     if start > 0:
         with opened(path) as container:
             first = next(_decode(container, start, max_pixels, longest_side), None)
-        if first is None or first[0] > start + 0.5 / 15:
+        if first is None or first[0] > start + LEAD:
             start = 0.0  # an index that leads past the place: read from the beginning
     with opened(path) as container:
         for time, picture in _decode(container, start, max_pixels, longest_side):
             if time >= end:
                 return
-            yield time, picture()
+            if time >= start - LEAD:
+                yield time, picture()
 
 
 def _decode(container: Any, start: float, max_pixels: float, longest_side: int | None) -> Iterator[tuple[float, Any]]:
@@ -119,17 +119,18 @@ def _decode(container: Any, start: float, max_pixels: float, longest_side: int |
         if frame.width * frame.height > max_pixels:
             raise Drop("picture too large", f"{frame.width}x{frame.height}, more than {max_pixels:g} pixels")
         if size is not None and size != (frame.width, frame.height):
-            raise Drop("picture size changes", f"from {size[0]}x{size[1]} to {frame.width}x{frame.height} at {time:.1f} s")
+            said = f"from {size[0]}x{size[1]} to {frame.width}x{frame.height} at {time:.1f} s"
+            raise Drop("picture size changes", said)
         size = frame.width, frame.height
         yield time, lambda frame=frame: _rgb(frame, longest_side)
 
 
 def _rgb(frame: Any, longest_side: int | None) -> NDArray[np.uint8]:
     shrink = min(1.0, (longest_side or math.inf) / max(frame.width, frame.height))
-    size = {} if shrink == 1 else {"width": max(2, round(frame.width * shrink)), "height": max(2, round(frame.height * shrink))}
+    width, height = (max(2, round(side * shrink)) for side in (frame.width, frame.height))
     # PyAV before 17 takes all for BT.601 unless given two matrices that differ; that of RGB has no effect.
     matrices = {"src_colorspace": "ITU709", "dst_colorspace": "ITU601"} if frame.colorspace == BT709 else {}
-    return frame.to_ndarray(format="rgb24", **size, **matrices)
+    return frame.to_ndarray(format="rgb24", width=width, height=height, **matrices)
 
 
 def at_rate(
@@ -195,24 +196,20 @@ def sound(path: str | os.PathLike[str], start: float, end: float, rate: int) -> 
     return samples, heard / rate
 
 
-def cut(image: NDArray[np.uint8], box: list[float] | tuple[float, ...], size: int) -> NDArray[np.uint8]:
+def cut(
+    image: NDArray[np.uint8], box: list[float] | tuple[float, ...], size: int, fill: int | None = None
+) -> NDArray[np.uint8]:
     """The square `box` (left, top, right, bottom) of an image as uint8 [size, size, 3]; beyond the image its edge
-    repeats."""
+    repeats, or there is gray `fill`."""
     left, top, right, bottom = box
     height, width = image.shape[:2]
-    if left < 0 or top < 0 or right > width or bottom > height:
-        x = np.arange(math.floor(left), math.ceil(right)).clip(0, width - 1)
-        y = np.arange(math.floor(top), math.ceil(bottom)).clip(0, height - 1)
-        image = image[y[:, None], x]
-        right, bottom = right - math.floor(left), bottom - math.floor(top)
-        left, top = left - math.floor(left), top - math.floor(top)
+    x0, y0, x1, y1 = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+    if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+        x, y = np.arange(x0, x1), np.arange(y0, y1)
+        image = image[y.clip(0, height - 1)[:, None], x.clip(0, width - 1)]
+        if fill is not None:
+            image[(y < 0) | (y >= height)] = fill
+            image[:, (x < 0) | (x >= width)] = fill
+        left, top, right, bottom = left - x0, top - y0, right - x0, bottom - y0
     picture = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
     return np.asarray(picture)
-
-
-def even_rate(fps: float) -> Fraction:
-    return Fraction(fps).limit_denominator(1001)
-
-
-def raw_path(raw: str, source: str) -> Path:
-    return Path(raw, source)

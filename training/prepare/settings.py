@@ -14,11 +14,10 @@ from typing import Any
 from memo_core import checkpoint, face
 from memo_core.nets.weights import WEIGHTS
 
+from .. import syncnet
 from .rows import STAGES
 
 HYPERIQA = "HyperIQA-resnet50-koniq10k-c96c41b1.pth"
-SYNCNET = "syncnet_v2.model"
-SYNC_FPS, SYNC_SIZE = 25, 224  # what SyncNet was trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,7 @@ class Settings:
         if stage == "quality" and self.scorer == type(self).scorer:
             return [find_model(models, HYPERIQA)]
         if stage == "sync":
-            return [find_model(models, SYNCNET)]
+            return [find_model(models, syncnet.FILE)]
         if stage == "encode":
             names = ("vae/config.json", f"vae/{WEIGHTS}", "wav2vec2/config.json", "wav2vec2/model.safetensors")
             names += ("emotion2vec/config.yaml", "emotion2vec/model.pt", f"{checkpoint.EMOTION_HEAD}/{WEIGHTS}")
@@ -93,8 +92,7 @@ class Settings:
         how = {
             "faces": f"`{download} --only face`",
             "quality": "from chaofengc/IQA-PyTorch-Weights on the Hugging Face hub, anywhere below the models folder",
-            "sync": "from the page of SyncNet (VGG, University of Oxford; syncnet_python's download_model.sh has the "
-            "address), anywhere below the models folder",
+            "sync": f"from {syncnet.SOURCE}, anywhere below the models folder",
             "encode": f"`{download} --only memo vae wav2vec2 emotion2vec`",
         }
         missing = []

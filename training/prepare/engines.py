@@ -1,0 +1,103 @@
+"""Runs a stage over many rows: in processes of this machine, or through Ray Data on a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .rows import Row
+from .settings import Settings
+from .worker import LOG, Worker
+
+Engine = Callable[[str, list[Row], Settings], Iterator[tuple[str, list[Row]]]]
+"""(stage, rows, settings) -> (id of a row, what became of it), in any order, every row once."""
+
+
+class Local:
+    """`jobs` worker processes on this machine; `limit` seconds for each row. Use as a context manager."""
+
+    def __init__(self, out: Path, jobs: int, limit: float):
+        self.jobs, self.limit = jobs, limit
+        self._all = [Worker(out / LOG, max(1, (os.cpu_count() or 1) // jobs)) for _ in range(jobs)]
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self._all:
+            self._idle.put(worker)
+
+    def __enter__(self) -> Local:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._all:
+            worker.close()
+
+    def __call__(self, stage: str, rows: list[Row], settings: Settings) -> Iterator[tuple[str, list[Row]]]:
+        def run(row: Row) -> list[Row]:
+            worker = self._idle.get()
+            try:
+                return worker.call(stage, row, settings, self.limit)
+            finally:
+                self._idle.put(worker)
+
+        threads = ThreadPoolExecutor(self.jobs)
+        try:
+            running = {threads.submit(run, row): row.id for row in rows}
+            for done in as_completed(running):
+                yield running.pop(done), done.result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+class OnRay:
+    """Ray Data: a task for each row, on the cluster that `address` names, or one started here. RAW_DIR, OUT_DIR and the
+    models have to be at the same paths on every node.
+
+    Each Ray worker keeps a worker process of its own, so that a crash costs one row there, too.
+    """
+
+    def __init__(self, out: Path, limit: float, address: str | None = None, gpus: float = 0.0, **init: Any):
+        import ray
+
+        self.out, self.limit, self.gpus = out, limit, gpus
+        paths = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
+        ray.init(address, runtime_env=paths, log_to_driver=False, **init)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def __enter__(self) -> OnRay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        ray.shutdown()
+
+    def __call__(self, stage: str, rows: list[Row], settings: Settings) -> Iterator[tuple[str, list[Row]]]:
+        import ray
+
+        # Text, because columns of a table have one type, and None, lists and names in any encoding do not.
+        items = [{"row": json.dumps(row.to_json())} for row in rows]
+        out, limit = str(self.out), self.limit
+
+        def run(item: dict[str, str]) -> list[dict[str, str]]:
+            row = Row.from_json(json.loads(item["row"]))
+            results = _own_worker(out).call(stage, row, settings, limit)
+            return [{"id": row.id, "rows": json.dumps([result.to_json() for result in results])}]
+
+        data = ray.data.from_items(items, override_num_blocks=len(items)).flat_map(run, num_cpus=1, num_gpus=self.gpus)
+        missing = {row.id: row for row in rows}
+        for item in data.iter_rows():
+            del missing[item["id"]]
+            yield item["id"], [Row.from_json(values) for values in json.loads(item["rows"])]
+        for row in missing.values():
+            yield row.id, [row.fail(stage, "worker died", "Ray lost it", error=True)]
+
+
+@lru_cache(maxsize=1)
+def _own_worker(out: str) -> Worker:
+    return Worker(Path(out, LOG))

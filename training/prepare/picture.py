@@ -1,0 +1,80 @@
+"""What was dropped where: how many clips each stage left, as a picture and as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from PIL import Image
+
+from .rows import Row
+from .settings import Settings
+
+COLUMNS = ("scenes", "faces", "quality", "sync", "review", "encode")
+NAMES = {
+    "scenes": "scene cuts",
+    "faces": "faces",
+    "quality": "image quality",
+    "sync": "lip sync",
+    "review": "review",
+    "encode": "encoding",
+}
+KEPT, COLOURS = "#2f6690", ("#d1495b", "#f2a93b", "#7b5ea7", "#7a8b3c", "#a0785a", "#2a9d8f", "#9aa5b1")
+
+
+def funnel(rows: Iterable[Row]) -> tuple[int, list[tuple[str, int, Counter]]]:
+    """How many rows there are, and for every stage how many it left and what it dropped, by cause."""
+    rows = list(rows)
+    left, steps = len(rows), []
+    for stage in COLUMNS:
+        causes = Counter(row.cause for row in rows if row.stage == stage)
+        left -= causes.total()
+        steps.append((stage, left, causes))
+    return len(rows), steps
+
+
+def describe_funnel(rows: Iterable[Row], settings: Settings) -> str:
+    """The same as lines of text."""
+    total, steps = funnel(rows)
+    lines = [f"{total:7d}  clips and unusable videos"]
+    for stage, left, causes in steps:
+        note = "left out" if stage in settings.skip else ", ".join(f"{n} {cause}" for cause, n in causes.most_common())
+        lines.append(f"{left:7d}  after {NAMES[stage]}{f' ({note})' if note else ''}")
+    return "\n".join(lines)
+
+
+def draw_funnel(rows: Iterable[Row], settings: Settings) -> Image.Image:
+    """A bar for every stage: what it left, and beside it what it dropped, by cause. An RGB image, 1200 pixels wide."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = list(rows)
+    total, steps = funnel(rows)
+    figure = Figure(figsize=(12, 5.2), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.barh(0, total, color=KEPT)
+    names = ["found"]
+    for y, (stage, left, causes) in enumerate(steps, 1):
+        axes.barh(y, left, color=KEPT)
+        begin, notes = left, []
+        for (cause, count), colour in zip(causes.most_common(), [*COLOURS, *["#5c6370"] * len(causes)]):
+            axes.barh(y, count, left=begin, color=colour)
+            begin += count
+            notes.append(f"{count} {cause}")
+        note = ", ".join(notes) + (" (left out)" if stage in settings.skip else "")
+        axes.text(begin + 0.01 * max(total, 1), y, note, va="center", fontsize=10, color="#22262b")
+        names.append(NAMES[stage])
+    for y, count in enumerate([total, *(left for _, left, _ in steps)]):
+        if count:
+            axes.text(0.006 * max(total, 1), y, f"{count}", va="center", color="white", fontsize=11, fontweight="bold")
+    hours = sum(row.seconds for row in rows if row.decision == "keep") / 3600
+    axes.set_title(f"{steps[-1][1]} of {total} clips kept, {hours:.2f} h", loc="left")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlim(0, max(total, 1) * 1.35)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("clips (a video that could not be cut counts as one)")
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

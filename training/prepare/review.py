@@ -1,0 +1,206 @@
+"""A page for judging clips by eye, most doubtful first; it works from the disk, without a server or the network."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from .rows import PrepareError, Row, decide
+from .settings import Settings
+
+PAGE = "review.html"
+VERDICTS = ("verdicts.json", "verdicts.csv")
+SHOWN = ("id", "source", "start", "end", "quality", "sync_confidence", "sync_distance", "sync_offset")
+SHOWN += ("decision", "detail")  # as the scores alone have it
+
+
+def doubt(row: Row, settings: Settings) -> float:
+    """How near the nearest score lies to its threshold, relative to that; smaller is more doubtful. 1 unmeasured."""
+    scores = ((row.quality, settings.min_quality), (row.sync_confidence, settings.min_confidence))
+    return min([1.0, *(abs(score - least) / max(abs(least), 1e-6) for score, least in scores if score is not None)])
+
+
+def write_page(out: Path, rows: Iterable[Row], settings: Settings) -> None:
+    """Writes review.html: every clip that was cut out, with pictures, preview, scores and a choice."""
+    shown = sorted((row for row in rows if row.box is not None), key=lambda row: (doubt(row, settings), row.id))
+    clips = []
+    for row in shown:
+        alone = decide(replace(row, verdict=""), settings.min_quality, settings.min_confidence)
+        clip = {name: _readable(getattr(alone, name)) for name in SHOWN}
+        clips.append(clip | {"verdict": row.verdict, "doubt": round(doubt(row, settings), 4)})
+    # "<" is written as a code, so that no name can end the script.
+    data = json.dumps({"clips": clips, "quality": settings.min_quality, "sync": settings.min_confidence})
+    page = _PAGE.replace("DATA", data.replace("<", "\\u003c"))
+    temporary = out / f".{PAGE}.tmp"
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, out / PAGE)
+
+
+def _readable(value):
+    """Text without the lone surrogates that stand for bytes of a file's name that are no text."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def read_verdicts(out: Path, path: Path | None = None) -> dict[str, str] | None:
+    """Verdicts by clip id, keep or drop: from `path`, or the newest of verdicts.json and .csv in OUT_DIR; None if there
+    is none.
+
+    JSON is {"verdicts": {id: verdict}} or the inner object; CSV has the columns id and verdict.
+
+    Raises:
+        PrepareError: the file is not there, cannot be read, or holds another verdict.
+    """
+    if path is None:
+        found = [out / name for name in VERDICTS if (out / name).is_file()]
+        if not found:
+            return None
+        path = max(found, key=lambda path: path.stat().st_mtime)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".csv":
+            verdicts = {line["id"]: (line["verdict"] or "").strip() for line in csv.DictReader(text.splitlines())}
+        else:
+            verdicts = json.loads(text)
+            verdicts = dict(verdicts.get("verdicts", verdicts))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PrepareError(f"{path} holds no verdicts: {type(error).__name__}: {error}") from error
+    wrong = {id: verdict for id, verdict in verdicts.items() if verdict not in ("keep", "drop", "")}
+    if wrong:
+        id, verdict = next(iter(wrong.items()))
+        raise PrepareError(f"{path}: the verdict on {id} is {verdict!r}; keep, drop or nothing is allowed")
+    return {id: verdict for id, verdict in verdicts.items() if verdict}
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Review of clips</title>
+<meta name="viewport" content="width=device-width">
+<style>
+body { font: 15px/1.4 system-ui, sans-serif; margin: 0; color: #22262b; background: #f4f6f8 }
+header { position: sticky; top: 0; z-index: 1; background: #fff; border-bottom: 1px solid #d5dae0; padding: 10px 20px;
+  display: flex; flex-wrap: wrap; gap: 8px 16px; align-items: center }
+h1 { font-size: 18px; margin: 0 } header span { color: #66707b }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 14px; padding: 14px 20px }
+article { background: #fff; border: 1px solid #d5dae0; border-left: 6px solid #9aa5b1; border-radius: 6px;
+  padding: 10px }
+article.keep { border-left-color: #2a9d8f } article.drop { border-left-color: #d1495b }
+article:focus { outline: 2px solid #2f6690 }
+img, video { width: 100%; display: block; border-radius: 3px; background: #e2e6ea; aspect-ratio: 4 / 1 }
+video { aspect-ratio: 1; max-height: 420px; object-fit: contain }
+.source { font-size: 13px; color: #66707b; overflow-wrap: anywhere; margin: 6px 0 }
+dl { display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 6px 0 } dl div { display: flex; gap: 6px }
+dt { color: #66707b } dd { margin: 0; font-variant-numeric: tabular-nums } .bad { color: #d1495b; font-weight: 600 }
+button, select { font: inherit; padding: 4px 12px; border: 1px solid #b8c0c9; border-radius: 4px; background: #fff;
+  cursor: pointer }
+button[aria-pressed=true] { background: #22262b; color: #fff; border-color: #22262b }
+#save { background: #2f6690; color: #fff; border-color: #2f6690 }
+.row { display: flex; gap: 6px; align-items: center; flex-wrap: wrap }
+</style></head><body>
+<header><h1>Review of clips</h1><span id="count"></span>
+<select id="show"><option value="all">all clips</option><option value="undecided">without verdict</option>
+<option value="keep">kept</option><option value="drop">dropped</option></select>
+<button id="back">&larr;</button><span id="page"></span><button id="next">&rarr;</button>
+<button id="save">Save verdicts.json</button>
+<span>Put it into this folder and run <code>prepare</code> again. Keys on a clip: K keep, D drop, A automatic, space
+plays.</span></header>
+<main></main>
+<script id="data" type="application/json">DATA</script>
+<script>
+const {clips, quality, sync} = JSON.parse(document.getElementById("data").textContent);
+const PER_PAGE = 48, store = "verdicts:" + location.pathname;
+const verdicts = {};
+for (const clip of clips) if (clip.verdict) verdicts[clip.id] = clip.verdict;
+try { Object.assign(verdicts, JSON.parse(localStorage.getItem(store) || "{}")) } catch {}
+let page = 0;
+const make = (tag, text, kind) => {
+  const node = document.createElement(tag);
+  if (text !== undefined) node.textContent = text;
+  if (kind) node.className = kind;
+  return node;
+};
+const decision = clip => verdicts[clip.id] || clip.decision;
+function card(clip) {
+  const box = make("article"), strip = make("img"), scores = make("dl"), choice = make("div", undefined, "row");
+  box.tabIndex = 0;
+  strip.src = "review/" + clip.id + ".jpg"; strip.loading = "lazy"; strip.alt = "four pictures of the clip";
+  const play = () => {
+    const video = make("video");
+    video.src = "clips/" + clip.id + ".mp4"; video.controls = video.autoplay = video.loop = true;
+    strip.replaceWith(video);
+  };
+  strip.onclick = play;
+  const score = (name, value, bad) => {
+    if (value === null) return;
+    const pair = make("div");
+    pair.append(make("dt", name), make("dd", value, bad ? "bad" : ""));
+    scores.append(pair);
+  };
+  const round = (value, digits) => value === null ? null : value.toFixed(digits);
+  score("length", (clip.end - clip.start).toFixed(1) + " s");
+  score("quality", round(clip.quality, 1), clip.quality < quality);
+  score("sync", round(clip.sync_confidence, 2), clip.sync_confidence < sync);
+  score("distance", round(clip.sync_distance, 2));
+  score("offset", clip.sync_offset);
+  score("doubt", clip.doubt.toFixed(2));
+  const buttons = {}, said = make("span");
+  const paint = () => {
+    const verdict = verdicts[clip.id] || "";
+    for (const [name, button] of Object.entries(buttons)) button.setAttribute("aria-pressed", name === verdict);
+    box.className = decision(clip);
+    said.textContent = "automatic: " + clip.decision + (clip.detail ? ", " + clip.detail : "");
+  };
+  const judge = verdict => {
+    if (verdict) verdicts[clip.id] = verdict; else delete verdicts[clip.id];
+    const kept = {};
+    for (const one of clips) kept[one.id] = verdicts[one.id] || "";
+    try { localStorage.setItem(store, JSON.stringify(kept)) } catch {}
+    paint(); count();
+  };
+  for (const [name, text] of [["keep", "Keep"], ["drop", "Drop"], ["", "Automatic"]]) {
+    buttons[name] = make("button", text);
+    buttons[name].onclick = () => judge(name);
+    choice.append(buttons[name]);
+  }
+  choice.append(said);
+  box.onkeydown = event => {
+    const key = {k: "keep", d: "drop", a: ""}[event.key.toLowerCase()];
+    if (key !== undefined) judge(key);
+    else if (event.key === " " && event.target === box) { event.preventDefault(); play(); }
+  };
+  const place = clip.source + ", " + clip.start.toFixed(2) + " to " + clip.end.toFixed(2) + " s";
+  box.append(strip, make("div", place, "source"), scores, choice);
+  paint();
+  return box;
+}
+const chosen = () => {
+  const show = document.getElementById("show").value;
+  return clips.filter(clip => show === "all" || (show === "undecided" ? !verdicts[clip.id] : decision(clip) === show));
+};
+function count() {
+  const kept = clips.filter(clip => decision(clip) === "keep").length;
+  document.getElementById("count").textContent =
+    `${clips.length} clips, ${kept} kept, ${Object.values(verdicts).filter(Boolean).length} judged by hand`;
+}
+function draw() {
+  const list = chosen(), pages = Math.max(1, Math.ceil(list.length / PER_PAGE));
+  page = Math.min(Math.max(page, 0), pages - 1);
+  document.getElementById("page").textContent = `page ${page + 1} of ${pages}`;
+  document.querySelector("main").replaceChildren(...list.slice(page * PER_PAGE, (page + 1) * PER_PAGE).map(card));
+  count(); scrollTo(0, 0);
+}
+document.getElementById("show").onchange = () => { page = 0; draw(); };
+document.getElementById("back").onclick = () => { page--; draw(); };
+document.getElementById("next").onclick = () => { page++; draw(); };
+document.getElementById("save").onclick = () => {
+  const judged = Object.fromEntries(Object.entries(verdicts).filter(([, verdict]) => verdict));
+  const link = make("a");
+  link.href = URL.createObjectURL(new Blob([JSON.stringify({verdicts: judged}, null, 1)], {type: "application/json"}));
+  link.download = "verdicts.json";
+  link.click();
+};
+draw();
+</script></body></html>
+"""
