@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import lora as adapters
 from .errors import CheckpointError
 from .nets.config import NetConfig
 from .nets.diffusion_net import DiffusionNet
@@ -58,8 +59,23 @@ class Networks:
     emotion_head: EmotionHead
     folder: Path
     device: torch.device  # where they run
-    digest: str  # identifies the four MEMO networks and the VAE, whatever the dtype they run in
+    base_digest: str  # identifies the four MEMO networks and the VAE as saved, whatever the dtype they run in
     sample_size: int  # latent height and width of training
+    adapters: tuple[tuple[str, str, float], ...] = ()  # name, digest, strength of what `lora.apply` merged
+
+    @property
+    def digest(self) -> str:
+        """Identifies what these networks compute: `base_digest`, or another one with every adapter and strength."""
+        if not self.adapters:
+            return self.base_digest
+        parts = [self.base_digest, *(f"{digest}:{strength!r}" for _, digest, strength in self.adapters)]
+        return _short_hash("|".join(parts))
+
+    @property
+    def title(self) -> str:
+        """Checkpoint, adapters and digest, as written into videos."""
+        names = [self.folder.name, *(f"{name}:{strength:g}" for name, _, strength in self.adapters)]
+        return f"{' + '.join(names)} ({self.digest})"
 
     @property
     def embedded(self) -> bool:
@@ -128,11 +144,33 @@ def weights_digest(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _net_digest(folder: Path, weights: dict[str, Tensor]) -> str:
+    settings = read_json(folder / "config.json")  # what has no trace in the weights: heads, epsilons, scales
+    told = {key: settings[key] for key in sorted(settings) if not key.startswith("_")}
+    return weights_digest(weights) + json.dumps(told)
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def base_digest(checkpoint: str | os.PathLike[str]) -> str:
+    """`Networks.base_digest` of a checkpoint, without building its networks; CheckpointError as from `load`."""
+    folder = find(checkpoint)
+    digests = [
+        _net_digest(folder / name, read_tensors(folder / name / WEIGHTS))
+        for name in ("reference_net", "diffusion_net", "image_proj", "audio_proj")
+    ]
+    vae = _current_vae_keys(read_tensors(folder / "vae" / WEIGHTS))
+    return _short_hash("".join([*digests, _net_digest(folder / "vae", vae)]))
+
+
 def load(
     checkpoint: str | os.PathLike[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     ops: Any = nn,
+    lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
 ) -> Networks:
     """Loads a checkpoint in the released layout.
 
@@ -141,9 +179,11 @@ def load(
         device, dtype: where and in what precision the networks run. The speech and emotion encoders stay in fp32, as
             released.
         ops: namespace of layer classes for the MEMO networks.
+        lora: adapters to merge, each a file and its strength (`lora.apply`).
 
     Raises:
-        CheckpointError: files or keys are missing, extra or misshapen, or a setting is not supported.
+        CheckpointError: files or keys are missing, extra or misshapen, or a setting is not supported; an adapter
+            cannot be read or does not fit.
     """
     from diffusers import AutoencoderKL
 
@@ -152,6 +192,7 @@ def load(
     from .nets.speech_encoder import SpeechEncoder
 
     folder = find(checkpoint)
+    wanted = [(adapters.read(file), strength) for file, strength in lora]  # before the networks, which take long
     digests: list[str] = []
 
     def net(
@@ -171,9 +212,7 @@ def load(
         except _IMPOSSIBLE as error:
             raise CheckpointError(f"no network fits {path} and the config.json beside it: {error}") from error
         load_strict(module, {key: tensor.to(device, dtype) for key, tensor in weights.items()}, path)
-        digests.append(weights_digest(weights))
-        settings = read_json(folder / name / "config.json")  # what has no trace in the weights: heads, epsilons, scales
-        digests.append(json.dumps({key: settings[key] for key in sorted(settings) if not key.startswith("_")}))
+        digests.append(_net_digest(folder / name, weights))
         return module.eval().requires_grad_(False)
 
     def shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
@@ -195,7 +234,7 @@ def load(
         raise
     except _IMPOSSIBLE as error:
         raise CheckpointError(f"{folder}: wav2vec2, emotion2vec or {EMOTION_HEAD} cannot be built: {error}") from error
-    return Networks(
+    nets = Networks(
         reference_net=reference_net,
         diffusion_net=diffusion_net,
         image_proj=image_proj,
@@ -206,9 +245,12 @@ def load(
         emotion_head=emotion_head,
         folder=folder,
         device=torch.device(device),
-        digest=hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
+        base_digest=_short_hash("".join(digests)),
         sample_size=read_json(folder / "diffusion_net" / "config.json").get("sample_size") or 64,
     )
+    for adapter, strength in wanted:
+        adapters.apply(nets, adapter, strength)
+    return nets
 
 
 def _net_config(folder: Path) -> NetConfig:
@@ -236,10 +278,18 @@ def _current_vae_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def save_module(folder: Path, module: nn.Module, config: dict[str, Any], dtype: torch.dtype = torch.float16) -> None:
     """Writes config.json and the weights as the released layout has them."""
+    save_weights(folder, module.state_dict(), config, dtype)
+
+
+def save_weights(folder: Path, weights: dict[str, Tensor], config: dict[str, Any], dtype: torch.dtype) -> None:
+    """As `save_module`, of weights by name. Files are replaced, never written into: others may be linked to them."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    temporary = folder / "unfinished.tmp"
+    temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "config.json")
     save_file(
-        {k: v.detach().to(dtype).contiguous() for k, v in module.state_dict().items()},
-        folder / WEIGHTS,
+        {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()},
+        temporary,
         metadata={"format": "pt"},
     )
+    os.replace(temporary, folder / WEIGHTS)

@@ -87,8 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", metavar="PNG", help="the picture (default: VOICE.emotion.png, here)")
     _add_checkpoint(sub)
 
-    sub = command("info", info, "Describe a checkpoint folder or a memory state file.")
-    sub.add_argument("target", metavar="CHECKPOINT|STATE", help="a folder or an embedded checkpoint's name; a file")
+    sub = command("info", info, "Describe a checkpoint folder, an adapter file or a memory state file.")
+    text = "a folder or an embedded checkpoint's name; a file"
+    sub.add_argument("target", metavar="CHECKPOINT|LORA|STATE", help=text)
 
     sub = command("sheet", sheet, "Draw evenly spaced frames of VIDEO, with their times, as one picture.")
     sub.add_argument("video", metavar="VIDEO")
@@ -116,6 +117,13 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     add("voice", "any file with sound, also a video", metavar="VOICE")
     sub.add_argument("-o", "--output", metavar="OUT.mp4", help="the video (default: VOICE.mp4, here)")
     _add_checkpoint(sub)
+    add(
+        "--lora",
+        "an adapter to merge into the checkpoint, and how much of it (default: 1); several add up",
+        type=_adapter,
+        action="append",
+        metavar="FILE[:STRENGTH]",
+    )
     add("--steps", "sampling steps per window of 16 frames (default: %(default)s)", type=int, default=20)
     add("--guidance", "guidance scale; 1 is none, in half the time (default: %(default)s)", type=float, default=3.5)
     add("--seed", "of the noise (default: %(default)s)", type=int, default=42)
@@ -195,7 +203,7 @@ def generate(args: argparse.Namespace) -> int:
     start, count = _span(args, count_frames(waveform.shape[1], rate, FPS), waveform.shape[1] / rate)
     device, dtype = _device(args)
 
-    pipe = MemoPipeline.from_pretrained(args.checkpoint, device, dtype)
+    pipe = MemoPipeline.from_pretrained(args.checkpoint, device, dtype, lora=args.lora or ())
     reference = pipe.encode_reference(
         portrait,
         size=args.size,
@@ -205,8 +213,13 @@ def generate(args: argparse.Namespace) -> int:
     )
     memory.require(pipe.nets.digest, reference.digest)  # before the voice, which may take minutes
     height, width = reference.pixels.shape[1:]
-    model = f"{Path(args.checkpoint).name} ({pipe.nets.digest})"
-    about = {"model": model, "seed": args.seed, "steps": args.steps, "guidance": args.guidance, "emotion": args.emotion}
+    about = {
+        "model": pipe.nets.title,
+        "seed": args.seed,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "emotion": args.emotion,
+    }
     with VideoWriter(output, width, height, FPS, rate, about) as writer:
         sound = waveform[:, round(start * rate / FPS) : round((start + count) * rate / FPS)]
         writer.write_audio(sound)
@@ -311,6 +324,9 @@ def _command(args: argparse.Namespace, changes: dict[str, object]) -> str:
     words = ["memo", "generate", args.portrait, args.voice]
     for name, value in (vars(args) | changes).items():
         if name in ("portrait", "voice", "run") or value == defaults.get_default(name):
+            continue
+        if name == "lora":
+            words += [word for file, strength in value for word in ("--lora", f"{file}:{strength!r}")]
             continue
         words.append(f"--{name.replace('_', '-')}")
         if isinstance(value, tuple):
@@ -425,11 +441,14 @@ def detect(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
-    from . import checkpoint, face
+    from . import checkpoint, face, lora
     from .memory import MemoryState
 
     if args.target not in checkpoint.EMBEDDED and Path(args.target).is_file():
-        print(MemoryState.load(args.target).inspect())
+        if lora.is_adapter(args.target):
+            print(lora.read(args.target).describe())
+        else:
+            print(MemoryState.load(args.target).inspect())
         return OK
     nets = checkpoint.load(args.target)  # all of it: what is printed is known to fit together
     parts = {
@@ -542,6 +561,18 @@ def _seconds(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return value
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    """File and strength from "FILE" or "FILE:STRENGTH"."""
+    file, _, strength = text.rpartition(":")
+    try:
+        value = float(strength)
+    except ValueError:
+        file, value = text, 1.0  # the colon, if any, belongs to the name, as in C:\face.safetensors
+    if not file or not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FILE or FILE:STRENGTH with a finite number")
+    return file, value
 
 
 def _context(text: str) -> float | str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -44,13 +44,18 @@ class MemoPipeline:
         path: str | os.PathLike[str] = "toon",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        lora: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
     ) -> MemoPipeline:
         """Loads a folder in the released layout, or an embedded checkpoint by name ("toon").
 
+        Args:
+            lora: adapter files to merge, or pairs of file and strength (1 is as trained); they add up.
+
         Raises:
-            CheckpointError: names the files or the first ten keys that do not fit.
+            CheckpointError: names the files, or the first ten keys or layers, that do not fit.
         """
-        return cls(checkpoint.load(path, device, dtype))
+        pairs = [file if isinstance(file, tuple) else (file, 1.0) for file in lora]
+        return cls(checkpoint.load(path, device, dtype, lora=pairs))
 
     def encode_audio(
         self,
@@ -274,7 +279,7 @@ class MemoPipeline:
             done, memory = done + window.latents.shape[1], window.memory
         settings = job.settings
         about = {
-            "model": f"{self.nets.folder.name} ({self.nets.digest})",
+            "model": self.nets.title,
             "seed": settings.seed,
             "steps": settings.steps,
             "guidance": settings.guidance_scale,

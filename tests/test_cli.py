@@ -291,7 +291,8 @@ def test_ctrl_c_before_the_first_window_leaves_no_file(here, memo_tiny):
 def test_the_command_to_go_on_keeps_every_choice():
     given = (
         "generate 'my face.png' v.wav --steps 7 --guidance 2.0 --size 128x64 --context whole --separate-vocals "
-        "--crop none --face 1 --start 1.5 --duration 4 --emotion sad --dtype float16 --device cpu --output o.mp4"
+        "--crop none --face 1 --start 1.5 --duration 4 --emotion sad --dtype float16 --device cpu --output o.mp4 "
+        "--lora 'my face.safetensors' --lora b.safetensors:-0.35"
     )
     args = cli.build_parser().parse_args(shlex.split(given))
     again = cli.build_parser().parse_args(shlex.split(cli._command(args, {}))[1:])
