@@ -44,9 +44,9 @@ def load_windows(path: str | Path, min_samples: int = 400) -> list[Tensor]:
     Raises AudioError for a file that cannot be read, holds fewer than `min_samples` samples at 16 kHz, lasts longer
     than MAX_SECONDS, or is nothing but silence.
     """
+    _check_length(_declared_seconds(path))  # before hours of sound are decoded
     waveform, rate = load_audio(path)
-    if waveform.shape[-1] > MAX_SECONDS * rate:
-        raise AudioError(f"it lasts {waveform.shape[-1] / rate:.0f} s; an utterance of up to {MAX_SECONDS} s is expected")
+    _check_length(waveform.shape[-1] / rate)
     samples = prepare_waveform(waveform, rate)
     if len(samples) < min_samples:
         raise AudioError(f"it lasts {len(samples)} samples at 16 kHz; at least {min_samples} make a feature")
@@ -100,7 +100,7 @@ class FeatureStore:
         """[windows, C] float32, or None where the file, as it is now, has not been encoded."""
         try:
             size, changed = _stamp(path)
-        except OSError:
+        except (OSError, ValueError):
             return None
         row = self._database.execute(
             "SELECT windows, width, data FROM features WHERE encoder = ? AND path = ? AND size = ? AND changed = ?",
@@ -118,33 +118,51 @@ class FeatureStore:
             bar.set_description("emotion2vec")
             for chunk in _chunks(missing, _CHUNK):
                 heard = list(pool.map(lambda clip: _try_windows(clip.path, encoder.min_samples), chunk))
-                windows = [window for got in heard if isinstance(got, list) for window in got]
-                features = iter(encode(windows, encoder).split([len(g) for g in heard if isinstance(g, list)]))
-                for clip, got in zip(chunk, heard):
+                windows = [window for _, got in heard if isinstance(got, list) for window in got]
+                features = iter(encode(windows, encoder).split([len(g) for _, g in heard if isinstance(g, list)]))
+                for clip, (stamp, got) in zip(chunk, heard):
                     if isinstance(got, str):
                         rejected.append(Rejected(clip.path, clip.dataset, got))
                     elif (values := next(features)).isfinite().all():
-                        self._put(clip.path, values)
+                        self._put(clip.path, stamp, values)
                     else:
                         rejected.append(Rejected(clip.path, clip.dataset, "its features are not finite"))
                 self._database.commit()
                 bar.update(len(chunk))
         return rejected
 
-    def _put(self, path: str, values: Tensor) -> None:
+    def _put(self, path: str, stamp: tuple[int, int], values: Tensor) -> None:
         data = values.contiguous().numpy().astype("<f4").tobytes()
         self._database.execute(
             "INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (self.encoder, _text(path), *_stamp(path), *values.shape, data),
+            (self.encoder, _text(path), *stamp, *values.shape, data),
         )
 
 
-def _try_windows(path: str, min_samples: int) -> list[Tensor] | str:
-    """The windows of a file, or why there are none."""
+def _try_windows(path: str, min_samples: int) -> tuple[tuple[int, int], list[Tensor] | str]:
+    """Size and time of change of a file, and its windows or why there are none."""
+    stamp = (0, 0)
     try:
-        return load_windows(path, min_samples)
+        stamp = _stamp(path)
+        return stamp, load_windows(path, min_samples)
     except Exception as error:  # whatever a broken file makes a decoder raise costs this row, not the run
-        return str(error) or type(error).__name__
+        return stamp, str(error) or type(error).__name__
+
+
+def _declared_seconds(path: str | Path) -> float:
+    """What the container says; 0 where it says nothing or cannot be opened, which `load_audio` puts in words."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return (container.duration or 0) / av.time_base
+    except (av.FFmpegError, OSError, ValueError):
+        return 0.0
+
+
+def _check_length(seconds: float) -> None:
+    if seconds > MAX_SECONDS:
+        raise AudioError(f"it lasts {seconds:.0f} s; an utterance of up to {MAX_SECONDS} s is expected")
 
 
 def _stamp(path: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The label tables: each data set's own labels and the eight classes they are merged into (MEMO appendix A, Table 2)."""
+"""Label tables: each data set's own labels and the eight classes they are merged into (MEMO appendix A, Table 2)."""
 
 from __future__ import annotations
 

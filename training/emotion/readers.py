@@ -74,7 +74,9 @@ class Found:
 
     def summary(self) -> str:
         """A table: per data set its clips, speakers, clips per class, and what was left out."""
-        names = sorted({c.dataset for c in self.clips} | {r.dataset for r in self.rejected} | {d for d, _ in self.dropped})
+        names = sorted(
+            {c.dataset for c in self.clips} | {r.dataset for r in self.rejected} | {d for d, _ in self.dropped}
+        )
         rows = []
         for name in names:
             clips = [clip for clip in self.clips if clip.dataset == name]
@@ -144,7 +146,9 @@ def read_csv(path: str | Path, tables: Mapping[str, LabelTable] | None = None) -
                     found.rejected.append(Rejected(where, name or PLAIN.key, f"split {split!r}; allowed: train, test"))
                 else:
                     table = tables[name] if name else PLAIN
-                    found.add(os.path.abspath(path.parent / where), table, line["label"], line.get("speaker", ""), split)
+                    found.add(
+                        os.path.abspath(path.parent / where), table, line["label"], line.get("speaker", ""), split
+                    )
     except (OSError, UnicodeError, csv.Error) as error:
         raise LabelError(f"{path} cannot be read: {error}") from error
     return found

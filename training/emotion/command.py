@@ -1,0 +1,219 @@
+"""`python -m training emotion`: label tables, features, training and report of the emotion detector."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from memo_core.checkpoint import EMOTION_HEAD, assets
+from memo_core.nets.emotion2vec import Emotion2Vec
+from memo_core.nets.emotion_head import EmotionHead
+
+from .features import FeatureStore, encoder_digest
+from .labels import LabelError, LabelTable, load_tables, published
+from .readers import Clip, Found, Rejected, read_clips, read_csv, read_folder, text_table, without_repeats, write_rows
+from .report import table, write_report
+from .toon import make_toon_sets
+from .train import EmotionConfig, evaluate, split, train, write_json
+
+TOON = EmotionConfig(hidden_dim=64, steps=600, batch_size=128, learning_rate=1e-3, warmup=60, split_by="speaker")
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Adds `emotion` and what it does."""
+    parser = commands.add_parser("emotion", help="train the emotion detector", description=__doc__)
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+
+    sets = actions.add_parser("sets", help="list the label tables")
+    sets.add_argument("--labels", action="store_true", help="with every label and its class")
+    sets.set_defaults(run=lambda args: print(describe_sets(published(), args.labels)))
+
+    make = actions.add_parser("prepare", help="read data sets and compute their features")
+    make.add_argument("out", type=Path, help="gets clips.csv, rejected.csv and features.sqlite")
+    make.add_argument("--encoder", type=Path, required=True, help="folder of emotion2vec: model.pt and config.yaml")
+    make.add_argument("--set", action="append", default=[], metavar="KEY=FOLDER", help="a data set; may be repeated")
+    make.add_argument("--csv", action="append", default=[], type=Path, metavar="FILE", help="a list: path,label,...")
+    make.add_argument("--tables", type=Path, metavar="FILE", help="more label tables, in the form of datasets.yaml")
+    make.add_argument("--device", default="cpu", help="where emotion2vec runs (%(default)s)")
+    make.add_argument("--workers", type=int, default=2, help="threads that decode sound (%(default)s)")
+    make.set_defaults(run=_prepare)
+
+    learn = actions.add_parser("train", help="train the head on what prepare made, and report")
+    learn.add_argument("out", type=Path, help="what prepare wrote; gets config.json, the head in misc/ and the report")
+    learn.add_argument("--device", default="cpu", help="where the head is trained (%(default)s)")
+    for item in fields(EmotionConfig):
+        kind, name = type(item.default), f"--{item.name.replace('_', '-')}"
+        learn.add_argument(name, type=kind, default=item.default, help=f"({item.default})")
+    learn.set_defaults(run=_train)
+
+    show = actions.add_parser("report", help="accuracy per data set of a trained head")
+    show.add_argument("out", type=Path, help="what train wrote")
+    show.add_argument("--head", type=Path, help="another head to measure on the same clips, which is only printed")
+    show.set_defaults(run=_report)
+
+    toon = actions.add_parser("toon", help="all of it on toon voices, with and without the contrastive regulariser")
+    toon.add_argument("out", type=Path, nargs="?", default=Path("runs/emotion_toon"), help="(%(default)s)")
+    toon.add_argument("--seeds", type=int, default=3, help="runs with and without the regulariser (%(default)s)")
+    toon.set_defaults(run=lambda args: print(show_toon(args.out, args.seeds)))
+
+
+def describe_sets(tables: dict[str, LabelTable], labels: bool = False) -> str:
+    """A table of the data sets: key, name, language, licence, number of labels, and how they are read."""
+    rows: list[list[object]] = [
+        [key, t.name, t.language, t.licence or "not known", len(t.labels), "folder" if t.pattern else "csv"]
+        for key, t in tables.items()
+    ]
+    text = text_table(["key", "name", "language", "licence", "labels", "read from"], rows)
+    if labels:
+        merged = [f"{k}: " + ", ".join(f"{own} -> {name}" for own, name in t.labels.items()) for k, t in tables.items()]
+        text = "\n".join([text, "", *merged])
+    return text
+
+
+def prepare(
+    out: Path, found: Found, encoder: Emotion2Vec, workers: int = 2
+) -> tuple[list[Clip], list[Rejected], list[Tensor]]:
+    """Encodes what readers found into out/features.sqlite and lists it in out/clips.csv and out/rejected.csv.
+
+    Returns:
+        the clips that have features, the rejected rows, and per clip its windows [N, C].
+    """
+    found = without_repeats(found)
+    if not found.clips:
+        reasons = "; ".join(sorted({row.reason for row in found.rejected})[:3])
+        raise LabelError(f"no labelled recording was found{': ' + reasons if reasons else ''}")
+    out.mkdir(parents=True, exist_ok=True)
+    digest = encoder_digest(encoder)
+    with FeatureStore(out / "features.sqlite", digest) as store:
+        found.rejected += store.fill(found.clips, encoder, workers)
+        found.clips, features = _with_features(found.clips, store)
+    write_json(out / "prepared.json", {"encoder": digest})
+    write_rows(out / "clips.csv", Clip, found.clips)
+    write_rows(out / "rejected.csv", Rejected, found.rejected)
+    print(found.summary())
+    return found.clips, found.rejected, features
+
+
+def load_prepared(out: Path) -> tuple[list[Clip], list[Tensor]]:
+    """The clips of out/clips.csv whose features are there, and these. LabelError where prepare has not been run."""
+    import json
+
+    clips = read_clips(out / "clips.csv")
+    try:
+        digest = str(json.loads((out / "prepared.json").read_text(encoding="utf-8"))["encoder"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LabelError(f"{out}/prepared.json cannot be read ({error}); run prepare again") from error
+    with FeatureStore(out / "features.sqlite", digest) as store:
+        kept, features = _with_features(clips, store)
+    if len(kept) < len(clips):
+        print(f"{len(clips) - len(kept)} of {len(clips)} recordings are gone or changed since prepare; left out")
+    return kept, features
+
+
+def fit(
+    out: Path, clips: list[Clip], features: list[Tensor], config: EmotionConfig, device: str = "cpu"
+) -> dict[str, Any]:
+    """Splits, trains, and writes splits.csv and the report into `out`; returns `train.evaluate`'s result."""
+    parts = split(clips, config.test_share, config.split_by, config.seed)
+    clips = [replace(clip, split=part) for clip, part in zip(clips, parts)]
+    head = train(out, clips, features, config, device)
+    write_rows(out / "splits.csv", Clip, clips)
+    result = evaluate(head, clips, features)
+    write_report(out, result)
+    return result
+
+
+def show_toon(out: Path, seeds: int = 3) -> str:
+    """Makes the toon sets, trains with and without the contrastive regulariser, and tells how each did on new voices.
+
+    The detector stays in out/contrastive_0/misc/audio_emotion_classifier.
+    """
+    started = time.monotonic()
+    lists, tables = make_toon_sets(out / "sets")
+    encoder = Emotion2Vec.from_pretrained(assets() / "toon" / "emotion2vec")
+    clips, _, features = prepare(out, read_csv(lists, {**published(), **load_tables(tables)}), encoder)
+    scores: dict[str, list[dict[str, Any]]] = {"contrastive": [], "plain": [], "head trained with the encoder": []}
+    shipped = EmotionHead.from_pretrained(assets() / "toon" / EMOTION_HEAD)
+    for seed in range(seeds):
+        for name, weight in (("contrastive", TOON.contrastive_weight), ("plain", 0.0)):
+            config = replace(TOON, seed=seed, contrastive_weight=weight)
+            scores[name].append(fit(out / f"{name}_{seed}", clips, features, config))
+        tested = read_clips(out / f"plain_{seed}" / "splits.csv")
+        scores["head trained with the encoder"].append(evaluate(shipped, tested, features))
+    keys = list(scores["plain"][0]["sets"])
+    columns = {
+        name: [[100 * result["sets"][key]["accuracy"] for result in results] for key in keys]
+        + [[100 * result["all"]["accuracy"] for result in results]]
+        for name, results in scores.items()
+    }
+    columns["contrastive - plain"] = [
+        [a - b for a, b in zip(*pair)] for pair in zip(columns["contrastive"], columns["plain"])
+    ]
+    rows: list[list[object]] = [[name, *map(_spread, values)] for name, values in columns.items()]
+    return "\n".join(
+        [
+            "seed 0 with the contrastive regulariser, on voices that the head has not heard:",
+            table(scores["contrastive"][0]),
+            f"accuracy %, mean and standard deviation of {seeds} seeds (of the split, the weights and the batches):",
+            text_table(["run", *keys, "all clips"], rows),
+            f"{time.monotonic() - started:.0f} s",
+        ]
+    )
+
+
+def _spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    tables = dict(published())
+    if args.tables:
+        tables |= load_tables(args.tables)
+    if not args.set and not args.csv:
+        raise SystemExit("name at least one --set KEY=FOLDER or --csv FILE")
+    encoder = Emotion2Vec.from_pretrained(args.encoder, device=args.device)  # a missing file is said before the work
+    found = Found()
+    for item in args.set:
+        key, _, folder = item.partition("=")
+        if key not in tables or not folder:
+            raise SystemExit(f"--set {item!r} is not KEY=FOLDER; keys are {', '.join(tables)}")
+        found.extend(read_folder(folder, tables[key]))
+    for path in args.csv:
+        found.extend(read_csv(path, tables))
+    _, rejected, _ = prepare(args.out, found, encoder, args.workers)
+    if rejected:
+        print(f"{len(rejected)} rejected, with reasons in {args.out / 'rejected.csv'}")
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = EmotionConfig(**{item.name: getattr(args, item.name) for item in fields(EmotionConfig)})
+    clips, features = load_prepared(args.out)
+    print(table(fit(args.out, clips, features, config, args.device)))
+    print(f"the head lies in {args.out / EMOTION_HEAD}; copy it over that of a checkpoint to use it")
+
+
+def _report(args: argparse.Namespace) -> None:
+    clips, features = load_prepared(args.out)
+    parts = {clip.path: clip.split for clip in read_clips(args.out / "splits.csv")}
+    clips = [replace(clip, split=parts.get(clip.path, "")) for clip in clips]
+    result = evaluate(EmotionHead.from_pretrained(args.head or args.out / EMOTION_HEAD), clips, features)
+    print(table(result))
+    if not args.head:
+        write_report(args.out, result)
+
+
+def _with_features(clips: list[Clip], store: FeatureStore) -> tuple[list[Clip], list[Tensor]]:
+    kept, features = [], []
+    for clip in clips:
+        values = store.get(clip.path)
+        if values is not None:
+            kept.append(clip)
+            features.append(values)
+    return kept, features

@@ -1,0 +1,75 @@
+"""The detector's report: accuracy per data set as text, JSON and bars (MEMO Figure 12), and the confusion matrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from memo_core.emotion import COLOURS, EMOTIONS
+
+from .labels import CLASSES
+from .readers import text_table
+from .train import write_json
+
+
+def table(result: dict[str, Any]) -> str:
+    """What `train.evaluate` returned, as text: a row per data set, then all clips and the mean of the sets."""
+    rows: list[list[object]] = [
+        [name, part["train"], part["test"], _percent(part["accuracy"]), _percent(part["recall"])]
+        for name, part in [*result["sets"].items(), ("all clips", result["all"])]
+    ]
+    rows.append(["mean of sets", "", "", _percent(result["mean"]), ""])
+    return text_table(["data set", "train", "test", "accuracy %", "recall %"], rows)
+
+
+def write_report(folder: Path, result: dict[str, Any]) -> None:
+    """Writes report.txt, report.json, accuracy.png and confusion.png into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.txt").write_text(table(result) + "\n", encoding="utf-8")
+    write_json(folder / "report.json", result)
+    _draw_accuracy(folder / "accuracy.png", result)
+    _draw_confusion(folder / "confusion.png", result["confusion"])
+
+
+def _draw_accuracy(path: Path, result: dict[str, Any]) -> None:
+    scored = [(name, part["accuracy"]) for name, part in result["sets"].items() if part["accuracy"] is not None]
+    scored = sorted(scored, key=lambda item: item[1], reverse=True)
+    figure, axes = _figure((max(5.0, 1.5 + 0.45 * len(scored)), 4.0))
+    bars = axes.bar([name for name, _ in scored], [100 * value for _, value in scored], color=COLOURS[6])
+    axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    if result["mean"] is not None:
+        axes.axhline(100 * result["mean"], color=COLOURS[0], linewidth=1, label=f"mean {100 * result['mean']:.1f}")
+        axes.legend(loc="lower right")
+    axes.set_ylim(0, 105)
+    axes.set_ylabel("test accuracy, %")
+    axes.tick_params(axis="x", rotation=60)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_confusion(path: Path, confusion: list[list[int]]) -> None:
+    figure, axes = _figure((6.5, 5.5))
+    shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    for y, row in enumerate(confusion):
+        for x, count in enumerate(row):
+            if count:
+                axes.text(x, y, count, ha="center", va="center", color="white" if shares[y][x] > 0.5 else "black")
+    axes.set_xticks(range(len(EMOTIONS)), EMOTIONS, rotation=45, ha="right")
+    axes.set_yticks(range(len(CLASSES)), CLASSES)
+    axes.set_xlabel("detected")
+    axes.set_ylabel("labelled")
+    figure.colorbar(image, label="share of the row")
+    figure.savefig(path, dpi=150)
+
+
+def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('the report\'s pictures need matplotlib: pip install "comfyui-memo[training]"') from error
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
