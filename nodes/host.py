@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..memo_core import checkpoint
 from ..memo_core.budget import vae_bytes
 from ..memo_core.clips import Sound
-from ..memo_core.errors import AudioError, MemoError, PortraitError
+from ..memo_core.errors import AudioError, CheckpointError, MemoError, PortraitError
 from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.store import WindowStore
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("MEMO")
 
 MODELS = "memo"  # the folder under models/, and its name in extra_model_paths.yaml
+LORAS = "loras"  # the host's own folder
 RELEASED = "memo"  # the checkpoint offered there whether it has been downloaded or not
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KEPT_SUMS = 2**28  # bytes of memory sums that may stay between clips
@@ -66,6 +67,23 @@ def checkpoints() -> dict[str, Path]:
             if folder.is_dir() and not folder.name.startswith("."):
                 found.setdefault(folder.name, folder)
     return found | {RELEASED: found.get(RELEASED, roots[0] / RELEASED)}
+
+
+def loras() -> list[str]:
+    """Names of the .safetensors files in the host's models/loras, of MEMO or not."""
+    try:
+        names = folder_paths.get_filename_list(LORAS)
+    except KeyError:  # a host without that folder
+        return []
+    return [name for name in names if name.endswith(".safetensors")]
+
+
+def lora_file(name: str) -> Path:
+    """The file of one of `loras`; CheckpointError where it is gone."""
+    path = folder_paths.get_full_path(LORAS, name) if name in loras() else None
+    if path is None:
+        raise CheckpointError(f"the adapter {name!r} is not in models/loras; press R and choose another, or none")
+    return Path(path)
 
 
 def inside(root: str | os.PathLike[str], name: str) -> Path:
@@ -161,12 +179,13 @@ class HostPipeline(MemoPipeline):
         self.listeners = managed(MEMOListeners, "speech_encoder", "emotion_encoder", "emotion_head")
 
     @classmethod
-    def load(cls, folder: Path, dtype: str, attention: str) -> HostPipeline:
+    def load(cls, folder: Path, dtype: str, attention: str, lora: Sequence[tuple[Path, float]] = ()) -> HostPipeline:
         """Loads a checkpoint onto the host's offload device.
 
         Args:
             dtype: a key of DTYPES, or "auto": what the host finds fastest on its device.
             attention: a key of ATTENTION, or "auto".
+            lora: adapters to merge, each a file and its strength.
         """
         import comfy.ops
 
@@ -174,7 +193,8 @@ class HostPipeline(MemoPipeline):
         if dtype == "auto":
             half = "fp16" if management.should_use_fp16(device) else "fp32"
             dtype = "bf16" if management.should_use_bf16(device) else half
-        nets = checkpoint.load(folder, management.unet_offload_device(), DTYPES[dtype], ops=comfy.ops.manual_cast)
+        ops = comfy.ops.manual_cast
+        nets = checkpoint.load(folder, management.unet_offload_device(), DTYPES[dtype], ops=ops, lora=lora)
         return cls(nets, attention)
 
     def to_device(self, working: int) -> None:

@@ -8,6 +8,8 @@ from ..memo_core.errors import CheckpointError
 from . import host
 from .wires import CATEGORY, MemoModel, one_of
 
+NO_LORA = "none"
+
 
 class LoadMEMO(io.ComfyNode):
     @classmethod
@@ -38,12 +40,34 @@ class LoadMEMO(io.ComfyNode):
                     tooltip="Attention kernel. auto lets PyTorch choose; math always works and is slowest. The video "
                     "is the same but for rounding: windows in the store stay.",
                 ),
+                # Optional and last: graphs from before there were adapters still load.
+                io.Combo.Input(
+                    "lora",
+                    options=[NO_LORA, *host.loras()],
+                    default=NO_LORA,
+                    optional=True,
+                    tooltip="An adapter trained for MEMO, from models/loras, merged into the weights. Those of Stable "
+                    "Diffusion and others do not fit.",
+                ),
+                io.Float.Input(
+                    "lora_strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How much of the adapter: 1 as trained, 0 nothing, below 0 the opposite.",
+                ),
             ],
             outputs=[MemoModel.Output(display_name="model", tooltip="The loaded networks.")],
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str = "toon", dtype: str = "auto", attention: str = "auto") -> bool | str:
+    def validate_inputs(
+        cls, checkpoint: str = "toon", dtype: str = "auto", attention: str = "auto", lora: str = NO_LORA
+    ) -> bool | str:
+        if lora != NO_LORA and lora not in host.loras():  # too many to list
+            return f"lora is {lora!r}, which is not in models/loras; after adding a file press R"
         return one_of(
             checkpoint=(checkpoint, host.checkpoints()),
             dtype=(dtype, ["auto", *host.DTYPES]),
@@ -51,8 +75,20 @@ class LoadMEMO(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, checkpoint: str, dtype: str, attention: str) -> io.NodeOutput:
+    def fingerprint_inputs(cls, lora: str = NO_LORA, **_: object) -> str:
+        """Another one when the adapter's file was replaced, as training does again and again."""
+        try:
+            about = host.lora_file(lora).stat()
+        except (OSError, CheckpointError):
+            return lora
+        return f"{about.st_mtime_ns} {about.st_size}"
+
+    @classmethod
+    def execute(
+        cls, checkpoint: str, dtype: str, attention: str, lora: str = NO_LORA, lora_strength: float = 1.0
+    ) -> io.NodeOutput:
         folder = host.checkpoints().get(checkpoint)
         if folder is None:
             raise CheckpointError(f"the checkpoint {checkpoint!r} is gone; there are {', '.join(host.checkpoints())}")
-        return io.NodeOutput(host.HostPipeline.load(folder, dtype, attention))
+        adapters = [] if lora == NO_LORA else [(host.lora_file(lora), lora_strength)]
+        return io.NodeOutput(host.HostPipeline.load(folder, dtype, attention, adapters))

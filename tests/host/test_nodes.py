@@ -9,7 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from memo_core import checkpoint
+from memo_core.lora import Adapter, Factors
+from memo_core.nets.weights import WEIGHTS
 
 from .graphs import QUICK, Graph, pictures, refused, run, video, write_speech, write_wav
 from .harness import Host, Run
@@ -71,6 +78,56 @@ def test_number_format_and_attention_can_be_chosen(host: Host, dtype: str, atten
     save = graph.pictures([clip, 0])
     frames = pictures(host, run(host, graph), save)
     assert frames.shape == (15, 64, 64, 3) and frames.std() > 10
+
+
+def write_adapter(host: Host, name: str, size: float = 0.3) -> None:
+    """An adapter of random numbers for the embedded checkpoint, in models/loras."""
+    base = checkpoint.assets() / "toon" / "diffusion_net" / WEIGHTS
+    torch.manual_seed(0)
+    with safe_open(base, "pt") as weights:
+        shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys() if key.endswith(".to_out.0.weight")}
+    factors = {
+        f"diffusion_net.{key.removesuffix('.weight')}": Factors(
+            torch.randn(2, into) * size, torch.randn(out, 2) * size, 2.0
+        )
+        for key, (out, into) in shapes.items()
+    }
+    (host.base / "models" / "loras").mkdir(exist_ok=True)
+    Adapter(modules=factors, base="0" * 16).save(host.base / "models" / "loras" / name)
+
+
+def test_an_adapter_changes_the_frames_and_strength_0_does_not(host: Host) -> None:
+    write_adapter(host, "random.safetensors")
+    write_speech(host, "adapter.wav", 0.5)
+
+    def frames(**adapter: object) -> np.ndarray:
+        graph = Graph()
+        model = graph.model()
+        graph[model[0]]["inputs"] |= adapter  # left out: a graph from before there were adapters
+        save = graph.pictures([graph.clip(model, graph.reference(model), graph.voice(model, "adapter.wav")), 0])
+        return pictures(host, run(host, graph), save)
+
+    plain = frames()
+    assert np.array_equal(frames(lora="random.safetensors", lora_strength=0.0), plain)
+    some, more = (frames(lora="random.safetensors", lora_strength=strength) for strength in (0.5, 1.0))
+    assert np.abs(some.astype(int) - plain).mean() > 1 and not np.array_equal(more, some)
+    assert "random.safetensors was trained on checkpoint 0000000000000000, this one is" in host.log()
+    write_adapter(host, "random.safetensors", 0.1)
+    assert not np.array_equal(frames(lora="random.safetensors"), more), "the file was replaced"
+
+
+def test_adapters_of_other_networks_are_refused_in_one_line(host: Host) -> None:
+    (host.base / "models" / "loras").mkdir(exist_ok=True)
+    stranger = {"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(4, 4)}
+    save_file(stranger, host.base / "models" / "loras" / "anime.safetensors", {"ss_network_dim": "4"})
+    graph = Graph()
+    model = graph.model()
+    graph[model[0]]["inputs"] |= {"lora": "anime.safetensors"}
+    graph.add("PreviewAny", source=model)
+    message = fails(host, graph).error.message.strip()
+    assert message.startswith("anime.safetensors is not a MEMO adapter") and "\n" not in message
+    graph[model[0]]["inputs"] |= {"lora": "../../input/anime.safetensors"}
+    assert "is not in models/loras" in refused(host, graph, model[0])
 
 
 # --- The voice --------------------------------------------------------------------------------------------------------
