@@ -1,10 +1,14 @@
-"""Training: the flow and its filter, memory as inference builds it, windows in order, stages that stop and go on."""
+"""Training: the flow and its filter, memory as inference builds it, runs that stop and go on, checkpoints that load."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,56 +18,138 @@ import pytest
 import torch
 from conftest import relative_l2
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
-from memo_core import MemoPipeline, MemoryState, Reference, checkpoint
-from memo_core.audio import NEIGHBOURS
+from memo_core import MemoPipeline, MemoryState, Reference, checkpoint, kernels
 from memo_core.job import Settings
 from memo_core.memory import SumsCache
 from memo_core.nets.emotion2vec import Emotion2Vec
 from memo_core.nets.emotion_head import EmotionHead
+from memo_core.nets.speech_encoder import SpeechEncoder
 from memo_core.sampling import Conditions, Sampler, sample_window
 from training import __main__ as command
-from training import data, evaluate, losses, presets, run, stages, vae
+from training import batches, config, engine, flow, losses, presets
+from training.config import ConfigError, Drop, Engine, Loss, Optimizer, Stage
+from training.nets import Nets, begin_from_nothing, checkpoint_gradients
+from training.shards import ShardWriter
+from training.toon import sizes
 
+ROOT = Path(__file__).parents[1]
 SIZE = 8  # latents: 64 x 64 pixels
-CHANNELS = presets.SPEECH_LAYERS, presets.SPEECH_DIM
+NARROW = {"block_out_channels": [16, 16, 32]}
+SIZES = replace(sizes.NETS, reference_net=sizes.REFERENCE_NET | NARROW, diffusion_net=sizes.DIFFUSION_NET | NARROW)
+TINY = Stage(
+    name="tiny",
+    steps=6,
+    loss=Loss(robust_threshold=math.inf),
+    optimizer=Optimizer(learning_rate=1e-3, batch=2),
+    engine=Engine(
+        mixed_precision="no", gradient_checkpointing=False, ema=0.9, save_every=2, keep=2, sample_every=100, log_every=1
+    ),
+)
 
 
-@pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toon networks, a quarter as wide."""
-    for config in (presets.REFERENCE_NET, presets.DIFFUSION_NET):
-        monkeypatch.setitem(config, "block_out_channels", [16, 16, 32])
-    monkeypatch.setitem(presets.VAE, "block_out_channels", [8, 8, 8, 8])
+def small_nets(seed: int = 0) -> Nets:
+    torch.manual_seed(seed)
+    nets = Nets(SIZES)
+    begin_from_nothing(nets)
+    for parameter in nets.parameters():  # what begins at zero would pass nothing back in the first steps
+        parameter.data.add_(0.02 * torch.randn(parameter.shape))
+    return nets
 
 
-@pytest.fixture
-def folder(tmp_path: Path, narrow: None) -> Path:
-    """A training folder with random data, a random VAE and speech encoder."""
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random VAE, speech and emotion encoder in the released layout."""
+    folder = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
-    (tmp_path / "data").mkdir()
-    save_file(
-        {
-            "latents": torch.randn(6, 64, 4, SIZE, SIZE).half(),
-            "portrait": torch.randn(6, 4, SIZE, SIZE).half(),
-            "speech": torch.randn(6, 64, *CHANNELS).half(),
-            "emotion": torch.arange(6),
-            "focus": torch.rand(6, SIZE, SIZE).half(),
-        },
-        tmp_path / "data" / "clips_000.safetensors",
+    vae = sizes.VAE | {"block_out_channels": [8, 8, 8, 8]}
+    checkpoint.save_module(folder / "vae", AutoencoderKL.from_config(vae), vae)
+    SpeechEncoder.from_config(sizes.SPEECH).save_pretrained(folder / "wav2vec2")
+    emotions = Emotion2Vec.from_config(sizes.EMOTION)
+    emotions.save_pretrained(folder / "emotion2vec")
+    EmotionHead(emotions.feature_dim, 8).save_pretrained(folder / checkpoint.EMOTION_HEAD)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight random clips."""
+    folder = tmp_path_factory.mktemp("data")
+    torch.manual_seed(0)
+    with ShardWriter(folder, samples_per_shard=4) as writer:
+        for number in range(8):
+            tensors = {
+                "latents": torch.randn(64, 4, SIZE, SIZE).half(),
+                "portrait": torch.randn(4, SIZE, SIZE).half(),
+                "speech": torch.randn(64, sizes.SPEECH_LAYERS, sizes.SPEECH_DIM).half(),
+                "emotion": torch.full((64,), number, dtype=torch.uint8),
+                "focus": torch.rand(SIZE, SIZE).half(),
+            }
+            writer.add(f"clip{number}", tensors)
+    return folder
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{net}.{key}": value
+        for net in ("reference_net", "diffusion_net", "image_proj", "audio_proj")
+        for key, value in load_file(folder / net / "diffusion_pytorch_model.safetensors").items()
+    }
+
+
+def log_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_presets_are_the_papers() -> None:
+    one, two, three = presets.memo_stage1(), presets.memo_stage2(), presets.memo_stage3()
+    assert [stage.steps for stage in (one, two, three)] == [15_000, 500_000, 100_000]
+    assert one.data.single_frames and set(one.train) == {"reference", "spatial", "face"}
+    assert set(two.join) == set(one.train) and set(two.train) == set(config.PARTS) and two.data.past_windows == (1,)
+    assert set(three.train) == {"audio", "memory"} and three.data.past_windows == (1, 2, 3)
+    for stage in (two, three):
+        assert stage.drop == Drop(emotion=0.3, reference=0.05, audio=0.05, past=0.05, all=0.0)
+        assert stage.loss.robust_threshold == 0.1 and stage.loss.weighting == "logit_normal"
+        assert stage.optimizer.learning_rate == 1e-5
+    assert all(config.check(preset()).name for preset in presets.PRESETS.values())
+
+
+def test_settings_are_overridden_by_name_and_kept_as_they_were() -> None:
+    changed = config.override(
+        TINY, ["optimizer.learning_rate=2e-4", "data.past_windows=1,3", "data.single_frames=true", "steps=9"]
     )
-    save_file(
-        {"latents": torch.randn(6, 8, 4, SIZE, SIZE).half(), "portrait": torch.randn(6, 4, SIZE, SIZE).half()},
-        tmp_path / "data" / "faces_000.safetensors",
-    )
-    checkpoint.save_module(tmp_path / "checkpoint" / "vae", AutoencoderKL.from_config(presets.VAE), presets.VAE)
-    data.SpeechEncoder.from_config(presets.SPEECH).save_pretrained(tmp_path / "checkpoint" / "wav2vec2")
-    emotions = Emotion2Vec.from_config(presets.EMOTION)
-    emotions.save_pretrained(tmp_path / "checkpoint" / "emotion2vec")
-    head = EmotionHead(feature_dim=emotions.feature_dim, hidden_dim=8)
-    head.save_pretrained(tmp_path / "checkpoint" / checkpoint.EMOTION_HEAD)
-    return tmp_path
+    assert changed.optimizer.learning_rate == 2e-4 and changed.data.past_windows == (1, 3)
+    assert changed.data.single_frames and changed.steps == 9 and TINY.steps == 6
+    assert config.from_json(config.to_json(changed)) == changed
+    assert config.from_json(config.to_json(TINY)).loss.robust_threshold == math.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.rate=1", "there is no setting 'optimizer.rate'; here there are learning_rate"),
+        ("optimizer=1", "is a group of settings"),
+        ("steps", "not of the form name=value"),
+        ("steps=many", "steps: 'many' is not int"),
+        ("steps.more=1", "nothing inside"),
+        ("data.single_frames=maybe", "'maybe' is not bool"),
+        ("loss.weighting=best", "'best' is none of 'logit_normal'"),
+        ("train=audio,eyes", "'eyes' is none of 'reference'"),
+        ("drop.audio=2", "between 0 and 1, got 2"),
+        ("optimizer.batch=0", "at least 1, got 0"),
+        ("data.past_windows=0", "numbers from 1 on"),
+    ],
+)
+def test_impossible_settings_are_refused_with_what_is_possible(change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.override(TINY, [change])
+
+
+# --- Flow -------------------------------------------------------------------------------------------------------------
 
 
 def test_path_from_face_to_noise_is_straight() -> None:
@@ -74,104 +160,39 @@ def test_path_from_face_to_noise_is_straight() -> None:
     torch.testing.assert_close(noisy + (1 - at) * velocity, noise)
 
 
+@pytest.mark.parametrize("weighting", ["logit_normal", "mode", "cosmap", "sigma_sqrt", "uniform"])
+def test_noise_levels_lie_between_clean_and_noise(weighting: str) -> None:
+    sigma = losses.draw_sigma(2000, Loss(weighting=weighting), torch.Generator().manual_seed(0))
+    assert 0 <= sigma.min() and sigma.max() <= 1 and sigma.std() > 0.1
+    assert torch.isfinite(losses.sigma_weight(sigma.clamp(0.01, 0.99), Loss(weighting=weighting))).all()
+    shifted = losses.draw_sigma(2000, Loss(logit_mean=1.0), torch.Generator().manual_seed(0))
+    if weighting == "logit_normal":
+        assert float(sigma.mean()) == pytest.approx(0.5, abs=0.02) and float(shifted.median()) > 0.7
+
+
 def test_a_sample_that_is_far_off_does_not_teach() -> None:
     velocity, sigma = torch.zeros(3, 4, 2, 4, 4), torch.full((3, 1, 1, 1, 1), 0.5)
     predicted = torch.full_like(velocity, 0.1)
     predicted[1] = 5.0
-    weight = torch.ones(())
-    loss, kept = losses.robust_flow_loss(predicted, velocity, sigma, weight, threshold=0.3)
-    assert float(kept) == pytest.approx(2 / 3) and float(loss) == pytest.approx(0.01)
-    exempt = torch.tensor([False, True, False])
-    assert float(losses.robust_flow_loss(predicted, velocity, sigma, weight, 0.3, exempt)[1]) == 1
-    loss, kept = losses.robust_flow_loss(predicted, velocity, sigma, weight, threshold=float("inf"))
-    assert float(kept) == 1 and float(loss) > 8
+    loss, error = losses.flow_errors(predicted, velocity, sigma, torch.ones(()), Loss(robust_measure="loss"))
+    torch.testing.assert_close(loss, torch.tensor([0.01, 25.0, 0.01]))
+    torch.testing.assert_close(error, loss)
+    _, clean = losses.flow_errors(predicted, velocity, sigma, torch.ones(()), Loss(robust_measure="clean"))
+    torch.testing.assert_close(clean, loss / 4)
+    no = torch.zeros(3, dtype=torch.bool)
+    assert losses.kept_by_filter(error, no, 0.1).tolist() == [True, False, True]
+    assert losses.kept_by_filter(error, torch.tensor([False, True, False]), 0.1).all(), "nobody knows the faceless"
+    assert losses.kept_by_filter(error, no, math.inf).all()
+    assert not losses.kept_by_filter(torch.tensor([math.nan]), torch.tensor([True]), math.inf).any()
 
 
-def test_past_windows_end_where_the_present_begins() -> None:
-    frames = torch.arange(64.0).view(1, 64, 1, 1, 1).expand(1, 64, 4, 2, 2)
-    clips = {
-        "latents": frames,
-        "portrait": torch.zeros(1, 4, 2, 2),
-        "speech": torch.arange(64.0).view(1, 64, 1, 1),
-        "emotion": torch.tensor([3]),
-        "focus": torch.zeros(1, 2, 2),
-    }
-    batch = data.draw_windows(clips, 5, 16, 2, torch.Generator().manual_seed(0))
-    now, past = batch.latents[:, 0, :, 0, 0], batch.past[:, :, 0, 0, 0]
-    assert now.shape == (5, 16) and past.shape == (5, 32)
-    assert (past[:, -1] == now[:, 0] - 1).all() and (past.diff() == 1).all() and (now.diff() == 1).all()
-    assert (batch.audio[:, :, NEIGHBOURS, 0, 0] == now).all(), "the middle of the audio context is the frame's own"
-    assert len(set(now[:, 0].tolist())) > 1
-
-
-def test_memory_in_training_is_the_memory_of_sampling(narrow: None) -> None:
-    torch.manual_seed(0)
-    nets = stages.Nets().eval()
-    nets.device = torch.device("cpu")
-    past = torch.randn(1, 48, 4, SIZE, SIZE)
-    tokens = nets.image_proj(torch.zeros(1, presets.FACE_EMBEDDING))
-    with torch.no_grad():
-        trained = stages.memory_of(nets, past, tokens)
-        state = MemoryState.empty()
-        for window in past[0].split(16):
-            state = state.push(window, torch.zeros(1, presets.FACE_EMBEDDING), "model", "reference")
-        ref = Reference(torch.zeros(3, 64, 64), past[:, 0], torch.zeros(1, presets.FACE_EMBEDDING))
-        sampler = Sampler(nets, ref, Settings(guidance_scale=1.0), SumsCache())
-        sampled = sampler.cache.sums(state, "", sampler.entry_sums)
-    assert len(trained) == len(sampled) > 0
-    for mine, theirs in zip(trained, sampled):
-        assert relative_l2(mine[0], theirs[0]) < 1e-5 and relative_l2(mine[1], theirs[1]) < 1e-5
-
-
-def test_a_videos_first_window_remembers_one_window(narrow: None) -> None:
-    torch.manual_seed(0)
-    nets = stages.Nets().eval()
-    past = torch.randn(2, 48, 4, SIZE, SIZE)
-    tokens = nets.image_proj(torch.zeros(1, presets.FACE_EMBEDDING))
-    with torch.no_grad():
-        first = stages.memory_of(nets, past, tokens, begins=torch.tensor([True, False]))
-        last, whole = (stages.memory_of(nets, past[row : row + 1, begin:], tokens) for row, begin in ((0, 32), (1, 0)))
-    for got, one, all_of_it in zip(first, last, whole):
-        assert relative_l2(got[0][:1], one[0]) < 1e-5 and relative_l2(got[0][1:], all_of_it[0]) < 1e-5
-
-
-def test_rows_keep_their_conditions_when_some_lose_theirs() -> None:
-    """With half of the references dropped, every row still has its own voice, emotion and portrait."""
-    rows, seen = 8, {}
-    code = torch.arange(rows, dtype=torch.float32)
-
-    def network(noisy: torch.Tensor, timestep: torch.Tensor, **given: Any) -> torch.Tensor:
-        seen.update(given, timestep=timestep, noisy=noisy)
-        return noisy
-
-    nets: Any = SimpleNamespace(
-        image_proj=lambda embedding: torch.zeros(1, 1, 1),
-        audio_proj=lambda audio: audio.mean(dim=(2, 3, 4))[..., None, None],
-        reference_net=lambda latents, tokens: [latents.mean(dim=(1, 2, 3))],
-        diffusion_net=_Callable(network),
-    )
-
-    def spread(*shape: int) -> torch.Tensor:
-        return code.view(-1, *[1] * len(shape)).expand(rows, *shape).clone()
-
-    batch = data.Batch(
-        latents=spread(4, 16, 2, 2),
-        portrait=spread(4, 2, 2),
-        focus=torch.zeros(rows, 2, 2),
-        past=spread(16, 4, 2, 2),
-        audio=spread(16, 5, 3, 8),
-        emotion=torch.arange(rows),
-    )
-    config = replace(
-        presets.TOON_STAGES[1], drop_reference=0.5, drop_emotion=0.0, drop_audio=0.0, drop_all=0.0, drop_past=0.0
-    )
-    stages.flow_loss(nets, batch, config, float("inf"), torch.Generator().manual_seed(1))
-    order, unconditional = seen["emotion"], seen["unconditional"]
-    assert 0 < unconditional < rows and sorted(order.tolist()) == list(range(rows)) != order.tolist()
-    assert seen["reference"][0].tolist() == order[unconditional:].tolist()
-    assert (seen["audio_tokens"][:, 0, 0, 0] == order).all()
-    sigma = seen["timestep"].view(rows, 16) / 1000
-    assert (sigma == sigma[:, :1]).all() and 0 < sigma.min() and sigma.max() < 1
+def test_places_in_focus_count_more() -> None:
+    velocity, focus = torch.zeros(1, 4, 2, 4, 4), torch.ones(1, 1, 1, 4, 4)
+    focus[..., 0, 0] = 5.0
+    predicted = torch.zeros_like(velocity)
+    predicted[..., 0, 0] = 1.0
+    loss, error = losses.flow_errors(predicted, velocity, torch.tensor(0.5), focus, Loss())
+    assert float(loss) == pytest.approx(5 / 20) and float(error) == pytest.approx(1 / 16)
 
 
 def test_what_is_learned_as_velocity_leads_back_when_sampled() -> None:
@@ -183,114 +204,349 @@ def test_what_is_learned_as_velocity_leads_back_when_sampled() -> None:
     torch.testing.assert_close(sampled, clean, atol=1e-5, rtol=1e-5)
 
 
-class _Callable:
+class _Callable(torch.nn.Module):
     """A network that a test writes as a function."""
 
     def __init__(self, forward: Any) -> None:
-        self.forward = forward
+        super().__init__()
+        self.function = forward
         self.conv_in = SimpleNamespace(weight=torch.zeros(1))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.forward(*args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.function(*args, **kwargs)
 
-    def memory_sums(self, *_: Any) -> Iterator[Any]:
-        return iter(())
+    def memory_sums(self, *_: Any) -> Any:
+        return iter([(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1))])
 
 
-def test_every_stage_trains_what_it_should_and_becomes_a_checkpoint(folder: Path) -> None:
-    groups = {
-        name: {key for key, value in nets.named_parameters() if any(value is p for p in parameters)}
-        for nets in [stages.Nets()]
-        for name, parameters in nets.groups().items()
-    }
+def test_memory_in_training_is_the_memory_of_sampling() -> None:
+    nets = small_nets().eval()
+    nets.device = torch.device("cpu")
+    past = torch.randn(1, 48, 4, SIZE, SIZE)
+    tokens = nets.image_proj(torch.zeros(1, 512))
+    with torch.no_grad():
+        trained = flow.memory_of(nets, past, tokens)
+        state = MemoryState.empty()
+        for window in past[0].split(16):
+            state = state.push(window, torch.zeros(1, 512), "model", "reference")
+        ref = Reference(torch.zeros(3, 64, 64), past[:, 0], torch.zeros(1, 512))
+        sampler = Sampler(nets, ref, Settings(guidance_scale=1.0), SumsCache())
+        sampled = sampler.cache.sums(state, "", sampler.entry_sums)
+    assert len(trained) == len(sampled) > 0
+    for mine, theirs in zip(trained, sampled):
+        assert relative_l2(mine[0], theirs[0]) < 1e-5 and relative_l2(mine[1], theirs[1]) < 1e-5
+
+
+def test_only_the_windows_that_were_are_remembered() -> None:
+    nets = small_nets().eval()
+    past = torch.randn(3, 48, 4, SIZE, SIZE)
+    tokens = nets.image_proj(torch.zeros(1, 512)).expand(3, -1, -1)
+    with torch.no_grad():
+        memory = flow.memory_of(nets, past, tokens, torch.tensor([1, 3, 0]))
+        last = flow.memory_of(nets, past[:1, 32:], tokens[:1])
+        whole = flow.memory_of(nets, past[1:2], tokens[:1])
+    for got, one, all_of_it in zip(memory, last, whole):
+        assert relative_l2(got[0][:1], one[0]) < 1e-5 and relative_l2(got[0][1:2], all_of_it[0]) < 1e-5
+        assert not got[0][2].any() and not got[1][2].any(), "a dropped past is no past"
+
+
+def test_rows_keep_their_conditions_and_losses_when_some_lose_theirs() -> None:
+    """With half of the references dropped, every row still has its own voice, emotion, portrait and loss."""
+    rows, seen = 8, {}
+    code = torch.arange(rows, dtype=torch.float32)
+
+    def network(noisy: torch.Tensor, timestep: torch.Tensor, **given: Any) -> torch.Tensor:
+        seen.update(given, timestep=timestep, noisy=noisy)
+        return noisy * 0
+
+    nets: Any = torch.nn.Module()
+    nets.image_proj = _Callable(lambda embedding: embedding[:, None])
+    nets.audio_proj = _Callable(lambda audio: audio.mean(dim=(2, 3, 4))[..., None, None])
+    nets.reference_net = _Callable(lambda latents, tokens: [latents.mean(dim=(1, 2, 3))])
+    nets.diffusion_net = _Callable(network)
+
+    def spread(*shape: int) -> torch.Tensor:
+        return code.view(-1, *[1] * len(shape)).expand(rows, *shape).clone()
+
+    gone = torch.tensor([False, True, False, True, True, False, True, False])
+    batch = batches.Batch(
+        keys=tuple(map(str, range(rows))),
+        latents=spread(4, 16, 2, 2),
+        portrait=spread(4, 2, 2),
+        face_embedding=spread(1),
+        focus=torch.zeros(rows, 2, 2),
+        noise=torch.zeros(rows, 4, 16, 2, 2),
+        sigma=(0.1 + code / 10)[:, None].expand(-1, 16),
+        no_reference=gone,
+        past=spread(16, 4, 2, 2),
+        past_windows=torch.ones(rows),
+        audio=spread(16, 5, 3, 8),
+        no_audio=code == 2,
+        emotion=torch.arange(rows),
+    )
+    loss, error = flow.FlowModel(nets, Loss())(batch)
+    order = seen["emotion"]
+    assert seen["unconditional"] == 4 and sorted(order.tolist()) == list(range(rows)) != order.tolist()
+    assert gone[order[:4]].all() and not gone[order[4:]].any()
+    assert (
+        seen["reference"][0].tolist() == order[4:].tolist() and seen["face_tokens"].flatten().tolist() == order.tolist()
+    )
+    assert (seen["audio_tokens"][:, 0, 0, 0] == torch.where(order == 2, 0, order)).all()
+    torch.testing.assert_close(seen["timestep"].view(rows, 16)[:, 0] / 1000, 0.1 + order / 10)
+    torch.testing.assert_close(loss, code.square())  # nothing predicted where the velocity is -clean
+    torch.testing.assert_close(error, code.square())
+
+
+@pytest.mark.parametrize("function", [kernels.naive, kernels.fused], ids=["naive", "fused"])
+def test_memory_attention_has_the_gradient_of_its_formula(function: Any) -> None:
+    """Equations 2 to 4 against finite differences, for everything they are computed from."""
     torch.manual_seed(0)
-    start = stages.Nets()
-    stages.initialise(start)
-    previous, before = None, start.state_dict()
-    for config in presets.TOON_STAGES:
-        config = replace(config, steps=2, batch=2, warmup_steps=1, join_step=0)
-        previous = stages.train(config, folder, previous)
-        after = torch.load(previous, weights_only=True)
-        changed = {key for key in after if not torch.equal(before[key], after[key])}
-        for name, keys in groups.items():
-            assert bool(changed & keys) == (name in config.train), f"{config.name}: {name}"
-        before = after
-    assert list((folder / "samples").glob("stage3_*.png"))
-    out = folder / "made"
-    for _ in range(2):  # the second time it replaces what is there
-        stages.assemble(folder, out)
-    assert MemoPipeline.from_pretrained(out).default_size == (128, 128)
-    assert '"stage2"' in (out / "training.json").read_text()
-    assert {path.name for path in folder.iterdir() if path.name.startswith("made")} == {"made"}
+    batch, frames, tokens, heads, dim = 1, 3, 2, 2, 3
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    query, key, value, past_key, past_value = (numbers(batch, frames, tokens, heads, dim) for _ in range(5))
+
+    def attend(query: Any, key: Any, value: Any, past_key: Any, past_value: Any) -> torch.Tensor:
+        return function.memory_attention(query, key, value, function.memory_sums(past_key, past_value))
+
+    assert torch.autograd.gradcheck(attend, (query, key, value, past_key, past_value), eps=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("stage", presets.TOON_STAGES, ids=lambda stage: stage.name)
-def test_a_stopped_stage_goes_on_as_if_it_had_not_been(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, stage: presets.StageConfig
+def test_gradients_are_the_same_when_activations_are_computed_again(data: Path) -> None:
+    batch = batches.collate([batches.TrainingSet(data, TINY)[number] for number in range(2)])
+    gradients = []
+    for again in (False, True):
+        nets = small_nets()
+        if again:
+            checkpoint_gradients(nets)
+        flow.FlowModel(nets, Loss())(batch)[0].sum().backward()
+        gradients.append({name: p.grad for name, p in nets.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 100
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_trains_what_it_should_and_becomes_a_checkpoint(data: Path, encoders: Path, tmp_path: Path) -> None:
+    nets, start = small_nets(), "nothing"
+    parts = {
+        name: {key for key, value in nets.named_parameters() if any(value is p for p in parameters)}
+        for name, parameters in nets.parts().items()
+    }
+    assert sum(map(len, parts.values())) == len(list(nets.parameters())), "every parameter belongs to one part"
+    for preset in (presets.toon_stage1, presets.toon_stage2, presets.toon_stage3):
+        stage = replace(
+            preset(), steps=2, join_step=0, engine=replace(TINY.engine, sample_every=2), optimizer=TINY.optimizer
+        )
+        before = {key: value.clone() for key, value in nets.state_dict().items()}
+        last = engine.train(stage, data, tmp_path / stage.name, nets, encoders, start)
+        after = weights_of(last)
+        changed = {key for key in after if not torch.equal(before[key].half(), after[key])}
+        for name, keys in parts.items():
+            assert bool(changed & keys) == (name in stage.train), f"{stage.name}: {name}"
+        assert (tmp_path / stage.name / "samples" / "0000002.png").is_file()
+        nets, start = Nets.from_pretrained(last), str(last)
+    assert MemoPipeline.from_pretrained(last).default_size == (128, 128)
+
+
+def test_a_stage_that_warms_up_leaves_the_first_stages_modules_alone(data: Path, tmp_path: Path) -> None:
+    stage = replace(TINY, steps=4, join=("reference", "spatial", "face"), join_step=2)
+    nets = small_nets()
+    before = {key: value.clone() for key, value in nets.state_dict().items()}
+    engine.train(replace(stage, engine=replace(stage.engine, keep=9, ema=0.0)), data, tmp_path, nets, None)
+    for step, moved in ((2, False), (4, True)):
+        after = weights_of(tmp_path / f"checkpoint-{step:07d}")
+        key = "reference_net.conv_in.weight"
+        assert torch.equal(before[key], after[key]) != moved
+        memory = "diffusion_net.mid_block.motion_modules.0.temporal_transformer.proj_out.weight"
+        assert not torch.equal(before[memory], after[memory])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
-    config = replace(stage, steps=4, batch=2, warmup_steps=1)
-    halved = folder.with_name(f"{folder.name}_halved")
-    shutil.copytree(folder, halved)
-    whole = torch.load(stages.train(config, folder, None), weights_only=True)
+    stage = replace(TINY, optimizer=replace(TINY.optimizer, accumulate=accumulate, batch=1))
+    whole = weights_of(engine.train(stage, data, tmp_path / "whole", small_nets(), None))
+    step = engine.Trainer._step
 
-    class Stopped(Exception):
-        pass
-
-    def stop(*_: object) -> None:
-        raise Stopped
+    def stop(trainer: engine.Trainer, stream: Any, number: int) -> dict[str, float]:
+        if number == 3:  # after the checkpoint of step 2, with one step done that is lost
+            raise KeyboardInterrupt
+        return step(trainer, stream, number)
 
     with monkeypatch.context() as patch:
-        steps = run.Job.steps
-
-        def two_steps(job: run.Job):
-            for step in steps(job):
-                if step == 2:
-                    job.save()
-                    stop()
-                yield step
-
-        patch.setattr(run.Job, "steps", two_steps)
-        with pytest.raises(Stopped):
-            stages.train(config, halved, None)
-    resumed = torch.load(stages.train(config, halved, None), weights_only=True)
+        patch.setattr(engine.Trainer, "_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            engine.train(stage, data, tmp_path / "halved", small_nets(), None)
+    assert [path.name for path in engine.checkpoints(tmp_path / "halved")] == ["checkpoint-0000002"]
+    resumed = weights_of(engine.train(stage, data, tmp_path / "halved", small_nets(seed=1), None))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    with pytest.raises(ValueError, match="begun with other settings"):
-        stages.train(replace(config, batch=3), halved, None)
+    assert len(engine.checkpoints(tmp_path / "halved")) == 2, "only the last ones are kept"
 
 
-def test_standard_latents_change_nothing_that_is_seen(narrow: None) -> None:
-    torch.manual_seed(0)
-    net = AutoencoderKL.from_config(presets.VAE).eval().requires_grad_(False)
-    pictures = torch.rand(8, 3, 64, 64) * 2 - 1
-    before = net.decode(net.encode(pictures).latent_dist.mean).sample
-    vae.standardise(net, pictures)
-    latents = net.encode(pictures).latent_dist.mean
-    torch.testing.assert_close(net.decode(latents).sample, before, atol=1e-4, rtol=1e-4)
-    scaled = latents * presets.VAE["scaling_factor"]
-    torch.testing.assert_close(scaled.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
-    torch.testing.assert_close(scaled.std((0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
+def test_a_run_is_not_continued_under_other_settings(data: Path, tmp_path: Path) -> None:
+    engine.train(replace(TINY, steps=2), data, tmp_path, small_nets(), None, "a")
+    with pytest.raises(ConfigError, match="optimizer.learning_rate was 0.001, is 0.5"):
+        changed = replace(TINY, optimizer=replace(TINY.optimizer, learning_rate=0.5))
+        engine.train(changed, data, tmp_path, small_nets(), None, "a")
+    with pytest.raises(ConfigError, match="started from 'a', not 'b'"):
+        engine.train(TINY, data, tmp_path, small_nets(), None, "b")
+    engine.train(replace(TINY, steps=4), data, tmp_path, small_nets(), None, "a")  # longer is no other run
 
 
-def test_missing_data_names_the_job_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="--stage data"):
-        data.read(tmp_path, "clips")
+def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(data: Path, tmp_path: Path) -> None:
+    """kill -9, at a random moment and while a checkpoint is half written."""
+    whole = weights_of(engine.train(TINY, data, tmp_path / "whole", small_nets(), None))
+    script = (
+        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']; import test_training as t\n"
+        "from training import nets\n"
+        "real = nets.Nets.save\n"
+        "def save(self, folder, *rest):\n"
+        "    real(self, folder, *rest)\n"
+        "    if '0004' in str(folder): print('half written', flush=True); t.time.sleep(60)\n"
+        "nets.Nets.save = save\n"
+        "t.engine.train(t.TINY, sys.argv[2], sys.argv[3], t.small_nets(), None)\n"
+    )
+    arguments = [sys.executable, "-c", script, str(ROOT), str(data), str(tmp_path / "killed")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == "half written\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = {path.name for path in (tmp_path / "killed").glob("checkpoint-*")}
+    assert left == {"checkpoint-0000002", "checkpoint-0000004.tmp"}
+    resumed = weights_of(engine.train(TINY, data, tmp_path / "killed", small_nets(seed=1), None))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
-def test_the_shipped_checkpoint_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.main(["evaluate", "toon", "--clips", "1", "--steps", "2", "--guidance", "1", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert all(text in printed for text, _ in evaluate.GOALS.values())
-    assert (tmp_path / "figures.json").is_file() and (tmp_path / "sheet.png").is_file()
+def test_what_is_logged_can_be_read_back(data: Path, encoders: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stage = replace(TINY, steps=3, engine=replace(TINY.engine, sample_every=3, samples=2))
+    engine.train(stage, data, tmp_path, small_nets(), encoders)
+    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent), size_guidance={"images": 0})
+    events.Reload()
+    logged = [event.value for event in events.Scalars("loss")]
+    assert logged == pytest.approx([row["loss"] for row in log_of(tmp_path)], rel=1e-5) and len(logged) == 3
+    assert {"loss", "gradient_norm", "kept", "learning_rate"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["samples"]
 
 
-def test_the_shipped_figures_are_this_checkpoints_and_above_the_floor() -> None:
-    """The figures.json that `python -m training evaluate` wrote: it takes a quarter of an hour, so it is only read."""
-    figures = json.loads((checkpoint.find("toon") / "evaluation.json").read_text())
-    assert figures["checkpoint"] == checkpoint.load("toon").digest and figures["clips"] >= 20
-    assert figures["mouth_correlation"] >= 0.35 and figures["mouth_lag"] <= 1 and figures["swapped_correlation"] < 0.2
-    assert figures["likeness"] >= 0.65 and figures["emotion_read"] >= 0.35
+def test_bad_samples_are_dropped_counted_and_named(data: Path, tmp_path: Path) -> None:
+    stage = replace(TINY, steps=2, loss=Loss(robust_threshold=0.0, robust_from=1), drop=Drop(reference=0.0))
+    engine.train(stage, data, tmp_path, small_nets(), None)
+    assert [row["kept"] for row in log_of(tmp_path)] == [1.0, 0.0]
+    rows = [json.loads(line) for line in (tmp_path / "dropped-0.jsonl").read_text().splitlines()]
+    expected = [key for n in (2, 3) for key in batches.TrainingSet(data, stage)[n].keys]
+    assert [(row["step"], row["key"]) for row in rows] == [(1, key) for key in expected]
+    assert all(row["error"] > 0 for row in rows)
 
 
-def test_the_shipped_checkpoint_is_small_enough_to_ship() -> None:
-    folder = checkpoint.find("toon")
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 25 * 2**20
+def launch(stage: Stage, data: Path, out: Path, processes: int) -> None:
+    """Trains with several processes on the CPU, joined by gloo, as `accelerate launch` would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = (
+        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']; import test_training as t\n"
+        "stage = t.config.from_json(sys.argv[4])\n"
+        "t.engine.train(stage, sys.argv[2], sys.argv[3], t.small_nets(), None)\n"
+    )
+    running = []
+    for rank in range(processes):
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+        }
+        arguments = [sys.executable, "-c", script, str(ROOT), str(data), str(out), config.to_json(stage)]
+        running.append(
+            subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    for process in running:
+        try:
+            said = process.communicate(timeout=240)[0]
+        finally:
+            process.kill()
+        assert process.returncode == 0, said
+
+
+def test_two_processes_learn_what_one_with_twice_the_batch_learns(data: Path, tmp_path: Path) -> None:
+    """Also where one process drops everything: it still takes part, and nobody waits for it forever."""
+    alone = replace(TINY, steps=4, engine=replace(TINY.engine, save_every=4))
+    errors = [float(flow.FlowModel(small_nets(), Loss())(batches.TrainingSet(data, TINY)[n])[1]) for n in range(2)]
+    # Of the first step's two samples the one that is further off is dropped: a process is left with nothing.
+    alone = replace(alone, loss=Loss(robust_threshold=sum(errors) / 2), drop=Drop(all=0.3))
+    together = replace(alone, optimizer=replace(alone.optimizer, batch=1))
+    one = engine.train(alone, data, tmp_path / "one", small_nets(), None)
+    launch(together, data, tmp_path / "two", 2)
+    first, second = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert [row["kept"] for row in first] == [row["kept"] for row in second]
+    assert any(row["kept"] == 0.5 for row in first)
+    for a, b in zip(first, second, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), "the same loss"
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
+    ours, theirs = weights_of(one), weights_of(engine.latest(tmp_path / "two"))
+    assert all(relative_l2(theirs[key].float(), ours[key].float()) < 2e-2 for key in ours if ours[key].any())
+
+
+def test_the_command_trains_and_its_checkpoint_makes_a_video(data: Path, encoders: Path, tmp_path: Path) -> None:
+    small_nets().save(tmp_path / "start")
+    settings = ["steps=1", "engine.mixed_precision=no", "optimizer.batch=1", "engine.sample_every=9"]
+    command.main(
+        [
+            "train",
+            "toon_stage2",
+            "--data",
+            str(data),
+            "--out",
+            str(tmp_path / "run"),
+            "--start",
+            str(tmp_path / "start"),
+        ]
+        + ["--encoders", str(encoders), "--set", *settings]
+    )
+    made = MemoPipeline.from_pretrained(engine.latest(tmp_path / "run"))
+    audio = made.encode_audio(torch.randn(16000), 16000, fps=30)
+    emotion = made.detect_emotion(torch.randn(16000), 16000, audio.num_padded_frames)
+    ref = made.encode_reference(torch.zeros(3, 64, 64))
+    clip, _ = made.sample_clip(ref, audio, emotion, num_frames=16, steps=1)
+    assert clip.latents.shape == (4, 16, 8, 8) and torch.isfinite(clip.latents).all()
+    assert json.loads((engine.latest(tmp_path / "run") / "training.json").read_text())["stage"] == "stage2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--start", "nowhere"], "nowhere"),
+        ([], "either --start"),
+        (["--start", "a", "--sd15", "b"], "either --start"),
+        (["--start", "nowhere", "--set", "steps=x"], "'x' is not int"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_a_line(
+    arguments: list[str], message: str, tmp_path: Path, data: Path
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        command.main(["train", "memo_stage2", "--data", str(data), "--out", str(tmp_path), *arguments])
+
+
+def test_eight_bit_moments_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = replace(TINY, optimizer=replace(TINY.optimizer, bits=8))
+    groups = [{"params": [torch.nn.Parameter(torch.ones(5000))]}]
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        engine._adamw(groups, stage)
+    monkeypatch.undo()
+    pytest.importorskip("bitsandbytes")
+    assert type(engine._adamw(groups, stage)).__name__ == "AdamW8bit"

@@ -3,7 +3,7 @@
 The step itself runs, at full size and in full, on tensors without data (`FakeTensorMode`): every operation of its
 forward and backward pass is seen, with the sizes of what it makes and how long that is held. So the count follows the
 code, gradient checkpointing, adapters and all. Operations are those of matrix products, convolutions and attention, a
-multiplication and an addition counted as two (torch's FlopCounterMode); what is recomputed counts again.
+multiplication and an addition counted as two (torch's formulas); what is recomputed counts again.
 
 It runs as on a CUDA device: mixed precision keeps norms, softmax and sums in float32, and attention is fused. What
 only the device knows (its context, work space of its libraries, fragmentation) is `RESERVE`, an assumption.
@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import argparse
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from memo_core.audio import NEIGHBOURS
 from memo_core.clips import WINDOW
@@ -44,8 +46,6 @@ DEVICES = {
 UTILISATION = 0.3  # assumed share of that speed; measure a step and say so with --utilisation
 RESERVE = 3 * GIB // 2  # assumed: context 0.5 GiB, work space of cuDNN and cuBLAS and fragmentation 1 GiB
 FPS = 30
-# What CUDA's mixed precision computes in float32 and the CPU's does not.
-_IN_FLOAT32 = ("layer_norm", "group_norm", "softmax", "sum")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,23 +103,19 @@ def measure(module: nn.Module, step: Callable[[], Tensor], mixed: torch.dtype | 
         step: computes a loss, a scalar; called once.
         mixed: type of mixed precision.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     held = [*module.parameters(), *module.buffers()]
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     live = _Live()
     live.ignore(held)
-    counter = FlopCounterMode(display=False)
     precision = nullcontext() if mixed is None else torch.autocast("cpu", mixed)
-    with precision, live, counter, _AsOnCuda():
+    with precision, live, _as_on_cuda():
         loss = step()
-        forward, saved = counter.get_total_flops(), live.now
-        torch.autograd.backward(loss)  # not loss.backward(), inside which the function mode would be off
-        total = counter.get_total_flops()
+        forward, saved = live.flops, live.now
+        loss.backward()
     gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
     result = Step(
         forward=forward,
-        backward=total - forward,
+        backward=live.flops - forward,
         weights=sum(value.nbytes for value in held),
         gradients=sum(value.nbytes for value in learning),
         saved=saved,
@@ -131,11 +127,14 @@ def measure(module: nn.Module, step: Callable[[], Tensor], mixed: torch.dtype | 
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of all storages that operations made and something still holds."""
+    """Operations, and bytes of all storages that they made and something still holds.
+
+    Not FlopCounterMode, whose record of modules keeps alive what gradient checkpointing lets go of; its formulas.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.peaked = self.operations = 0
+        self.flops = self.now = self.peak = self.peaked = self.operations = 0
         self._births: dict[int, int] = {}
         self._ignored: set[int] = set()
 
@@ -149,6 +148,9 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.operations += 1
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self._see(value.untyped_storage())
@@ -169,22 +171,33 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-class _AsOnCuda(TorchFunctionMode):
-    """Operations that a CUDA device does in another way than the CPU whose tensors stand in for its own."""
+@contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """Operations as a CUDA device does them, where the CPU, whose tensors stand in for its own, does otherwise."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "__int__":  # a count of samples without a reference: none, the dearest case
-            return 0
-        if not torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
-        if name in _IN_FLOAT32 and args[0].is_floating_point():
-            return func(args[0].float(), *args[1:], **kwargs)
-        if name == "scaled_dot_product_attention" and torch.backends.cuda.flash_sdp_enabled():
-            query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in args)
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-        return func(*args, **kwargs)
+    def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapped(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            mixed = torch.is_autocast_enabled("cpu") and value.is_floating_point()
+            return function(value.float() if mixed else value, *args, **kwargs)
+
+        return wrapped
+
+    def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled("cpu") or not torch.backends.cuda.flash_sdp_enabled():
+            return attention(query, key, value)
+        mixed = torch.get_autocast_dtype("cpu")
+        query, key, value = (tensor.to(mixed) for tensor in (query, key, value))
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+    attention = F.scaled_dot_product_attention
+    # Patched instead of intercepted by a TorchFunctionMode, which is off during a backward pass that computes anew.
+    with ExitStack() as stack:
+        for owner, name in ((F, "layer_norm"), (F, "group_norm"), (torch, "softmax"), (Tensor, "sum")):
+            stack.enter_context(mock.patch.object(owner, name, in_float32(getattr(owner, name))))
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", fused))
+        # The one number that the loss reads is how many samples go without a reference: none, the dearest case.
+        stack.enter_context(mock.patch.object(Tensor, "__int__", lambda _: 0))
+        yield
 
 
 def count(config: Stage, sizes: Sizes = RELEASED, size: int = 512) -> Cost:

@@ -81,6 +81,9 @@ def prepare(
 ) -> tuple[list[Clip], list[Rejected], list[Tensor]]:
     """Encodes what readers found into out/features.sqlite and lists it in out/clips.csv and out/rejected.csv.
 
+    The lists are of this call alone; features of earlier ones stay, so that going on or adding a set costs only what is
+    new.
+
     Returns:
         the clips that have features, the rejected rows, and per clip its windows [N, C].
     """

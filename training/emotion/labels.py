@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -47,12 +48,12 @@ class LabelTable:
 
     def original(self, text: str) -> str:
         """The label that `text`, a label or a code in any case, stands for. LabelError if none."""
-        wanted = text.strip().casefold()
+        wanted = _plain(text)
         for code, label in self.codes.items():
-            if code.casefold() == wanted:
+            if _plain(code) == wanted:
                 return label
         for label in self.labels:
-            if label.casefold() == wanted:
+            if _plain(label) == wanted:
                 return label
         raise LabelError(f"{self.key} has no label {text!r}; it has {', '.join([*self.labels, *self.codes])}")
 
@@ -87,6 +88,11 @@ def load_tables(path: str | Path) -> dict[str, LabelTable]:
 def published() -> dict[str, LabelTable]:
     """The tables of `datasets.yaml`, by key."""
     return load_tables(TABLES)
+
+
+def _plain(text: str) -> str:
+    """Without case, and an accent is one character, however a file's author typed it."""
+    return unicodedata.normalize("NFC", text.strip()).casefold()
 
 
 def _table(key: str, raw: Any, path: Path) -> LabelTable:

@@ -55,7 +55,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
     what = parser.add_argument_group("what is kept")
     for name, text in {
-        "scene_threshold": "PySceneDetect's content threshold",
+        "scene_threshold": "PySceneDetect's adaptive threshold, fewer cuts the higher it is",
         "min_seconds": "a shorter clip is dropped",
         "max_seconds": "a scene of this length or more is cut into equal pieces",
         "max_hours": "a longer video is refused",

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from PIL import Image
 
+from memo_core.drawing import clock
+
 from .rows import Row
 from .settings import Settings
 
@@ -19,7 +21,7 @@ NAMES = {
     "review": "review",
     "encode": "encoding",
 }
-KEPT, COLOURS = "#2f6690", ("#d1495b", "#f2a93b", "#7b5ea7", "#7a8b3c", "#a0785a", "#2a9d8f", "#9aa5b1")
+KEPT, COLOURS = "#2f6690", ("#d1495b", "#c77d0a", "#7b5ea7", "#7a8b3c", "#a0785a", "#2a9d8f", "#5c6370")
 
 
 def funnel(rows: Iterable[Row]) -> tuple[int, list[tuple[str, int, Counter]]]:
@@ -55,22 +57,29 @@ def draw_funnel(rows: Iterable[Row], settings: Settings) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.barh(0, total, color=KEPT)
-    names = ["found"]
+    names, gap = ["found"], 0.01 * max(total, 1)
     for y, (stage, left, causes) in enumerate(steps, 1):
         axes.barh(y, left, color=KEPT)
-        begin, notes = left, []
-        for (cause, count), colour in zip(causes.most_common(), [*COLOURS, *["#5c6370"] * len(causes)]):
+        begin, label = left, None
+        if stage in settings.skip:
+            axes.text(begin + gap, y, "left out", va="center", fontsize=10, color="#66707b")
+        shown = causes.most_common(len(COLOURS) - 1)
+        if causes.total() > sum(count for _, count in shown):
+            shown.append(("other", causes.total() - sum(count for _, count in shown)))
+        for (_, count), colour in zip(shown, COLOURS):
             axes.barh(y, count, left=begin, color=colour)
             begin += count
-            notes.append(f"{count} {cause}")
-        note = ", ".join(notes) + (" (left out)" if stage in settings.skip else "")
-        axes.text(begin + 0.01 * max(total, 1), y, note, va="center", fontsize=10, color="#22262b")
+        for (cause, count), colour in zip(shown, COLOURS):  # each beside the one before, under its colour
+            place = {"xy": (begin + gap, y)} if label is None else {"xy": (1, 0.5), "xycoords": label}
+            space = "" if label is None else "  "
+            label = axes.annotate(f"{space}{count} {cause}", **place, va="center", fontsize=10, color=colour)
+            label.set_fontweight("bold")
         names.append(NAMES[stage])
     for y, count in enumerate([total, *(left for _, left, _ in steps)]):
         if count:
             axes.text(0.006 * max(total, 1), y, f"{count}", va="center", color="white", fontsize=11, fontweight="bold")
-    hours = sum(row.seconds for row in rows if row.decision == "keep") / 3600
-    axes.set_title(f"{steps[-1][1]} of {total} clips kept, {hours:.2f} h", loc="left")
+    length = clock(round(sum(row.seconds for row in rows if row.decision == "keep"), 1))
+    axes.set_title(f"{steps[-1][1]} of {total} clips kept, {length}", loc="left")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlim(0, max(total, 1) * 1.35)
     axes.invert_yaxis()

@@ -58,7 +58,7 @@ def split(row: Row, settings: Settings) -> list[Row]:
     video = replace(row, width=claimed.width, height=claimed.height, fps=round(fps, 4))
     clips = []
     for first, last in zip(edges, edges[1:]):
-        pieces = math.floor((last - first) / settings.max_seconds - 1e-9) + 1
+        pieces = math.floor((last - first) / settings.max_seconds) + 1
         for piece in range(pieces):
             start, stop = (first + (last - first) * part / pieces for part in (piece, piece + 1))
             clip = replace(
@@ -73,9 +73,11 @@ def split(row: Row, settings: Settings) -> list[Row]:
 
 def _detector(threshold: float):
     """A function (number of the picture, uint8 [H, W, 3] RGB) -> numbers of the pictures that begin a scene."""
-    from scenedetect import ContentDetector, FrameTimecode
+    from scenedetect import AdaptiveDetector, FrameTimecode
 
-    detector = ContentDetector(threshold=threshold)
+    # Adaptive: a change counts relative to those around it, so that a moving camera is no cut, and a cut between two
+    # similar rooms is one.
+    detector = AdaptiveDetector(adaptive_threshold=threshold)
     return lambda number, picture: [
         # Counted in pictures, at a rate of 1: their times, which may be uneven, are known here.
         cut.frame_num

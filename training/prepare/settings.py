@@ -28,7 +28,7 @@ class Settings:
     out: str
     models: str
     skip: tuple[str, ...] = ()
-    scene_threshold: float = 27.0  # PySceneDetect's own default: mean change of hue, saturation and luma
+    scene_threshold: float = 3.0  # PySceneDetect's own: change of a picture relative to those around it
     min_seconds: float = 3.0  # a window, 48 past frames and SyncNet's 30 offsets fit
     max_seconds: float = 30.0
     max_hours: float = 4.0

@@ -1,0 +1,59 @@
+"""`python -m training evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from memo_core.errors import MemoError
+
+from .evaluate import METRICS, evaluate
+from .report import table, write_report
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Adds the command `evaluate`; its `run` raises SystemExit(1) if a measure that was asked for is missing."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure generated videos against real ones",
+        description="Measure generated videos against real ones. Nothing is downloaded: measures whose files are "
+        "missing are named, with where to get them, and the others are taken.",
+        epilog="\n".join(f"  {measure.name:10} {measure.title}" for measure in METRICS.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("generated", type=Path, help="a video, or a folder of videos")
+    parser.add_argument("real", type=Path, help="likewise; folders are paired by file name")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/evaluation"),
+        help="report.md, report.json, videos.csv, curves/ (%(default)s)",
+    )
+    parser.add_argument("--metrics", type=_names, help="some of the names below, with commas between (all)")
+    parser.add_argument("--weights", type=Path, default=Path("weights"), help="folder of network files (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="for networks in PyTorch, such as cuda (%(default)s)")
+    parser.add_argument(
+        "--every", type=int, default=1, help="networks that look at single frames look at every n-th (%(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        found = evaluate(args.generated, args.real, args.metrics, args.weights, args.device, args.every)
+        write_report(found, args.out)
+    except (MemoError, ValueError, OSError) as error:
+        raise SystemExit(f"evaluate: {error}") from error
+    print(table(found))
+    print(f"\n{args.out / 'report.md'}")
+    if args.metrics and found.missing:
+        raise SystemExit(1)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in METRICS]:
+        raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}; there are {', '.join(METRICS)}")
+    return names

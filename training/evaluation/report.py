@@ -1,0 +1,127 @@
+"""Writes what was found: report.md, report.json, videos.csv, and curves over time as pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .evaluate import METRICS, Evaluation, VideoRow
+
+ARROWS = {"higher": "↑", "lower": "↓", "": ""}
+
+
+def table(evaluation: Evaluation) -> str:
+    """The totals as a table in Markdown."""
+    lines = ["| measure | value | spread | real | videos | remark |", "|---|---:|---:|---:|---:|---|"]
+    for name, total in evaluation.totals.items():
+        measure = METRICS[name]
+        cells = [f"{measure.title} {ARROWS[measure.better]}".strip()]
+        cells += [_number(total.value), _number(total.spread), _number(total.real)]
+        cells += [str(total.videos), "; ".join(total.missing) or total.note]
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def write_report(evaluation: Evaluation, folder: Path) -> None:
+    """Writes the report into `folder`, which is made. Pictures are left out where matplotlib is not installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(_plain(evaluation), indent=1, allow_nan=False), encoding="utf-8")
+    _write_csv(evaluation, folder / "videos.csv")
+    pictures = [path for row in evaluation.videos if (path := draw_curves(row, folder)) is not None]
+    (folder / "report.md").write_text(_markdown(evaluation, [path.relative_to(folder) for path in pictures]), "utf-8")
+
+
+def draw_curves(row: VideoRow, folder: Path) -> Path | None:
+    """Draws a pair's measures over time, curves/NAME.png; None if it has none or matplotlib is not installed."""
+    curves = {name: reading for name, reading in row.readings.items() if reading.curve is not None}
+    if not curves:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(10, 0.6 + 1.6 * len(curves)), layout="constrained")
+    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for panel, (name, reading) in zip(panels, curves.items(), strict=True):
+        measure = METRICS[name]
+        panel.plot(reading.times, reading.curve, linewidth=1.2, color="#2f6690", marker="." * (len(reading.curve) < 40))
+        panel.axhline(reading.value, linewidth=0.8, linestyle="--", color="#66707b")
+        better = f", {measure.better} is better" if measure.better else ""
+        panel.set_title(f"{measure.title}: mean {_number(reading.value)}{better}", loc="left", fontsize=10)
+        panel.grid(color="#e2e6ea")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("seconds")
+    figure.suptitle(row.name.replace("$", r"\$"), fontsize=12)
+    path = folder / "curves" / f"{row.name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def _markdown(evaluation: Evaluation, pictures: list[Path]) -> str:
+    parts = [f"# {evaluation.generated} against {evaluation.real}", table(evaluation)]
+    names = list(evaluation.totals)
+    rows = [_row(["video", "frames", *(METRICS[name].title for name in names), "remark"])]
+    rows.append("|---|---:|" + "---:|" * len(names) + "---|")
+    for video in evaluation.videos:
+        readings = [video.readings.get(name) for name in names]
+        remark = [video.reason, video.note, *(f"{name}: {r.note}" for name, r in video.readings.items() if r.note)]
+        values = [_number(None if reading is None else reading.value) for reading in readings]
+        rows.append(_row([video.name, str(video.frames), *values, "; ".join(filter(None, remark))]))
+    parts += ["## Videos", "\n".join(rows), "## Definitions"]
+    parts.append("\n".join(f"- **{METRICS[name].title}**: {METRICS[name].definition}" for name in names))
+    parts.append(
+        "A mean over videos counts each video once, however long; the spread is their standard deviation. `real` is "
+        "the same measure of the real videos, where it needs no pair."
+    )
+    if pictures:
+        parts += ["## Over time", "\n".join(f"![{path.stem}](<{path.as_posix()}>)" for path in pictures)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _write_csv(evaluation: Evaluation, path: Path) -> None:
+    names = list(evaluation.totals)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video", "reason", "frames", "fps", *names, *(f"{name}_real" for name in names), "remark"])
+        for video in evaluation.videos:
+            readings = [video.readings.get(name) for name in names]
+            values = ["" if r is None or r.value is None else r.value for r in readings]
+            real = ["" if r is None or r.real is None else r.real for r in readings]
+            remarks = [video.note, *(f"{name}: {r.note}" for name, r in video.readings.items() if r.note)]
+            remark = "; ".join(filter(None, remarks))
+            writer.writerow([video.name, video.reason, video.frames, video.fps, *values, *real, remark])
+
+
+def _plain(evaluation: Evaluation) -> Any:
+    """For JSON: numbers that are not finite become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if hasattr(value, "tolist"):
+            return plain(value.tolist())
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return plain(
+        {
+            "generated": str(evaluation.generated),
+            "real": str(evaluation.real),
+            "measures": {name: asdict(METRICS[name]) | asdict(total) for name, total in evaluation.totals.items()},
+            "videos": [asdict(row) for row in evaluation.videos],
+        }
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,189 @@
+"""Pairs of videos, read in step and in chunks: memory stays bounded whatever their length and size."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memo_core.errors import VideoError
+from memo_core.video import VideoInfo, probe, read_video
+
+SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
+CHUNK_PIXELS, CHUNK_FRAMES = 2**21, 16  # 8 frames of 512x512
+ASPECT = 0.05  # pictures whose aspects differ by more (as a logarithm) are not compared pixel by pixel
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A generated and a real video; `problem` says why they cannot be compared."""
+
+    name: str
+    generated: Path | None
+    real: Path | None
+    problem: str = ""
+
+
+def pair_videos(generated: Path, real: Path) -> list[Pair]:
+    """Pairs two files, or the videos below two folders by their paths without suffix.
+
+    Raises:
+        VideoError: one is absent, one is a file and the other a folder, or a folder holds no video.
+    """
+    for path in (generated, real):
+        if not path.exists():
+            raise VideoError(f"{path} does not exist")
+    if generated.is_file() != real.is_file():
+        raise VideoError(f"{generated} and {real} must be two files or two folders")
+    if generated.is_file():
+        return [Pair(generated.stem, generated, real)]
+    ours, theirs = _by_name(generated), _by_name(real)
+    pairs = []
+    for name in sorted(ours | theirs):
+        mine, other = ours.get(name, []), theirs.get(name, [])
+        if len(mine) > 1 or len(other) > 1:
+            files = ", ".join(path.name for path in (mine if len(mine) > 1 else other))
+            pairs.append(Pair(name, None, None, f"several videos of one name: {files}"))
+        elif not mine or not other:
+            where = generated if other else real
+            pairs.append(Pair(name, next(iter(mine), None), next(iter(other), None), f"no such video in {where}"))
+        else:
+            pairs.append(Pair(name, mine[0], other[0]))
+    return pairs
+
+
+def _by_name(folder: Path) -> dict[str, list[Path]]:
+    found = defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            found[path.relative_to(folder).with_suffix("").as_posix()].append(path)
+    if not found:
+        raise VideoError(f"{folder} holds no video ({', '.join(sorted(SUFFIXES))})")
+    return dict(found)
+
+
+@dataclass
+class Chunk:
+    """Consecutive frames of a pair, uint8 [N, 3, H, W] each; real ones may be of another size.
+
+    start: number of the first frame. fps: of both.
+    """
+
+    generated: Tensor
+    real: Tensor
+    start: int
+    fps: float
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def times(self) -> list[float]:
+        """Seconds of the frames."""
+        return [(self.start + i) / self.fps for i in range(len(self.generated))]
+
+    def chosen(self, every: int) -> list[int]:
+        """Indices into the chunk of every n-th frame of the video."""
+        return list(range(-self.start % every, len(self.generated), every))
+
+    @cached_property
+    def pictures(self) -> tuple[Tensor, Tensor]:
+        """Both as float [N, 3, H, W] in [0, 1], the real ones scaled to the generated ones' size.
+
+        Raises VideoError where the aspects differ.
+        """
+        height, width = self.generated.shape[2:]
+        real = self.real.to(self.device).float() / 255
+        if real.shape[2:] != (height, width):
+            if abs(math.log(width / height / (real.shape[3] / real.shape[2]))) > ASPECT:
+                sizes = f"{width}x{height} and {real.shape[3]}x{real.shape[2]}"
+                raise VideoError(f"pictures of {sizes} have different aspects and cannot be compared")
+            real = F.interpolate(real, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
+        return self.generated.to(self.device).float() / 255, real
+
+
+class PairReader:
+    """Reads a pair in step, at the generated video's rate.
+
+    Raises VideoError if one of them cannot be opened; while iterating, where one is damaged.
+    """
+
+    def __init__(self, generated: Path, real: Path, device: torch.device) -> None:
+        self.paths, self.device = (generated, real), device
+        self.generated, self.real = _probe(generated), _probe(real)
+        self.fps = self.generated.fps
+        self.frames = 0  # read so far
+
+    def chunks(self) -> Iterator[Chunk]:
+        pixels = max(info.width * info.height for info in (self.generated, self.real))
+        size = max(1, min(CHUNK_FRAMES, CHUNK_PIXELS // pixels))
+        ours, theirs = (frames_at(path, self.fps) for path in self.paths)
+        parts: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
+        for frames in zip(ours, theirs, strict=False):
+            parts.append(frames)
+            if len(parts) == size:
+                yield self._chunk(parts)
+                parts = []
+        if parts:
+            yield self._chunk(parts)
+        if not self.frames:
+            raise VideoError(f"{' or '.join(path.name for path in self.paths)} has no frames")
+
+    def _chunk(self, parts: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> Chunk:
+        generated, real = (stack([pair[side] for pair in parts]) for side in (0, 1))
+        self.frames += len(parts)
+        return Chunk(generated, real, self.frames - len(parts), self.fps, self.device)
+
+    def note(self) -> str:
+        """In words, how the two differ; after reading."""
+        notes = []
+        if abs(self.generated.fps - self.real.fps) > 0.01:
+            notes.append(f"{self.generated.fps:g} and {self.real.fps:g} fps, compared at {self.fps:g}")
+        sizes = [f"{info.width}x{info.height}" for info in (self.generated, self.real)]
+        if sizes[0] != sizes[1]:
+            notes.append(f"{sizes[0]} and {sizes[1]} pixels")
+        longest = max(self.generated.frames, round(self.real.frames * self.fps / self.real.fps))
+        if self.frames < longest:
+            notes.append(f"compared the first {self.frames} of {longest} frames")
+        return "; ".join(notes)
+
+
+def frames_at(path: Path, fps: float) -> Iterator[NDArray[np.uint8]]:
+    """Frames of a video, uint8 [H, W, 3], at another rate: each is repeated or left out as its time demands.
+
+    Raises VideoError if the file cannot be opened, is damaged, or tells no rate.
+    """
+    info, frames = read_video(path)
+    _check_rate(info, path)
+    shown = 0
+    for index, frame in enumerate(frames):
+        # Frame j of the result shows what is on at j / fps; frame i is on from i / rate to (i + 1) / rate.
+        until = math.ceil((index + 1) * fps / info.fps - 1e-6)
+        for _ in range(shown, until):
+            yield frame
+        shown = max(shown, until)
+
+
+def stack(frames: list[NDArray[np.uint8]]) -> Tensor:
+    """uint8 [N, 3, H, W]; VideoError where the sizes differ."""
+    if len({frame.shape for frame in frames}) > 1:
+        raise VideoError("the frames change their size within the video")
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def _probe(path: Path) -> VideoInfo:
+    info = probe(path)
+    _check_rate(info, path)
+    return info
+
+
+def _check_rate(info: VideoInfo, path: Path) -> None:
+    if not 0.1 <= info.fps <= 1000:  # also refuses NaN
+        raise VideoError(f"{path.name} claims {info.fps:g} frames a second; allowed is 0.1 to 1000")
