@@ -81,6 +81,7 @@ def test_labels_are_read_in_any_case_and_as_codes():
     assert EMOTIONS[tables["emodb"].emotion("W")] == "angry"
     assert EMOTIONS[tables["msp_podcast"].emotion(" u ")] == "surprised"
     assert tables["msp_podcast"].emotion("X") is None
+    assert tables["cafe"].original("COLE\u0300RE") == "colère"
     assert EMOTIONS[tables["iemocap"].emotion("EXC")] == "happy"
     with pytest.raises(LabelError, match="ravdess has no label 'bored'.*calm"):
         tables["ravdess"].emotion("bored")

@@ -145,7 +145,7 @@ def _try_windows(path: str, min_samples: int) -> tuple[tuple[int, int], list[Ten
     try:
         stamp = _stamp(path)
         return stamp, load_windows(path, min_samples)
-    except AudioError as error:  # whatever a broken file makes a decoder raise costs this row, not the run
+    except Exception as error:  # whatever a broken file makes a decoder raise costs this row, not the run
         return stamp, str(error) or type(error).__name__
 
 
