@@ -8,7 +8,11 @@ from pathlib import Path
 
 from memo_core.errors import MemoError
 
+from . import budget
 from .config import ConfigError, override
+from .emotion import command as emotion
+from .evaluation import command as evaluation
+from .prepare import command as prepare
 from .shards import ShardError
 from .toon import jobs
 
@@ -16,7 +20,11 @@ from .toon import jobs
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    prepare.add_command(commands)
     add_train(commands)
+    emotion.add_command(commands)
+    evaluation.add_command(commands)
+    budget.add_command(commands)
     jobs.add_command(commands)
     args = parser.parse_args(arguments)
     try:
