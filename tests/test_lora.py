@@ -185,6 +185,9 @@ def test_an_adapter_of_other_networks_is_refused(nets: checkpoint.Networks) -> N
     assert "x does not fit this checkpoint; it was trained on abc" in message and "and 4 more" in message
     with pytest.raises(CheckpointError, match=r"to_q has shape \(32, 32\), the adapter is for \(5, 7\)"):
         lora.apply(nets, Adapter(modules={TO_Q: wide}), 1.0)
+    for_3x3 = {"reference_net.conv_in": Factors(torch.ones(1, 4), torch.ones(32, 1), 1.0)}
+    with pytest.raises(CheckpointError, match=r"conv_in has shape \(32, 4, 3, 3\), the adapter is for \(32, 4\)"):
+        lora.apply(nets, Adapter(modules=for_3x3), 1.0)
     for strength in (torch.nan, torch.inf):
         with pytest.raises(CheckpointError, match="must be a finite number"):
             lora.apply(nets, random_adapter(nets), strength)
