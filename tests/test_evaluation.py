@@ -33,6 +33,9 @@ pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 
 SIZE = 128
 BOX = (30.0, 30.0, 98.0, 110.0)  # where the test detector sees a face
+MOVES = np.zeros(106)
+MOVES[52:72:2] = 1  # of the mouth, points 52 to 71, every second one
+MOVES[[51, 72]] = 3  # their neighbours, which are not the mouth's
 KEYPOINTS = ((48, 62), (80, 62), (64, 78), (52, 92), (76, 92))
 
 
@@ -140,9 +143,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     save_detector(faces / "scrfd_10g_bnkps.onnx")
     save_linear(faces / "glintr100.onnx", 112, rng.normal(size=(512, 3)), np.zeros(512))
-    # The mouth's points, 52 to 71, go right by 1/255 of half the picture for each level of red, every second one.
+    # Points go right by 1/255 of half the picture, or a multiple of it, for each level of red.
     weight = np.zeros((106, 2, 3))
-    weight[52:72:2, 0, 0] = 1 / 255
+    weight[:, 0, 0] = MOVES / 255
     save_linear(faces / "2d106det.onnx", 192, weight.reshape(212, 3), rng.uniform(-0.5, 0.5, 212))
     head = rng.uniform(-0.5, 0.5, (1103, 3))
     turn = np.cross([0, 1, 0], head)  # a small turn about y for each level of red
@@ -355,7 +358,7 @@ def test_networks_see_the_right_colours_and_places(weights: Path, tmp_path: Path
     # Half of the mouth's points move, so all lie half of it from their mean.
     for level, part in ((180, slice(0, 4)), (140, slice(4, 8))):
         assert readings["m-lmd"].curve[part].mean() == pytest.approx((level - 100) / 255 * 120 / 2, rel=0.06)
-    assert readings["f-lmd"].value == pytest.approx(60 / 255 * 120 * 2 * (10 / 106) * (96 / 106), rel=0.06)
+    assert readings["f-lmd"].value == pytest.approx(60 / 255 * 120 * abs(MOVES - MOVES.mean()).mean(), rel=0.06)
     # Features (180, 60, 60) and (140, 60, 60) against twice (100, 60, 60): mean apart by 60, variance 800.
     assert found.totals["fvd"].value == pytest.approx(60**2 + 800, rel=0.05)
     # 40 levels of red turn the head about y by 40 / 2550 rad, half the frames each.
@@ -431,6 +434,8 @@ def test_what_is_missing_is_named_and_the_rest_is_measured(
     with pytest.raises(SystemExit):
         run_command(*videos, *common, "--metrics", "beauty")
     assert "there is no beauty" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="device 'abacus' cannot be used"):
+        run_command(*videos, *common, "--device", "abacus")
     with pytest.raises(SystemExit, match="does not exist"):
         run_command(tmp_path / "absent.mp4", videos[1], *common)
 

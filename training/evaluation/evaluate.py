@@ -91,7 +91,7 @@ def evaluate(
     are taken. A video that cannot be read costs its row.
 
     Raises:
-        VideoError: nothing to compare. ValueError: an unknown name, or `every` below 1.
+        VideoError: nothing to compare. ValueError: an unknown name, a device that is not there, or `every` below 1.
     """
     generated, real = Path(generated), Path(real)
     names = list(METRICS) if metrics is None else list(dict.fromkeys(metrics))
@@ -99,8 +99,12 @@ def evaluate(
         raise ValueError(f"there is no measure {', '.join(map(repr, unknown))}; there are {', '.join(METRICS)}")
     if every < 1:
         raise ValueError(f"every is {every}; allowed is 1 and up")
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
     pairs = pair_videos(generated, real)
-    tools = Tools(None if weights is None else Path(weights), torch.device(device), every)
+    tools = Tools(None if weights is None else Path(weights), device, every)
     totals = {name: Total() for name in names}
     running = _load(tools, totals)
 

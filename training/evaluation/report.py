@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .evaluate import METRICS, Evaluation, VideoRow
 
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}
@@ -20,7 +22,7 @@ def table(evaluation: Evaluation) -> str:
     for name, total in evaluation.totals.items():
         measure = METRICS[name]
         cells = [f"{measure.title} {ARROWS[measure.better]}".strip()]
-        cells += [_number(total.value), _number(total.spread), _number(total.real)]
+        cells += ["–" if total.value is None else _number(total.value), _number(total.spread), _number(total.real)]
         cells += [str(total.videos), "; ".join(total.missing) or total.note]
         lines.append(_row(cells))
     return "\n".join(lines)
@@ -48,7 +50,13 @@ def draw_curves(row: VideoRow, folder: Path) -> Path | None:
     panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
     for panel, (name, reading) in zip(panels, curves.items(), strict=True):
         measure = METRICS[name]
-        panel.plot(reading.times, reading.curve, linewidth=1.2, color="#2f6690", marker="." * (len(reading.curve) < 40))
+        second = len(reading.times) if len(reading.times) < 2 else round(1 / (reading.times[1] - reading.times[0]))
+        smooth = 3 < 3 * second < len(reading.curve)  # a line of means over a second before the pale one of frames
+        panel.plot(reading.times, reading.curve, linewidth=1.2, color="#2f6690", alpha=0.3 if smooth else 1)
+        if smooth:
+            means = np.convolve(reading.curve, np.full(second, 1 / second), mode="valid")
+            panel.plot(reading.times[second // 2 :][: len(means)], means, linewidth=1.6, color="#2f6690")
+        panel.margins(x=0)
         panel.axhline(reading.value, linewidth=0.8, linestyle="--", color="#66707b")
         better = f", {measure.better} is better" if measure.better else ""
         panel.set_title(f"{measure.title}: mean {_number(reading.value)}{better}", loc="left", fontsize=10)
@@ -70,7 +78,7 @@ def _markdown(evaluation: Evaluation, pictures: list[Path]) -> str:
     for video in evaluation.videos:
         readings = [video.readings.get(name) for name in names]
         remark = [video.reason, video.note, *(f"{name}: {r.note}" for name, r in video.readings.items() if r.note)]
-        values = [_number(None if reading is None else reading.value) for reading in readings]
+        values = ["–" if reading is None or reading.value is None else _number(reading.value) for reading in readings]
         rows.append(_row([video.name, str(video.frames), *values, "; ".join(filter(None, remark))]))
     parts += ["## Videos", "\n".join(rows), "## Definitions"]
     parts.append("\n".join(f"- **{METRICS[name].title}**: {METRICS[name].definition}" for name in names))

@@ -46,7 +46,7 @@ class Sync(Metric):
                 scores.append(None)
                 problems.append(f"{which}: {error}")
         ours, theirs = scores
-        notes = problems + ([] if ours is None else [f"the picture comes {ours.offset:+d} frames after the sound"])
+        notes = problems + ([] if ours is None else [f"the picture comes {ours.offset} frames after the sound"])
         return {
             name: Reading(*(None if score is None else getattr(score, part) for score in scores), note="; ".join(notes))
             for name, part in (("sync-c", "confidence"), ("sync-d", "distance"))
