@@ -213,10 +213,7 @@ def count(config: Stage, sizes: Sizes = RELEASED, size: int = 512) -> Cost:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mixed = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.engine.mixed_precision]
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
-        if config.engine.attention == "math":
-            stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+    with torch.device("meta"):
         nets = Nets(sizes)
         if config.lora.rank:
             from . import lora
@@ -227,8 +224,13 @@ def count(config: Stage, sizes: Sizes = RELEASED, size: int = 512) -> Cost:
             for part, parameters in nets.parts().items():
                 for parameter in parameters:
                     parameter.requires_grad_(part in config.train)
-        if config.engine.gradient_checkpointing:
-            checkpoint_gradients(nets)
+    if config.engine.gradient_checkpointing:
+        checkpoint_gradients(nets)
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # those of `nets`, just below
+        if config.engine.attention == "math":
+            stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        nets.to_empty(device="cpu")
         model, batch = FlowModel(nets, config.loss), example(config, sizes, size)
         step = measure(model, lambda: model(batch)[0].mean(), mixed)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
