@@ -30,7 +30,7 @@ from memo_core.sampling import Conditions, Sampler, sample_window
 from training import __main__ as command
 from training import batches, config, engine, flow, losses, presets
 from training.config import ConfigError, Drop, Engine, Loss, Optimizer, Stage
-from training.nets import Nets, begin_from_nothing, checkpoint_gradients
+from training.nets import Nets, begin_from_nothing, checkpoint_gradients, link_encoders
 from training.shards import ShardWriter
 from training.toon import sizes
 
@@ -523,6 +523,27 @@ def test_the_command_trains_and_its_checkpoint_makes_a_video(data: Path, encoder
     clip, _ = made.sample_clip(ref, audio, emotion, num_frames=16, steps=1)
     assert clip.latents.shape == (4, 16, 8, 8) and torch.isfinite(clip.latents).all()
     assert json.loads((engine.latest(tmp_path / "run") / "training.json").read_text())["stage"] == "stage2"
+
+
+def test_an_adapter_is_trained_and_changes_what_is_sampled(data: Path, encoders: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    start = tmp_path / "start"
+    small_nets().save(start)
+    link_encoders(encoders, start)
+    settings = ["steps=2", "optimizer.bits=32", "optimizer.batch=1", "data.workers=0", "lora.rank=2"]
+    settings += ["optimizer.learning_rate=1e-2", "engine.save_every=1", "engine.sample_every=9"]
+    out = tmp_path / "run"
+    command.main(
+        ["train", "memo_lora", "--data", str(data), "--out", str(out), "--start", str(start), "--set", *settings]
+    )
+    assert len(engine.checkpoints(out)) == 2 and not list(out.rglob("reference_net"))
+    file = engine.latest(out) / "adapter.safetensors"
+    assert file.stat().st_size < 2**20
+    plain, adapted = (MemoPipeline.from_pretrained(start, lora=lora) for lora in ([], [file]))
+    assert plain.nets.base_digest == adapted.nets.base_digest and plain.nets.digest != adapted.nets.digest
+    key = "mid_block.audio_modules.0.transformer_blocks.0.attn2.to_q.weight"
+    before, after = (pipe.nets.diffusion_net.state_dict()[key] for pipe in (plain, adapted))
+    assert 0 < relative_l2(after, before) < 0.5
 
 
 @pytest.mark.parametrize(

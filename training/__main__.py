@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from memo_core import checkpoint
 from memo_core.errors import MemoError
 
 from . import budget
@@ -42,11 +43,13 @@ def add_train(commands) -> None:
         description="Train or resume a stage; `accelerate launch -m training train ...` does so with many processes.",
     )
     train.add_argument("preset", choices=PRESETS, help="the stage")
-    train.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes: optimizer.batch=2 steps=500")
+    train.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes: optimizer.batch=2 steps=500"
+    )
     train.add_argument("--data", type=Path, required=True, help="folder of shards")
     train.add_argument("--out", type=Path, required=True, help="folder of the run; one that was stopped goes on")
     train.add_argument(
-        "--start", type=Path, help="checkpoint in the released layout, or the folder of a run: its last one"
+        "--start", type=Path, help="checkpoint in the released layout, toon, or the folder of a run: its last one"
     )
     train.add_argument("--sd15", type=Path, help="start from Stable Diffusion 1.5: its folder, or its unet folder")
     train.add_argument("--animatediff", type=Path, help="temporal modules from this motion module (with --sd15)")
@@ -73,7 +76,10 @@ def run_train(args: argparse.Namespace) -> None:
         raise ConfigError("give either --start (a checkpoint, or a run) or --sd15 (Stable Diffusion 1.5)")
     if args.start is not None:
         start = engine.latest(args.start) or args.start
-        nets, name = Nets.from_pretrained(start), str(start)
+        if str(start) in checkpoint.EMBEDDED:
+            start = checkpoint.find(start)
+        name = checkpoint.base_digest(start) if config.lora.rank else str(start)
+        nets = Nets.from_pretrained(start)
     else:
         from . import initialise
 

@@ -97,12 +97,17 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lora:
-    """Low-rank adapters instead of whole weights. rank 0: none. targets: names that `training.lora` knows."""
+    """Low-rank adapters instead of whole weights.
+
+    rank: 0 for none. targets: names that `training.lora` knows. base: "bf16" keeps the frozen weights in half the room;
+    they are computed with in that precision anyway where engine.mixed_precision is bf16.
+    """
 
     rank: int = 0
     alpha: float = 16.0
     targets: tuple[str, ...] = ("attention",)
     dropout: float = 0.0
+    base: str = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +161,7 @@ _CHOICES = {
     "join": PARTS,
     "loss.weighting": ("logit_normal", "mode", "cosmap", "sigma_sqrt", "uniform"),
     "loss.robust_measure": ("loss", "clean"),
+    "lora.base": ("fp32", "bf16"),
     "optimizer.bits": (32, 8),
     "optimizer.schedule": ("constant", "cosine"),
     "engine.mixed_precision": ("no", "fp16", "bf16"),

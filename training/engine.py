@@ -41,7 +41,8 @@ def train(
         nets: to start from; a run that goes on replaces their weights.
         encoders: checkpoint in the released layout whose VAE and encoders the checkpoints are completed with; None
             leaves them out, and makes no pictures.
-        started_from: what `nets` are, for the record; a run that goes on refuses another.
+        started_from: what `nets` are, for the record; a run that goes on refuses another. With adapters, the digest of
+            the checkpoint they belong to (`memo_core.checkpoint.base_digest`).
 
     Returns:
         The last checkpoint.
@@ -56,6 +57,7 @@ def train(
         return trainer.run()
     finally:
         trainer.accelerator.end_training()
+        _forget_precision()
 
 
 class Trainer:
@@ -81,10 +83,9 @@ class Trainer:
         accelerator = self.accelerator
         self.parts = nets.parts()
         if config.lora.rank:
-            nets.requires_grad_(False)
+            nets.requires_grad_(False).to(torch.bfloat16 if config.lora.base == "bf16" else torch.float32)
             lora.add(nets, config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
             groups = {"lora": [p for p in nets.parameters() if p.requires_grad]}
-            self.base_digest = started_from
         else:
             for name, parameters in self.parts.items():
                 for parameter in parameters:
@@ -271,7 +272,7 @@ class Trainer:
 
     def _export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         if self.config.lora.rank:
-            lora.save(self.nets, folder / "adapter.safetensors", self.base_digest, to_json(self.config))
+            lora.save(self.nets, folder / "adapter.safetensors", self.started_from, to_json(self.config), state=weights)
             return
         self.nets.save(folder, torch.float16 if self.config.engine.ema else torch.float32, weights)
         if self.encoders is not None:
@@ -293,7 +294,7 @@ class Trainer:
         from . import preview
 
         self.model.eval()
-        with self._averaged(), torch.no_grad():
+        with self._averaged(), torch.no_grad(), accelerator.autocast():
             sheet = preview.picture(accelerator.unwrap_model(self.model).nets, self.set, self.encoders)
         self.model.train()
         run.save_picture(sheet, self.out / "samples" / f"{step:07d}.png")
@@ -315,6 +316,13 @@ def latest(out: Path) -> Path | None:
     """The newest finished checkpoint of a run."""
     found = checkpoints(out)
     return found[-1] if found else None
+
+
+def _forget_precision() -> None:
+    """Lets the next stage in this process have another precision: accelerate keeps one for as long as it remembers."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
 
 
 class _Progress:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .rows import Row
+from .rows import PrepareError, Row
 from .settings import Settings
 from .worker import LOG, Worker
 
@@ -62,8 +62,11 @@ class OnRay:
     """
 
     def __init__(self, out: Path, limit: float, address: str | None = None, gpus: float = 0.0, **init: Any):
-        import ray
-
+        try:
+            import ray
+            import ray.data  # wants pandas and pyarrow
+        except ImportError as error:
+            raise PrepareError(f'--engine ray needs Ray Data: pip install "ray[data]" ({error})') from error
         self.out, self.limit, self.gpus = out, limit, gpus
         paths = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
         ray.init(address, runtime_env=paths, log_to_driver=False, **init)
