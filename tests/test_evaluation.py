@@ -23,6 +23,7 @@ from training.evaluation.landmarks import head_angles, landmark_distance
 from training.evaluation.metric import ALEXNET, FACE_3D_POINTS, I3D, INCEPTION, Tools
 from training.evaluation.pictures import Lpips, Psnr, Ssim
 from training.evaluation.report import table, write_report
+from training.evaluation.sync import score_video
 from training.evaluation.videos import CHUNK_PIXELS, Chunk, PairReader, frames_at, pair_videos
 from training.syncnet import SyncNet
 from training.toon import heads, voices
@@ -365,6 +366,31 @@ def test_networks_see_the_right_colours_and_places(weights: Path, tmp_path: Path
     assert readings["diversity"].value == pytest.approx(math.degrees(40 / 2550) / 2 / 3, rel=0.1)
     assert readings["diversity"].real == pytest.approx(0, abs=1e-3)
     assert 0 < readings["f-sim"].value < 1
+
+
+class Brightness:
+    """In SyncNet's place: the face's brightness and the sound's loudness, on one scale."""
+
+    def embed_faces(self, faces: Tensor) -> Tensor:
+        assert faces.shape[1:] == (3, 224, 224)
+        return faces[:-4].float().mean(dim=(1, 2, 3))[:, None] / 255
+
+    def embed_sound(self, waveform: Tensor, count: int) -> Tensor:
+        return waveform[: 640 * count].reshape(count, 640).square().mean(dim=1).mul(3).sqrt()[:, None] / 0.9
+
+
+@pytest.mark.parametrize("late", [3, 0, -5])
+def test_a_video_whose_picture_is_shifted_against_its_sound(late: int, tmp_path: Path) -> None:
+    """Streamed in chunks, cut out, at another rate: 60 frames at 25 fps, shown at 50."""
+    rng = np.random.default_rng(0)
+    levels = rng.uniform(40, 220, 80)
+    sound = rng.uniform(-0.9, 0.9, (60, 640)) * levels[10:70, None] / 255
+    frames = [np.full((SIZE, SIZE, 3), level, np.uint8) for level in levels[10 - late : 70 - late].repeat(2)]
+    path = write_video(tmp_path / "a.mp4", frames, 50, sound.ravel().astype(np.float32))
+    box = np.array([[40.0, 30, 88, 78]] * 2)
+    track = FaceTrack(np.array([0.0, 2.4]), box, np.zeros((2, 5, 2)), np.array([True, True]))
+    score = score_video(Brightness(), path, track)
+    assert score.offset == late and score.confidence > 0.1 and score.distance < 0.12
 
 
 def test_a_video_without_a_face_says_so(weights: Path, tmp_path: Path) -> None:
