@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import lru_cache
@@ -68,8 +67,7 @@ class OnRay:
         except ImportError as error:
             raise PrepareError(f'--engine ray needs Ray Data: pip install "ray[data]" ({error})') from error
         self.out, self.limit, self.gpus = out, limit, gpus
-        paths = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
-        ray.init(address, runtime_env=paths, log_to_driver=False, **init)
+        ray.init(address, log_to_driver=False, **init)
         ray.data.DataContext.get_current().enable_progress_bars = False
 
     def __enter__(self) -> OnRay:

@@ -11,10 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from memo_core import checkpoint, face
-from memo_core.nets.weights import WEIGHTS
-
-from .. import syncnet
 from .rows import STAGES
 
 HYPERIQA = "HyperIQA-resnet50-koniq10k-c96c41b1.pth"
@@ -63,6 +59,12 @@ class Settings:
 
     def files(self, stage: str) -> list[Path]:
         """Model files of a stage, whether they are there or not."""
+        # Not at the top: Ray's workers import this module, and loading torch hangs in some of them.
+        from memo_core import checkpoint, face
+        from memo_core.nets.weights import WEIGHTS
+
+        from .. import syncnet
+
         models = Path(self.models)
         if stage == "faces":
             return [models / face.FOLDER / name for name in (face.DETECTOR, face.EMBEDDER)]
@@ -88,6 +90,8 @@ class Settings:
 
     def missing(self) -> list[str]:
         """Model files and packages that the stages which are not skipped lack, and how to get each."""
+        from .. import syncnet
+
         download = f"{Path(sys.executable).name} -m memo_core download {self.models}"
         how = {
             "faces": f"`{download} --only face`",
