@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -547,8 +548,12 @@ def test_a_worker_that_dies_or_hangs_costs_one_row_and_can_be_tried_again(
 
 
 @pytest.mark.slow
-def test_processes_and_ray_give_the_same_rows(raw: Path, models: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="the ray package is not installed")
+def test_processes_and_ray_give_the_same_rows(
+    raw: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray.data", reason='Ray Data is not installed: pip install "ray[data]"')
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 otherwise: minutes on a busy machine
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     tables = []
     for name in ("local", "ray"):
         out = tmp_path / name

@@ -59,7 +59,7 @@ class Settings:
 
     def files(self, stage: str) -> list[Path]:
         """Model files of a stage, whether they are there or not."""
-        # Not at the top: Ray's workers import this module, and loading torch hangs in some of them.
+        # Not at the top: Ray's workers import this module, and only their own worker processes need torch.
         from memo_core import checkpoint, face
         from memo_core.nets.weights import WEIGHTS
 
