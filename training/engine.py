@@ -104,6 +104,11 @@ class Trainer:
         if accelerator.state.deepspeed_plugin is not None:
             plugin = accelerator.state.deepspeed_plugin.deepspeed_config
             plugin["train_micro_batch_size_per_gpu"] = config.optimizer.batch
+        if config.engine.ema and accelerator.distributed_type in _sharded():
+            raise ConfigError(
+                f"engine.ema={config.engine.ema} needs whole weights in every process, "
+                f"and {accelerator.distributed_type} holds parts of them: set engine.ema=0"
+            )
         self.model, self.optimizer = accelerator.prepare(FlowModel(nets, config.loss), optimizer)
         self.average = _average(self.model, config)
         self.progress = _Progress()
@@ -285,11 +290,8 @@ class Trainer:
 
     def _show(self, step: int) -> None:
         """Samples beside the truth, as a picture and in the trackers; only where one process holds all weights."""
-        from accelerate.utils import DistributedType
-
-        sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
         accelerator = self.accelerator
-        if self.encoders is None or accelerator.distributed_type in sharded or not accelerator.is_main_process:
+        if self.encoders is None or accelerator.distributed_type in _sharded() or not accelerator.is_main_process:
             return
         from . import preview
 
@@ -316,6 +318,13 @@ def latest(out: Path) -> Path | None:
     """The newest finished checkpoint of a run."""
     found = checkpoints(out)
     return found[-1] if found else None
+
+
+def _sharded() -> tuple[Any, ...]:
+    """Kinds of distribution where no process holds all the weights."""
+    from accelerate.utils import DistributedType
+
+    return DistributedType.FSDP, DistributedType.DEEPSPEED
 
 
 def _forget_precision() -> None:
