@@ -153,7 +153,10 @@ def test_adapters_and_small_moments_make_training_cheap(one: budget.Cost) -> Non
     assert few.learning < one.learning / 5
     assert few.average == 0 and one.average == one.step.weights
     assert few.moments <= 8 * few.learning and one.moments == 8 * one.learning
-    assert few.total < one.total
+    mixed = replace(STAGE, lora=Lora(rank=2, base="bf16"), engine=presets.memo_lora().engine)
+    halved = budget.count(mixed, TINY, size=64)
+    frozen = few.step.weights - few.step.gradients
+    assert halved.step.weights == few.step.gradients + frozen // 2
 
 
 def test_eight_bit_moments_take_two_bytes_and_their_scales() -> None:
@@ -196,7 +199,7 @@ def test_storage_is_what_shards_take(tmp_path) -> None:
 def test_command_prints_a_table(one: budget.Cost, capsys, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(
-        budget, "count", lambda config, size: asked.append((config, size)) or replace(one, stage=config)
+        budget, "count", lambda config, _, size: asked.append((config, size)) or replace(one, stage=config)
     )
     parser = argparse.ArgumentParser()
     budget.add_command(parser.add_subparsers())
@@ -215,3 +218,6 @@ def test_command_prints_a_table(one: budget.Cost, capsys, monkeypatch) -> None:
     with pytest.raises(SystemExit, match="no preset 'memo_stage9'"):
         args = parser.parse_args(["budget", "memo_stage9"])
         args.run(args)
+    args = parser.parse_args(["budget", "toon_stage1"])
+    args.run(args)
+    assert asked[-1][1] == 128

@@ -218,7 +218,7 @@ def count(config: Stage, sizes: Sizes = RELEASED, size: int = 512) -> Cost:
         if config.lora.rank:
             from . import lora
 
-            nets.requires_grad_(False)
+            nets.requires_grad_(False).to(torch.bfloat16 if config.lora.base == "bf16" else torch.float32)
             lora.add(nets, config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
         else:
             for part, parameters in nets.parts().items():
@@ -339,7 +339,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     full = [name for name in PRESETS if name.startswith("memo_")]
     command.add_argument("presets", nargs="*", metavar="PRESET", default=full, help=f"of {', '.join(PRESETS)}")
-    command.add_argument("--size", type=int, default=512, help="height and width in pixels (%(default)s)")
+    command.add_argument("--size", type=int, help="height and width in pixels (512, or 128 for toons)")
     command.add_argument("--batch", type=int, help="samples per process and micro-step (the preset's)")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
     command.add_argument("--both", action="store_true", help="with and without gradient checkpointing")
@@ -352,6 +352,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def run_budget(args: argparse.Namespace) -> None:
     from .presets import PRESETS
+    from .toon.sizes import NETS as TOON
 
     costs = []
     for name in args.presets:
@@ -359,8 +360,10 @@ def run_budget(args: argparse.Namespace) -> None:
             raise SystemExit(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
         changes = args.set + ([f"optimizer.batch={args.batch}"] if args.batch else [])
         config = override(PRESETS[name](), changes)
+        sizes = TOON if name.startswith("toon_") else RELEASED
+        size = args.size or 8 * sizes.diffusion_net["sample_size"]
         for checkpointing in (True, False) if args.both else (config.engine.gradient_checkpointing,):
             engine = replace(config.engine, gradient_checkpointing=checkpointing)
-            costs.append(count(replace(config, engine=engine), size=args.size))
+            costs.append(count(replace(config, engine=engine), sizes, size))
     print(table(costs, args.utilisation))
-    print(f"Shards of {args.hours:g} h of video: {storage(args.hours, args.size) / 1e9:.0f} GB")
+    print(f"Shards of {args.hours:g} h of video: {storage(args.hours, size, sizes) / 1e9:.0f} GB")
