@@ -315,9 +315,9 @@ def table(costs: list[Cost], utilisation: float = UTILISATION) -> str:
     cells += [[name, *(show(cost) for cost in costs)] for name, show in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in cells]
-    return "\n".join(
-        [*lines, f"Times assume {utilisation:.0%} of the device's dense bf16 speed, which is not a measurement."]
-    )
+    lines.append(f"Times assume {utilisation:.0%} of the device's dense bf16 speed, which is not a measurement.")
+    lines.append("Hours are those of one process; N of them spend N times as many, on N times the samples.")
+    return "\n".join(lines)
 
 
 def _past(cost: Cost) -> str:
