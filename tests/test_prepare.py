@@ -19,7 +19,8 @@ import torch
 
 from memo_core import audio, checkpoint
 from memo_core.video import VideoWriter
-from training.prepare import add_command, command, encode, faces, media, picture, quality, review, scenes, sync
+from training import media
+from training.prepare import add_command, command, encode, faces, picture, quality, review, scenes, sync
 from training.prepare.engines import Local, OnRay
 from training.prepare.rows import Drop, PrepareError, Row, Table, decide
 from training.prepare.settings import Settings

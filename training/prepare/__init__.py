@@ -3,7 +3,6 @@
   command.py    `python -m training prepare`: the order of the stages, what is missing, what is new
   settings.py   thresholds, sizes, model files; the digest that says when a stage has to run again
   rows.py       one row for every clip, kept or dropped, and the table of all
-  media.py      reads pictures and sound of a part of any video, as a stream
 stages, each a function (row, settings) -> rows
   scenes.py     video -> clips between scene cuts (PySceneDetect)
   faces.py      one whole face in every picture (SCRFD), and the square around it

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from memo_core import audio, checkpoint, emotion, sampling
 
+from .. import media
 from ..shards import Shards, ShardWriter
-from . import media
 from .faces import _analyzer
 from .rows import Row
 from .settings import Settings

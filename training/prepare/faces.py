@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from . import media
+from .. import media
 from .rows import Drop, Row
 from .settings import Settings
 

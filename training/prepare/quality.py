@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
-from . import media
+from .. import media
 from .rows import Row
 from .settings import HYPERIQA, Settings, find_model
 

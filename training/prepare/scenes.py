@@ -7,7 +7,7 @@ from array import array
 from dataclasses import replace
 from pathlib import Path
 
-from . import media
+from .. import media
 from .rows import Drop, Row
 from .settings import Settings
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import media
+from .. import media
 from .rows import Row
 from .settings import Settings, find_model
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from memo_core.video import BT709
 
-from .rows import Drop
+from .prepare.rows import Drop
 
 SOUND_GAP = 0.05  # seconds by which sound may run ahead of or behind its time stamps before it is moved
 SOUND_LEAD = 0.5  # seconds decoded before a span: the first packet after a jump may sound wrong
