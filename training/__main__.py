@@ -65,7 +65,7 @@ def add_train(commands) -> None:
 def run_train(args: argparse.Namespace) -> None:
     from . import engine
     from .config import flatten
-    from .nets import Nets, silence_new_modules
+    from .nets import Nets
     from .presets import PRESETS
 
     config = override(PRESETS[args.preset](), args.set)
@@ -84,7 +84,6 @@ def run_train(args: argparse.Namespace) -> None:
         from . import initialise
 
         nets, name, start = Nets(), str(args.sd15), None
-        silence_new_modules(nets)
         print(initialise.from_stable_diffusion(nets, args.sd15))
         if args.animatediff is not None:
             print(initialise.from_animatediff(nets, args.animatediff))

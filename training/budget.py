@@ -32,8 +32,9 @@ from memo_core.clips import WINDOW
 
 from .batches import Batch
 from .config import Stage, override
+from .engine import prepare_to_learn
 from .flow import FlowModel
-from .nets import RELEASED, Nets, Sizes, checkpoint_gradients
+from .nets import RELEASED, Nets, Sizes
 
 GIB = 2**30
 # Dense bf16 products with float32 sums, operations per second, as the manufacturer states; and memory in bytes.
@@ -215,17 +216,7 @@ def count(config: Stage, sizes: Sizes = RELEASED, size: int = 512) -> Cost:
     mixed = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.engine.mixed_precision]
     with torch.device("meta"):
         nets = Nets(sizes)
-        if config.lora.rank:
-            from . import lora
-
-            nets.requires_grad_(False).to(torch.bfloat16 if config.lora.base == "bf16" else torch.float32)
-            lora.add(nets, config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
-        else:
-            for part, parameters in nets.parts().items():
-                for parameter in parameters:
-                    parameter.requires_grad_(part in config.train)
-    if config.engine.gradient_checkpointing:
-        checkpoint_gradients(nets)
+        prepare_to_learn(nets, config)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # those of `nets`, just below
         if config.engine.attention == "math":
@@ -240,7 +231,7 @@ def count(config: Stage, sizes: Sizes = RELEASED, size: int = 512) -> Cost:
         step=step,
         learning=sum(parameter.numel() for parameter in learning),
         moments=sum(moments(parameter.numel(), config.optimizer.bits) for parameter in learning),
-        average=step.weights if averaged else 0,
+        average=sum(p.numel() * p.element_size() for p in learning) if averaged else 0,
     )
 
 

@@ -184,6 +184,11 @@ def check(config: Stage) -> Stage:
     for name in ("steps", "data.frames", "optimizer.batch", "optimizer.accumulate", "engine.save_every", "engine.keep"):
         if flat[name] < 1:
             raise ConfigError(f"{name} must be at least 1, got {flat[name]}")
+    if config.lora.rank and config.lora.base == "bf16" and config.engine.mixed_precision != "bf16":
+        raise ConfigError(
+            f"lora.base=bf16 needs engine.mixed_precision=bf16, got {config.engine.mixed_precision}; "
+            "set that, or lora.base=fp32"
+        )
     if not config.data.past_windows or min(config.data.past_windows) < 1:
         raise ConfigError(f"data.past_windows must be numbers from 1 on, got {config.data.past_windows}")
     return config

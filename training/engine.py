@@ -60,6 +60,23 @@ def train(
         _forget_precision()
 
 
+def prepare_to_learn(nets: Nets, config: Stage) -> dict[str, list[nn.Parameter]]:
+    """Freezes what does not learn, puts in adapters and recomputation as asked; returns what learns, by part."""
+    if config.lora.rank:
+        nets.requires_grad_(False).to(torch.bfloat16 if config.lora.base == "bf16" else torch.float32)
+        settings = config.lora
+        groups = {"lora": lora.add(nets, settings.rank, settings.alpha, settings.targets, settings.dropout)}
+    else:
+        parts = nets.parts()
+        for name, parameters in parts.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in config.train)
+        groups = {name: parts[name] for name in config.train}
+    if config.engine.gradient_checkpointing:
+        checkpoint_gradients(nets)
+    return groups
+
+
 class Trainer:
     """One run of one stage; see `train`."""
 
@@ -81,18 +98,7 @@ class Trainer:
         )
         set_seed(config.seed)
         accelerator = self.accelerator
-        self.parts = nets.parts()
-        if config.lora.rank:
-            nets.requires_grad_(False).to(torch.bfloat16 if config.lora.base == "bf16" else torch.float32)
-            lora.add(nets, config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
-            groups = {"lora": [p for p in nets.parameters() if p.requires_grad]}
-        else:
-            for name, parameters in self.parts.items():
-                for parameter in parameters:
-                    parameter.requires_grad_(name in config.train)
-            groups = {name: self.parts[name] for name in config.train}
-        if config.engine.gradient_checkpointing:
-            checkpoint_gradients(nets)
+        groups = prepare_to_learn(nets, config)
         self.nets, self.names = nets, list(groups)
         self.set = batches.TrainingSet(
             data,
@@ -110,7 +116,8 @@ class Trainer:
                 f"and {accelerator.distributed_type} holds parts of them: set engine.ema=0"
             )
         self.model, self.optimizer = accelerator.prepare(FlowModel(nets, config.loss), optimizer)
-        self.average = _average(self.model, config)
+        self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.average = _average(self.learning, config)
         self.progress = _Progress()
         accelerator.register_for_checkpointing(self.progress)
         if self.average is not None:
@@ -181,7 +188,7 @@ class Trainer:
         if finite or accelerator.scaler is not None:  # the scaler of fp16 skips such steps itself, and learns from them
             self.optimizer.step()
         if finite and self.average is not None:
-            self.average.step(self.model.parameters())
+            self.average.step(self.learning)
         self.optimizer.zero_grad()
         return {"loss": total / config.optimizer.accumulate, "gradient_norm": norm, "kept": kept / seen}
 
@@ -284,7 +291,7 @@ class Trainer:
             link_encoders(self.encoders, folder)
 
     def _averaged(self) -> Any:
-        return nullcontext() if self.average is None else _Swapped(self.average, self.model)
+        return nullcontext() if self.average is None else _Swapped(self.average, self.learning)
 
     # --- Pictures -----------------------------------------------------------------------------------------------------
 
@@ -350,8 +357,8 @@ class _Progress:
 class _Swapped:
     """The averaged weights in place of the model's, for a while."""
 
-    def __init__(self, average: Any, model: nn.Module):
-        self.average, self.parameters = average, list(model.parameters())
+    def __init__(self, average: Any, parameters: list[nn.Parameter]):
+        self.average, self.parameters = average, parameters
 
     def __enter__(self) -> None:
         self.average.store(self.parameters)
@@ -361,12 +368,12 @@ class _Swapped:
         self.average.restore(self.parameters)
 
 
-def _average(model: nn.Module, config: Stage) -> Any:
+def _average(parameters: list[nn.Parameter], config: Stage) -> Any:
     from diffusers.training_utils import EMAModel
 
     if not config.engine.ema or config.lora.rank:
         return None
-    return EMAModel(model.parameters(), decay=config.engine.ema, foreach=True)
+    return EMAModel(parameters, decay=config.engine.ema, foreach=True)
 
 
 def _adamw(groups: list[dict[str, Any]], config: Stage) -> torch.optim.Optimizer:

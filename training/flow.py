@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from memo_core.clips import WINDOW
 from memo_core.kernels import DECAY
-from memo_core.nets.memory_module import Memory
+from memo_core.nets.memory_module import Memory, MemoryModule
 
 from . import losses
 from .batches import Batch
@@ -43,7 +46,11 @@ class FlowModel(nn.Module):
         if batch.audio is not None:
             audio_tokens = nets.audio_proj(batch.audio[order]) * ~batch.no_audio[order].view(-1, 1, 1, 1)
             emotion = batch.emotion[order]
-            memory = memory_of(nets, batch.past[order], tokens, batch.past_windows[order])
+            parts = memory_sums(nets, batch.past[order], tokens, batch.past_windows[order])
+            if getattr(nets, "recomputes", False):  # then each module asks for its sums itself
+                memory = [sums for sums, layers in parts for _ in range(layers)]
+            else:
+                memory = [memory for sums, _ in parts for memory in sums()]
 
         clean, sigma = batch.latents[order], batch.sigma[order]
         level = sigma.view(count, 1, frames, 1, 1)
@@ -66,24 +73,43 @@ class FlowModel(nn.Module):
 
 
 def memory_of(nets: Nets, past: Tensor, face_tokens: Tensor, windows: Tensor | None = None) -> list[Memory]:
-    """Memory of past windows, decayed and summed as `memo_core.memory` does.
+    """Memory of past windows, decayed and summed as `memo_core.memory` does, one (kv, z) per memory layer.
 
     Args:
         past: [B, P * 16, 4, h, w] latents, oldest first.
         face_tokens: [B, tokens, C].
         windows: [B] how many of the last windows count, 0 to P; None: all.
     """
+    return [memory for sums, _ in memory_sums(nets, past, face_tokens, windows) for memory in sums()]
+
+
+def memory_sums(
+    nets: Nets, past: Tensor, face_tokens: Tensor, windows: Tensor | None = None
+) -> Iterator[tuple[Callable[[], list[Memory]], int]]:
+    """`memory_of`, still to be summed: for each memory module a function that does so, and its number of layers.
+
+    At released sizes the sums of a sample are gigabytes, and what the backward pass needs of them is more: a module
+    that computes its activations again can compute its sums again with them.
+    """
     batch, frames, _, height, width = past.shape
     with torch.no_grad():  # the past is given: only what the memory layers make of it is learned
         rows = face_tokens.detach().repeat_interleave(frames, dim=0)
         features = nets.reference_net(past.flatten(0, 1), rows)
-    for feature in features:  # torch's group norm on the CPU crashes in backward when its input alone needs no gradient
-        feature.requires_grad_(torch.is_grad_enabled())
+    for (block, index, level), feature in zip(nets.diffusion_net.layers(), features):
+        module = block.memory_module(index)
+        if module is None:
+            continue
+        if feature.device.type == "cpu":  # where group norm crashes in backward if its input alone needs no gradient
+            feature.requires_grad_(torch.is_grad_enabled())
+        size = (-(-height // 2**level), -(-width // 2**level))
+        yield partial(_sums, module, feature.unflatten(0, (batch, frames)), size, windows), module.num_memory_layers
+
+
+def _sums(module: MemoryModule, features: Tensor, size: tuple[int, int], windows: Tensor | None) -> list[Memory]:
     memory: list[Memory] = []
-    count = frames // WINDOW
+    count = features.shape[1] // WINDOW
     for number in range(count):
-        window = [f.unflatten(0, (batch, frames))[:, number * WINDOW :][:, :WINDOW].flatten(0, 1) for f in features]
-        sums = list(nets.diffusion_net.memory_sums(window, height, width, WINDOW))
+        sums = module.sums(features[:, number * WINDOW :][:, :WINDOW].flatten(0, 1), *size, WINDOW)
         if windows is not None:
             counts = (windows >= count - number).to(sums[0][0].dtype).view(-1, 1, 1, 1)
             sums = [(kv * counts[..., None], z * counts) for kv, z in sums]

@@ -18,6 +18,8 @@ from memo_core.errors import CheckpointError
 from memo_core.nets.config import NetConfig
 from memo_core.nets.weights import WEIGHTS, read_json, read_tensors
 
+from .nets import silence_new_modules
+
 # Parts of the Diffusion Net that Stable Diffusion's UNet does not have.
 AUDIO, MEMORY = ".audio_modules.", ".motion_modules."
 # AnimateDiff's weights under MEMO's names, applied from first to last. Its own files name them as MEMO does, diffusers'
@@ -128,11 +130,7 @@ def copy_spatial(nets: nn.Module, weights: Mapping[str, Tensor], source: str = "
         )
     for name, theirs in plan.items():
         own[name].copy_(weights[theirs])
-    silent = []
-    for name, value in own.items():
-        if name not in plan and ".proj_out." in name:
-            value.zero_()
-            silent.append(name)
+    silent = silence_new_modules(nets)
     return Report(
         source=source,
         copied=_sizes(spatial),

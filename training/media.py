@@ -25,12 +25,13 @@ from .prepare.rows import Drop
 SOUND_GAP = 0.05  # seconds by which sound may run ahead of or behind its time stamps before it is moved
 SOUND_LEAD = 0.5  # seconds decoded before a span: the first packet after a jump may sound wrong
 LEAD = 0.2  # seconds before a span whose pictures are handed over, because one may be the nearest to its start
+INSTANT = 1e-6  # seconds, less than any time stamp's unit: sums of times are not exact
 MAX_HOLD = 1.0  # seconds that a picture may stand for missing ones after it
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a container claims. seconds: None where it does not say. fps likewise."""
+    """What a container claims. seconds: None where it does not say. fps likewise. Width and height as shown upright."""
 
     seconds: float | None
     width: int
@@ -58,20 +59,20 @@ def opened(path: str | os.PathLike[str], kind: str = "video") -> Iterator[Any]:
         raise Drop("cannot be read", f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def header(path: str | os.PathLike[str]) -> Header:
-    """What the file claims about its picture. Raises Drop without picture or sound."""
+def header(path: str | os.PathLike[str], max_pixels: float = math.inf) -> Header:
+    """What the file claims about its picture. Raises Drop without picture or sound, or with too large a picture."""
     with opened(path) as container:
         stream = container.streams.video[0]
         if not container.streams.audio:
             raise Drop("no sound", "the file has no audio stream")
         seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000
         rate = stream.average_rate or stream.guessed_rate
-        return Header(
-            float(seconds) if seconds > 0 else None,
-            stream.codec_context.width,
-            stream.codec_context.height,
-            float(rate) if rate else None,
-        )
+        width, height = stream.codec_context.width, stream.codec_context.height
+        _check_pixels(width, height, max_pixels)
+        frame = next(container.decode(stream), None)  # it alone says how it is turned
+        if frame is not None and _quarter_turns(frame) % 2:
+            width, height = height, width
+        return Header(float(seconds) if seconds > 0 else None, width, height, float(rate) if rate else None)
 
 
 def pictures(
@@ -89,7 +90,7 @@ def pictures(
         longest_side: pictures are made smaller, to this.
 
     Yields:
-        (seconds, uint8 [H, W, 3] RGB), times rising.
+        (seconds, uint8 [H, W, 3] RGB, upright), times rising.
     """
     if start > 0:
         with opened(path) as container:
@@ -98,7 +99,7 @@ def pictures(
             start = 0.0  # an index that leads past the place: read from the beginning
     with opened(path) as container:
         for time, picture in _decode(container, start, max_pixels, longest_side):
-            if time >= end:
+            if time >= end - INSTANT:
                 return
             if time >= start - LEAD:
                 yield time, picture()
@@ -116,8 +117,7 @@ def _decode(container: Any, start: float, max_pixels: float, longest_side: int |
         if last is not None and time <= last:
             continue
         last = time
-        if frame.width * frame.height > max_pixels:
-            raise Drop("picture too large", f"{frame.width}x{frame.height}, more than {max_pixels:g} pixels")
+        _check_pixels(frame.width, frame.height, max_pixels)
         if size is not None and size != (frame.width, frame.height):
             said = f"from {size[0]}x{size[1]} to {frame.width}x{frame.height} at {time:.1f} s"
             raise Drop("picture size changes", said)
@@ -125,24 +125,37 @@ def _decode(container: Any, start: float, max_pixels: float, longest_side: int |
         yield time, lambda frame=frame: _rgb(frame, longest_side)
 
 
+def _check_pixels(width: int, height: int, max_pixels: float) -> None:
+    if width * height > max_pixels:
+        raise Drop("picture too large", f"{width}x{height}, more than --max-pixels {max_pixels:g}")
+
+
+def _quarter_turns(frame: Any) -> int:
+    """Anticlockwise, that make a frame upright: telephones film as they are held and write the angle beside it."""
+    return round(frame.rotation / 90) % 4
+
+
 def _rgb(frame: Any, longest_side: int | None) -> NDArray[np.uint8]:
     shrink = min(1.0, (longest_side or math.inf) / max(frame.width, frame.height))
     width, height = (max(2, round(side * shrink)) for side in (frame.width, frame.height))
     # PyAV before 17 takes all for BT.601 unless given two matrices that differ; that of RGB has no effect.
     matrices = {"src_colorspace": "ITU709", "dst_colorspace": "ITU601"} if frame.colorspace == BT709 else {}
-    return frame.to_ndarray(format="rgb24", width=width, height=height, **matrices)
+    picture = frame.to_ndarray(format="rgb24", width=width, height=height, **matrices)
+    turns = _quarter_turns(frame)
+    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
 
 
 def at_rate(
     path: str | os.PathLike[str], start: float, end: float, fps: float, max_pixels: float = math.inf
 ) -> Iterator[NDArray[np.uint8]]:
-    """round((end - start) fps) pictures at an even rate: each the one nearest in time, whatever rate the file has.
+    """round((end - start) fps) pictures at an even rate: each the nearest in time of those before `end`, where another
+    scene may begin, whatever rate the file has.
 
     Raises Drop where the picture ends more than MAX_HOLD before `end`.
     """
     count, done = round((end - start) * fps), 0
     before: tuple[float, NDArray[np.uint8]] | None = None
-    for time, picture in pictures(path, start, end + 1 / fps, max_pixels):
+    for time, picture in pictures(path, start, end, max_pixels):
         while before is not None and done < count:
             wanted = start + done / fps
             if abs(wanted - before[0]) > abs(time - wanted):

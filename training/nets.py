@@ -164,13 +164,18 @@ class Nets(nn.Module):
 
 
 @torch.no_grad()
-def silence_new_modules(nets: Nets) -> None:
-    """Audio and memory modules, and the output, begin at zero, so that what stands before them is unchanged."""
-    for name, module in nets.diffusion_net.named_modules():
-        new = name.endswith("proj_out") and (".audio_modules." in name or ".motion_modules." in name)
-        if new:
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+def silence_new_modules(nets: nn.Module) -> list[str]:
+    """Sets the last projection of audio and memory modules to zero: what stands before them passes them unchanged.
+
+    Returns:
+        Names of these parameters.
+    """
+    silent = []
+    for name, parameter in nets.diffusion_net.named_parameters():
+        if ".proj_out." in name and (".audio_modules." in name or ".motion_modules." in name):
+            nn.init.zeros_(parameter)
+            silent.append(f"diffusion_net.{name}")
+    return silent
 
 
 @torch.no_grad()
@@ -194,10 +199,20 @@ def begin_from_nothing(nets: Nets) -> None:
 
 
 def checkpoint_gradients(nets: nn.Module) -> None:
-    """Keeps no activations inside residual blocks and attention modules; the backward pass computes them again."""
+    """Keeps no activations inside residual blocks and attention modules; the backward pass computes them again.
+
+    Memory modules may then be given functions that sum their memory (`flow.memory_sums`), and compute that again, too.
+    """
     for module in nets.modules():
-        if isinstance(module, (ResnetBlock, SpatialTransformer, AudioModule, MemoryModule, _Transformer)):
+        if isinstance(module, (ResnetBlock, SpatialTransformer, AudioModule, _Transformer)):
             module.forward = functools.partial(_recomputed, module.forward)
+        elif isinstance(module, MemoryModule):
+            module.forward = functools.partial(_recomputed, functools.partial(_with_sums, module.forward))
+    nets.recomputes = True
+
+
+def _with_sums(forward: Any, x: Tensor, memory: Any, frames: int) -> Tensor:
+    return forward(x, memory[0]() if memory and callable(memory[0]) else memory, frames)
 
 
 def _recomputed(forward: Any, *inputs: Any) -> Any:

@@ -22,13 +22,10 @@ def split(row: Row, settings: Settings) -> list[Row]:
         Drop: the video cannot be used: unreadable, truncated, without sound, too long, too large, too slow.
     """
     path = Path(settings.raw, row.source)
-    claimed = media.header(path)
+    claimed = media.header(path, settings.max_pixels)
     limit = settings.max_hours * 3600
     if claimed.seconds is not None and claimed.seconds > limit:
         raise Drop("too long", f"{claimed.seconds / 3600:.2f} h, more than --max-hours {settings.max_hours:g}")
-    if claimed.width * claimed.height > settings.max_pixels:
-        said = f"{claimed.width}x{claimed.height}, more than --max-pixels {settings.max_pixels}"
-        raise Drop("picture too large", said)
     if claimed.fps is not None and claimed.fps < settings.min_fps:
         raise Drop("frame rate too low", f"{claimed.fps:g} fps, less than --min-fps {settings.min_fps:g}")
 
