@@ -140,6 +140,12 @@ def video_row(source: str) -> Row:
     return Row(id="0123", source=source, identity="0123")
 
 
+def clips_of(out: Path) -> list[dict]:
+    """What the page is given."""
+    page = (out / "review.html").read_text("utf-8")
+    return json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])["clips"]
+
+
 # Reading
 
 
@@ -160,6 +166,39 @@ def test_pictures_are_those_nearest_in_time_at_any_rate_and_from_any_place(tmp_p
     assert all(abs(number / 25 - (1 + i / 30)) <= 0.5 / 25 + 1e-6 for i, number in enumerate(halves))
     with pytest.raises(Drop, match="picture ends early"):
         numbers(2, 6, 25)
+
+
+@pytest.mark.parametrize("first", range(72, 80))
+def test_no_picture_of_the_next_scene_is_read_whatever_the_rates(first: int, tmp_path: Path) -> None:
+    frames = np.full((100, 32, 32, 3), 20, np.uint8)
+    frames[first:] = 220
+    path = write(tmp_path / "cut.mp4", (frames, None), fps=24, sound=False)
+    times = [time for time, _ in media.pictures(path)]
+    for fps in (25, 30, 60):
+        before = [picture.mean() for picture in media.at_rate(path, 0.0, times[first], fps)]
+        assert len(before) == round(times[first] * fps) and max(before) < 120
+        after = [picture.mean() for picture in media.at_rate(path, times[first], times[99], fps)]
+        assert min(after) > 120
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((0, -1, 1, 0), 1), ((-1, 0, 0, -1), 2)])
+def test_a_telephone_s_video_is_turned_upright(matrix: tuple[int, ...], turns: int, tmp_path: Path) -> None:
+    frame = np.zeros((32, 64, 3), np.uint8)
+    frame[:16, :32] = 250  # top left
+    path = write(tmp_path / "turned.mp4", (np.stack([frame] * 30), np.zeros(30000, np.float32)))
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + 44  # of the track's matrix: a, b, 0, c, d, 0 as 16.16 numbers, here in whole ones
+    a, b, c, d = matrix
+    data[place : place + 24] = b"".join((value * 65536).to_bytes(4, "big", signed=True) for value in (a, b, 0, c, d, 0))
+    path.write_bytes(data)
+    upright = np.rot90(frame, turns)
+    for side in (None, 32):
+        picture = next(media.pictures(path, longest_side=side))[1]
+        step = 64 // max(picture.shape)
+        assert picture.shape == upright[::step, ::step].shape
+        assert np.abs(picture.astype(int) - upright[::step, ::step]).mean() < 20
+    (row, *_) = scenes.split(video_row(path.name), settings_for(tmp_path, tmp_path))
+    assert (row.height, row.width) == upright.shape[:2]
 
 
 def test_sound_lies_where_its_time_stamps_say(tmp_path: Path) -> None:
@@ -212,14 +251,6 @@ def truncated_mkv(path: Path) -> None:
         file.mux(audio.encode(None))
     path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 3])
     whole.unlink()
-
-
-def eight_hours(path: Path) -> None:
-    frames, silence = np.zeros((16, 32, 32, 3), np.uint8), np.zeros((2, 8 * 3600 * 8000 // 180), np.float32)
-    with VideoWriter(path, 32, 32, 16 / (8 * 3600), 8000) as writer:
-        for frame in frames:
-            writer.write_frames(frame)
-        writer.write_audio(silence)
 
 
 HOSTILE = {
@@ -288,9 +319,9 @@ def test_any_name_any_link_and_any_place_is_met_once(tmp_path: Path) -> None:
     table.put(rows.values())
     table.save()
     assert Table(table.path).rows == table.rows
-    review.write_page(
-        tmp_path, [replace(row, box=[0.0] * 4, start=0.0, end=1.0) for row in rows.values()], settings_for(raw, out)
-    )
+    cut_out = [replace(row, box=[0.0] * 4, start=0.0, end=1.0) for row in rows.values()]
+    review.write_page(tmp_path, cut_out, settings_for(raw, out))
+    assert {clip["id"] for clip in clips_of(tmp_path)} == {row.id for row in cut_out}
 
 
 # Faces, quality, sync
@@ -394,8 +425,7 @@ def test_the_page_shows_the_most_doubtful_first_and_no_name_ends_its_script(tmp_
     review.write_page(tmp_path, [*rows, video_row("never cut out")], settings)
     page = (tmp_path / "review.html").read_text("utf-8")
     assert page.count("</script>") == 2
-    data = page.partition('type="application/json">')[2].partition("</script>")[0]
-    assert [clip["id"] for clip in json.loads(data)["clips"]] == [rows[1].id, "bad", "sure"]
+    assert [clip["id"] for clip in clips_of(tmp_path)] == [rows[1].id, "bad", "sure"]
 
 
 def test_verdicts_are_read_from_json_and_csv_and_refused_when_they_make_no_sense(tmp_path: Path) -> None:
