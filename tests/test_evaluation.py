@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -428,6 +429,33 @@ def test_hostile_files_cost_one_row(talking: Path, tmp_path: Path) -> None:
     assert found.totals["ssim"].videos == 2 and found.missing == ["fvd"]
     write_report(found, tmp_path / "report")
     assert "no such video" in (tmp_path / "report/videos.csv").read_text()
+
+
+def test_a_name_that_is_no_text_is_reported_and_rows_are_on_disk_as_they_come(
+    talking: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("made", "true"):
+        (tmp_path / folder).mkdir()
+        for name in ("\udcff1.mp4", "\udcff2.mp4"):
+            os.link(talking / folder / "1.mp4", tmp_path / folder / name)
+    run_command(tmp_path / "made", tmp_path / "true", "--out", tmp_path / "out", "--metrics", "psnr")
+    assert "PSNR" in capsys.readouterr().out
+    for name in ("report.md", "report.json", "videos.csv"):
+        assert "\\udcff1" in (tmp_path / "out" / name).read_text("utf-8")
+
+    seen = []
+
+    def stop(self: Psnr, pair: object) -> None:
+        seen.append(pair)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        self._times, self._values = [], []
+
+    monkeypatch.setattr(Psnr, "start", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_command(tmp_path / "made", tmp_path / "true", "--out", tmp_path / "killed", "--metrics", "psnr")
+    with (tmp_path / "killed/videos.csv").open() as file:
+        assert [float(row["psnr"]) > 10 for row in csv.DictReader(file)] == [True]
 
 
 # --- Files that are missing ---------------------------------------------------------------------------------------

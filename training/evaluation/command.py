@@ -8,8 +8,8 @@ from pathlib import Path
 
 from memo_core.errors import MemoError
 
-from .evaluate import METRICS, evaluate
-from .report import table, write_report
+from .evaluate import METRICS, evaluate, readable
+from .report import VideoTable, table, write_report
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -42,12 +42,15 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        found = evaluate(args.generated, args.real, args.metrics, args.weights, args.device, args.every)
+        with VideoTable(args.out / "videos.csv", args.metrics or list(METRICS)) as videos:
+            found = evaluate(
+                args.generated, args.real, args.metrics, args.weights, args.device, args.every, videos.write
+            )
         write_report(found, args.out)
     except (MemoError, ValueError, OSError) as error:
         raise SystemExit(f"evaluate: {error}") from error
-    print(table(found))
-    print(f"\n{args.out / 'report.md'}")
+    print(readable(table(found)))
+    print(readable(f"\n{args.out / 'report.md'}"))
     if args.metrics and found.missing:
         raise SystemExit(1)
 

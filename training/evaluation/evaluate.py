@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +77,7 @@ def evaluate(
     weights: str | Path | None = None,
     device: str | torch.device = "cpu",
     every: int = 1,
+    on_row: Callable[[VideoRow], None] | None = None,
 ) -> Evaluation:
     """Measures generated videos against real ones.
 
@@ -86,6 +87,7 @@ def evaluate(
         weights: folder of network files; see `Tools`. Nothing is downloaded.
         device: for networks in PyTorch; those in ONNX run on the CPU.
         every: networks that look at single frames look at every n-th.
+        on_row: called with each video's row when it is measured.
 
     Measures whose files or packages are missing are logged before work starts and told in the result, and the others
     are taken. A video that cannot be read costs its row.
@@ -113,6 +115,8 @@ def evaluate(
         rows.append(_measure(pair, running, names, tools))
         if rows[-1].reason:
             logger.warning("%s: %s", pair.name, rows[-1].reason)
+        if on_row is not None:
+            on_row(rows[-1])
     for metric in running:
         for name, total in (metric.total() or {}).items():
             if name in totals:
@@ -165,7 +169,7 @@ def _measure(pair: Pair, metrics: list[Metric], names: list[str], tools: Tools) 
         reader = PairReader(pair.generated, pair.real, tools.device)
         for metric in metrics:
             attempt(metric, lambda metric: metric.start(pair))
-        with tqdm(total=reader.generated.frames, desc=pair.name, unit="frame", leave=False) as progress:
+        with tqdm(total=reader.generated.frames, desc=readable(pair.name), unit="frame", leave=False) as progress:
             for chunk in reader.chunks():
                 for metric in metrics:
                     attempt(metric, lambda metric: metric.update(chunk))
@@ -180,6 +184,11 @@ def _measure(pair: Pair, metrics: list[Metric], names: list[str], tools: Tools) 
             row.readings.update({measure.name: Reading(None, note=failed[metric]) for measure in metric.measures})
     row.readings = {name: row.readings[name] for name in names if name in row.readings}
     return row
+
+
+def readable(text: str) -> str:
+    """The text with escapes for what is not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _say(error: Exception) -> str:

@@ -1,17 +1,21 @@
-"""Writes what was found: report.md, report.json, videos.csv, and curves over time as pictures."""
+"""Writes what was found: report.md, report.json, videos.csv, and curves over time as pictures.
+
+Names that are not UTF-8 are written with escapes, such as \\udcff.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .evaluate import METRICS, Evaluation, VideoRow
+from .evaluate import METRICS, Evaluation, VideoRow, readable
 
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 
@@ -32,9 +36,42 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     """Writes the report into `folder`, which is made. Pictures are left out where matplotlib is not installed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(_plain(evaluation), indent=1, allow_nan=False), encoding="utf-8")
-    _write_csv(evaluation, folder / "videos.csv")
+    with VideoTable(folder / "videos.csv", list(evaluation.totals)) as videos:
+        for row in evaluation.videos:
+            videos.write(row)
     pictures = [path for row in evaluation.videos if (path := draw_curves(row, folder)) is not None]
-    (folder / "report.md").write_text(_markdown(evaluation, [path.relative_to(folder) for path in pictures]), "utf-8")
+    text = _markdown(evaluation, [path.relative_to(folder) for path in pictures])
+    (folder / "report.md").write_text(text, "utf-8", "backslashreplace")
+
+
+class VideoTable:
+    """videos.csv, which begins with the first row and has each on disk at once: what ends the run loses none."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.path, self.names = path, names
+        self._file: Any = None
+
+    def __enter__(self) -> VideoTable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, video: VideoRow) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
+            real = [f"{name}_real" for name in self.names]
+            csv.writer(self._file).writerow(["video", "reason", "frames", "fps", *self.names, *real, "remark"])
+        readings = [video.readings.get(name) for name in self.names]
+        values = ["" if r is None or r.value is None else r.value for r in readings]
+        real = ["" if r is None or r.real is None else r.real for r in readings]
+        remarks = [video.note, *(f"{name}: {r.note}" for name, r in video.readings.items() if r.note)]
+        remark = "; ".join(filter(None, remarks))
+        row = [video.name, video.reason, video.frames, video.fps, *values, *real, remark]
+        csv.writer(self._file).writerow(row)
+        self._file.flush()
 
 
 def draw_curves(row: VideoRow, folder: Path) -> Path | None:
@@ -63,7 +100,7 @@ def draw_curves(row: VideoRow, folder: Path) -> Path | None:
         panel.grid(color="#e2e6ea")
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("seconds")
-    figure.suptitle(row.name.replace("$", r"\$"), fontsize=12)
+    figure.suptitle(readable(row.name).replace("$", r"\$"), fontsize=12)
     path = folder / "curves" / f"{row.name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
@@ -89,20 +126,6 @@ def _markdown(evaluation: Evaluation, pictures: list[Path]) -> str:
     if pictures:
         parts += ["## Over time", "\n".join(f"![{path.stem}](<{path.as_posix()}>)" for path in pictures)]
     return "\n\n".join(parts) + "\n"
-
-
-def _write_csv(evaluation: Evaluation, path: Path) -> None:
-    names = list(evaluation.totals)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["video", "reason", "frames", "fps", *names, *(f"{name}_real" for name in names), "remark"])
-        for video in evaluation.videos:
-            readings = [video.readings.get(name) for name in names]
-            values = ["" if r is None or r.value is None else r.value for r in readings]
-            real = ["" if r is None or r.real is None else r.real for r in readings]
-            remarks = [video.note, *(f"{name}: {r.note}" for name, r in video.readings.items() if r.note)]
-            remark = "; ".join(filter(None, remarks))
-            writer.writerow([video.name, video.reason, video.frames, video.fps, *values, *real, remark])
 
 
 def _plain(evaluation: Evaluation) -> Any:
