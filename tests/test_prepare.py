@@ -25,7 +25,7 @@ from training.prepare.engines import Local, OnRay
 from training.prepare.rows import Drop, PrepareError, Row, Table, decide
 from training.prepare.settings import Settings
 from training.prepare.worker import apply
-from training.shards import ShardError, Shards
+from training.shards import ShardError, Shards, ShardWriter
 from training.syncnet import SyncScore
 from training.toon import heads, voices
 
@@ -505,6 +505,78 @@ def test_videos_become_shards_and_a_second_run_does_only_what_is_new(
     assert len(rows["broken.mp4"]) == 1 and len(Shards(out / "shards")) == 2
     with pytest.raises(ShardError, match="128 px"):
         run(ours, out, models, "--size", "128", *skip)
+
+
+def test_taking_samples_out_writes_only_their_shards_and_survives_a_kill_at_any_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def contents(folder: Path) -> dict[str, float]:
+        shards = Shards(folder)
+        return {
+            s.key: float(shards.read(i, "latents").sum()) + shards.meta(i)["n"] for i, s in enumerate(shards.samples)
+        }
+
+    class Killed(BaseException):
+        pass
+
+    for kill in (0, 1, 2, 3, None):  # at the shard's rename, the index's, two deletions, never
+        folder = tmp_path / str(kill)
+        with ShardWriter(folder, samples_per_shard=2) as writer:
+            for n in range(6):
+                writer.add(f"c{n}", {"latents": torch.full((1, 2), n)}, {"n": n})
+        before, untouched = contents(folder), (folder / "clips-000002.tar").stat().st_mtime_ns
+        calls, replace_, unlink = [], os.replace, Path.unlink
+
+        def counted(function, calls=calls, kill=kill):
+            def call(*args, **kwargs):
+                calls.append(args)
+                if len(calls) - 1 == kill:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted(replace_))
+            patch.setattr(Path, "unlink", counted(unlink))
+            try:
+                ShardWriter(folder).remove({"c0", "c1", "c3"})
+            except Killed:
+                assert kill is not None
+        kept = {key: value for key, value in before.items() if key not in ("c0", "c1", "c3")}
+        assert contents(folder) == (before if kill in (0, 1) else kept)
+        assert len(calls) == 4 or kill is not None
+        assert (folder / "clips-000002.tar").stat().st_mtime_ns == untouched
+        with ShardWriter(folder) as writer:  # a later run finishes it, and writes over no shard
+            writer.remove({"c0", "c1", "c3"})
+            writer.add("new", {"latents": torch.full((1, 2), 9)}, {"n": 9})
+        assert contents(folder) == {**kept, "new": 27.0}
+        assert {path.name for path in folder.iterdir()} == {"index.json", *(s.shard for s in Shards(folder).samples)}
+
+
+def test_a_damaged_file_costs_its_row_and_can_be_tried_again(raw: Path, models: Path, tmp_path: Path) -> None:
+    args = arguments(raw, tmp_path, models, "--skip", "scenes", "faces", "quality", "sync")
+    only = replace(video_row("two scenes.mp4"), id="a", start=0.0, end=1.2, box=[0.0, 0, 64, 64])
+
+    class Damaging(Inline):
+        def __call__(self, stage: str, rows: list[Row], settings: Settings) -> Iterator[tuple[str, list[Row]]]:
+            for id, results in [(row.id, [row]) for row in rows]:
+                path = tmp_path / "encoded" / f"{results[0].key}.safetensors"
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(b"\xff" * 100)
+                yield id, results
+
+    settings, table = command.check(args), Table(tmp_path / "table.jsonl")
+    digests = settings.digests()
+    table.put([replace(only, done={stage: digests[stage] for stage in ("scenes", "faces")})])
+    work = command._Run(settings, Damaging(), table, digests, retry=True)
+    work.present = {only.source}
+    work.encode()
+    assert table.rows["a"].failure[:2] == ["encode", "damaged file"] and table.rows["a"].decision == "drop"
+    assert not list((tmp_path / "encoded").iterdir())
+    work.engine = Inline()
+    work.encode()
+    assert table.rows["a"].failure is None and len(Shards(tmp_path / "shards")) == 1
 
 
 def test_latents_and_speech_are_those_of_the_clip(raw: Path, models: Path, tmp_path: Path) -> None:

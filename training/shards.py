@@ -149,6 +149,9 @@ class ShardWriter:
                 "delete the folder, or write into another"
             )
         self._index["encoders"] = encoders
+        # Not their count: some may have been removed. One that no index names, after a crash, is written over.
+        numbers = [int(shard["name"].removeprefix("clips-").removesuffix(".tar")) for shard in self._index["shards"]]
+        self._next = 1 + max(numbers, default=-1)
         self.keys = {sample[0] for shard in self._index["shards"] for sample in shard["samples"]}
         self._open: list[tuple[str, int]] = []
         self._tar: tarfile.TarFile | None = None
@@ -188,16 +191,48 @@ class ShardWriter:
             return
         self._tar.close()
         self._tar = None
+        self._index["shards"].append(self._finish(self._open))
+        self._open = []
+        self._write_index()
+
+    def remove(self, keys: set[str]) -> None:
+        """Takes samples out. Shards that hold none of them stay as they are; the others are written anew, under a name
+        that is not in use, and deleted when the index names the new ones."""
+        self.close()
+        shards = []
+        for shard in self._index["shards"]:
+            kept = [(key, frames) for key, _, _, frames in shard["samples"] if key not in keys]
+            if 0 < len(kept) < len(shard["samples"]):
+                names = {key for key, _ in kept}
+                with tarfile.open(self.folder / shard["name"]) as old, tarfile.open(self._temporary, "w") as new:
+                    for member in old:
+                        if member.name.partition(".")[0] in names:
+                            new.addfile(member, old.extractfile(member))
+                shard = self._finish(kept)
+            if kept:
+                shards.append(shard)
+        self._index["shards"] = shards
+        self.keys -= keys
+        self._write_index()
+        named = {shard["name"] for shard in shards}
+        for path in self.folder.glob("clips-*.tar"):
+            if path.name not in named:  # also what an earlier run, killed before this line, left
+                path.unlink()
+
+    def _finish(self, samples: list[tuple[str, int]]) -> dict[str, Any]:
+        """Names the temporary file, which holds these samples (key, frames); its entry for the index."""
         with tarfile.open(self._temporary) as tar:
             places = {m.name: (m.offset_data, m.size) for m in tar.getmembers()}
-        name = f"clips-{len(self._index['shards']):06d}.tar"
+        name = f"clips-{self._next:06d}.tar"
+        self._next += 1
         os.replace(self._temporary, self.folder / name)
-        samples = [[key, *places[f"{key}.safetensors"], frames] for key, frames in self._open]
-        self._index["shards"].append({"name": name, "bytes": (self.folder / name).stat().st_size, "samples": samples})
+        listed = [[key, *places[f"{key}.safetensors"], frames] for key, frames in samples]
+        return {"name": name, "bytes": (self.folder / name).stat().st_size, "samples": listed}
+
+    def _write_index(self) -> None:
         temporary = self.folder / f"{INDEX}.tmp"
         temporary.write_text(json.dumps(self._index), encoding="utf-8")
         os.replace(temporary, self.folder / INDEX)
-        self._open = []
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

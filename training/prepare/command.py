@@ -256,10 +256,8 @@ class _Run:
         due = [row for key, row in kept.items() if key not in packer.keys and row.source in self.present]
         try:
             for _, rows in self._results("encode", due):
-                for row in rows:
-                    if row.failure is None or row.failure[0] != "encode":
-                        packer.add(row)
-                self._put("encode", rows)
+                failed = [row.failure is not None and row.failure[0] == "encode" for row in rows]
+                self._put("encode", [row if bad else packer.add(row) for row, bad in zip(rows, failed)])
         finally:
             packer.close()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from memo_core import audio, checkpoint, emotion, sampling
 
 from .. import media
-from ..shards import Shards, ShardWriter
+from ..shards import ShardWriter
 from .faces import _analyzer
 from .rows import Row
 from .settings import Settings
@@ -109,15 +109,16 @@ class Packer:
     """Moves encoded clips into shards, as they come. Only whole shards count: what was not in one is still encoded/.
 
     Args:
-        wanted: keys that the shards may hold; where they hold others, they are written anew without those.
+        wanted: keys that the shards may hold; others are taken out.
     """
 
     def __init__(self, settings: Settings, wanted: set[str]):
         self.folder = Path(settings.out, "shards")
         self.encoded = Path(settings.out, "encoded")
         self.encoders = settings.encoders()
-        _keep_only(self.folder, self.encoders, wanted)
         self.writer = ShardWriter(self.folder, self.encoders, SAMPLES_PER_SHARD)
+        if not self.writer.keys <= wanted:
+            self.writer.remove(self.writer.keys - wanted)
         self._added: list[Path] = []
 
     @property
@@ -125,39 +126,27 @@ class Packer:
         """In shards, or about to be."""
         return self.writer.keys
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Row) -> Row:
+        """The row, failed where its file in encoded/ is damaged, which is then deleted."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = self.encoded / f"{row.key}.safetensors"
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            said = f"{path.name} cannot be read: {error}. --retry encodes the clip again"
+            return row.fail("encode", "damaged file", said, error=True)
         about = {name: value for name, value in row.to_json().items() if name not in ("done", "failure", "error")}
-        self.writer.add(row.key, load_file(path), about)
+        self.writer.add(row.key, tensors, about)
         self._added.append(path)
         if len(self._added) >= SAMPLES_PER_SHARD:
             self.close()
+        return row
 
     def close(self) -> None:
         self.writer.close()
         for path in self._added:
             path.unlink(missing_ok=True)
         self._added = []
-
-
-def _keep_only(folder: Path, encoders: dict[str, str], wanted: set[str]) -> None:
-    """Writes the shards again without samples that are no longer wanted, beside their place, then moves them there."""
-    import shutil
-
-    with ShardWriter(folder, encoders) as writer:  # refuses samples of other encoders
-        if writer.keys <= wanted:
-            return
-    temporary, old = folder.with_name("shards.tmp"), folder.with_name("shards.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    shards = Shards(folder)
-    with ShardWriter(temporary, encoders, SAMPLES_PER_SHARD) as writer:
-        for number, sample in enumerate(shards.samples):
-            if sample.key in wanted:
-                tensors = {name: shards.read(number, name) for name in shards.names(number)}
-                writer.add(sample.key, tensors, shards.meta(number))
-    os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
