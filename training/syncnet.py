@@ -8,6 +8,7 @@ LSE-C and LSE-D, or Sync-C and Sync-D, of the literature.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from memo_core.errors import CheckpointError
@@ -28,7 +30,10 @@ FPS, RATE, SIZE = 25, 16000, 224
 FRAMES = 5  # frames of picture in a window
 STEPS, STEPS_PER_FRAME = 20, 4  # of sound, 100 a second
 SHIFT = 15  # frames, how far the sound is moved to find where it fits
+SMOOTH = 13  # frames over which the median of the face's place is taken, as published
+OUTSIDE = 110  # gray beyond the frame, as published
 CHUNK = 16  # frames that go through the network at once: about 0.3 GB
+Box = Sequence[float]  # left, top, right, bottom in pixels
 
 
 class SyncScore(NamedTuple):
@@ -233,16 +238,87 @@ def _triangles(filters: int, size: int) -> NDArray[np.float64]:
     return np.where((bins >= low) & (bins < middle), up, np.where((bins >= middle) & (bins < high), down, 0.0))
 
 
+def score_clip(
+    net: SyncNet,
+    path: str | os.PathLike[str],
+    regions: Sequence[Box],
+    start: float,
+    end: float,
+    max_pixels: float = math.inf,
+) -> SyncScore:
+    """Sync of a face in a part of a video file with its sound, by time stamps, at 25 fps, streamed.
+
+    Args:
+        regions: what the network sees of each picture, see `face_regions`; the last one stays.
+        start, end: seconds in the file; sound that ends earlier ends the comparison.
+        max_pixels: a larger picture raises Drop.
+
+    Raises:
+        Drop (of `media`): no sound, a damaged file, or a picture that ends early. ValueError: less than 6 frames.
+    """
+    from . import media
+
+    features, faces, frames = [], [], 0
+
+    def embed() -> None:
+        features.append(net.embed_faces(torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2)))
+
+    for picture in media.at_rate(path, start, end, FPS, max_pixels):
+        faces.append(cut(picture, regions[min(frames, len(regions) - 1)], SIZE, OUTSIDE))
+        frames += 1
+        if len(faces) == CHUNK + FRAMES - 1:
+            embed()
+            faces = faces[CHUNK:]  # the last 4 begin windows that are still to come
+    if len(faces) >= FRAMES:
+        embed()
+    waveform, heard = media.sound(path, start, start + frames / FPS, RATE)
+    if heard < (frames - 1) / FPS:
+        frames = min(frames, (int(np.append(0, np.flatnonzero(waveform)).max()) + 1) * FPS // RATE)
+    if frames <= FRAMES:
+        raise ValueError(f"{frames} frames at {FPS} fps with sound; at least {FRAMES + 1} are needed")
+    count = frames - FRAMES  # one window less than would fit, as published
+    return best_shift(torch.cat(features)[:count], net.embed_sound(torch.from_numpy(waveform), count))
+
+
+def face_regions(looks: Sequence[Sequence[float]] | NDArray[np.floating], start: float, end: float) -> list[Box]:
+    """What SyncNet sees of the pictures at 25 fps from `start` to `end` seconds: one square for each.
+
+    Args:
+        looks: [K, 5], when the face was looked for, rising, and its box: seconds, left, top, right, bottom. Boxes are
+            linear in between.
+
+    Middle and size are medians of 13 frames, as published.
+    """
+    times, boxes = np.asarray(looks, np.float64)[:, 0], np.asarray(looks, np.float64)[:, 1:]
+    half = (boxes[:, 2:] - boxes[:, :2]).max(1) / 2
+    shape = np.column_stack([(boxes[:, :2] + boxes[:, 2:]) / 2, half])  # x, y, half the longer side
+    wanted = start + np.arange(max(1, round((end - start) * FPS))) / FPS
+    shape = np.column_stack([np.interp(wanted, times, column) for column in shape.T])
+    reach = np.pad(shape, ((SMOOTH // 2, SMOOTH // 2), (0, 0)), mode="edge")
+    smooth = np.median(np.lib.stride_tricks.sliding_window_view(reach, SMOOTH, axis=0), axis=-1)
+    return [face_region((x - half, y - half, x + half, y + half)) for x, y, half in smooth]
+
+
 def face_region(box: Sequence[float]) -> tuple[int, int, int, int]:
     """The square, left, top, right, bottom in pixels, that SyncNet wants to see of a face with this box.
 
     2.8 times half the box's longer side, moved down so that the chin is in; it may reach beyond the frame, where the
-    published code sees gray 110. Smooth the box over time first (it takes the median of 13 frames).
+    published code sees gray 110.
     """
     left, top, right, bottom = box
     half = max(right - left, bottom - top) / 2
     x, y = (left + right) / 2, (top + bottom) / 2
     return int(x - 1.4 * half), int(y - half), int(x + 1.4 * half), int(y + 1.8 * half)
+
+
+def cut(image: NDArray[np.uint8], box: Box, size: int, fill: int = 0) -> NDArray[np.uint8]:
+    """The part of an image [H, W, 3] inside a box that may reach beyond it, where `fill` stands: [size, size, 3].
+
+    Without smoothing when it shrinks, as OpenCV does, which the published networks were fed by.
+    """
+    picture = Image.fromarray(image)
+    way = Image.Transform.EXTENT, box, Image.Resampling.BILINEAR
+    return np.asarray(picture.transform((size, size), *way, fillcolor=(fill, fill, fill)))
 
 
 def _check_waveform(waveform: Tensor) -> Tensor:

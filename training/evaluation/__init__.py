@@ -2,7 +2,7 @@
 
 metric.py     what a measure is, and the files and packages that it needs
 videos.py     pairs of videos, read in step and in chunks
-faces.py      where the face is in every frame; cutting it out
+faces.py      where the face is in every frame
 pictures.py   SSIM, PSNR, LPIPS
 frechet.py    FID, FVD, E-FID
 identity.py   F-SIM

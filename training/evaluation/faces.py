@@ -1,16 +1,18 @@
-"""Where the face is in every frame of a video; cutting it out for the networks that want to see only it."""
+"""Where the face is in every frame of a video."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from memo_core.face import Face, FaceAnalyzer
-from memo_core.video import read_video
+
+from .. import media
+from .videos import MAX_PIXELS, video_errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +30,27 @@ class FaceTrack:
 
     def at(self, time: float) -> Face | None:
         """The face at a time, linear between frames that were looked at; None where the nearest shows none."""
-        if not self.found.any() or not self.found[np.abs(self.times - time).argmin()]:
+        after = int(np.searchsorted(self.times, time))
+        near = [i for i in (after - 1, after) if 0 <= i < len(self.times)]
+        if not near or not self.found[min(near, key=lambda i: abs(self.times[i] - time))]:
             return None
-        box, keypoints = self._between(self.boxes, time), self._between(self.keypoints.reshape(-1, 10), time)
-        return Face(tuple(box.tolist()), keypoints.reshape(5, 2).astype(np.float32), 1.0)
+        times, values = self._seen
+        right = min(int(np.searchsorted(times, time)), len(times) - 1)
+        left = max(right - 1, 0)
+        share = np.clip((time - times[left]) / (times[right] - times[left]), 0, 1) if right > left else 0.0
+        point = values[left] + share * (values[right] - values[left])
+        return Face(tuple(point[:4].tolist()), point[4:].reshape(5, 2).astype(np.float32), 1.0)
 
-    def box_at(self, time: float) -> NDArray[np.float64]:
-        """The box [4], also through gaps; there must be a face somewhere."""
-        return self._between(self.boxes, time)
+    @cached_property
+    def _seen(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Times [N] and boxes with keypoints [N, 14] where there is a face."""
+        return self.times[self.found], np.hstack([self.boxes, self.keypoints.reshape(-1, 10)])[self.found]
 
-    def _between(self, values: NDArray[np.float64], time: float) -> NDArray[np.float64]:
-        times, values = self.times[self.found], values[self.found]
-        return np.array([np.interp(time, times, column) for column in values.T])
+    @property
+    def looks(self) -> NDArray[np.float64]:
+        """[N, 5], the times and boxes where there is a face."""
+        times, values = self._seen
+        return np.column_stack([times, values[:, :4]])
 
 
 class FaceTracks:
@@ -58,36 +69,19 @@ class FaceTracks:
         return self._known[path]
 
     def _look(self, path: Path) -> FaceTrack:
-        info, frames = read_video(path)
         times, boxes, keypoints, found = [], [], [], []
-        for index, frame in enumerate(frames):
-            if index % self._every:
-                continue
-            faces = self._analyzer.detect(frame)
-            times.append(index / info.fps)
-            found.append(bool(faces))
-            boxes.append(np.array(faces[0].box) if faces else np.zeros(4))
-            keypoints.append(faces[0].keypoints if faces else np.zeros((5, 2)))
+        with video_errors(path):
+            for index, (time, frame) in enumerate(media.pictures(path, max_pixels=MAX_PIXELS)):
+                if index % self._every:
+                    continue
+                faces = self._analyzer.detect(frame)
+                times.append(time)
+                found.append(bool(faces))
+                boxes.append(np.array(faces[0].box) if faces else np.zeros(4))
+                keypoints.append(faces[0].keypoints if faces else np.zeros((5, 2)))
         return FaceTrack(
             np.array(times, np.float64),
             np.array(boxes, np.float64).reshape(-1, 4),
             np.array(keypoints, np.float64).reshape(-1, 5, 2),
             np.array(found, bool),
         )
-
-
-def cut(
-    image: NDArray[np.uint8],
-    box: tuple[float, float, float, float],
-    size: int,
-    fill: int = 0,
-    resample: Image.Resampling = Image.Resampling.BILINEAR,
-) -> NDArray[np.uint8]:
-    """The part of an image [H, W, 3] inside a box that may reach beyond it, where `fill` stands: [size, size, 3].
-
-    Without smoothing when it shrinks, as OpenCV does, which the published networks were fed by.
-    """
-    extent = Image.fromarray(image).transform(
-        (size, size), Image.Transform.EXTENT, box, resample, fillcolor=(fill, fill, fill)
-    )
-    return np.asarray(extent)

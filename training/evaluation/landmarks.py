@@ -11,7 +11,7 @@ from torch import Tensor
 from memo_core.errors import CheckpointError
 from memo_core.face import Box
 
-from .faces import cut
+from ..syncnet import cut
 from .metric import FACE_FILES, LANDMARKS_2D, LANDMARKS_3D, Measure, Metric, Reading, Tools, mean_reading
 from .videos import Chunk, Pair
 

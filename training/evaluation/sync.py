@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-import torch
+from memo_core.errors import VideoError
 
-from memo_core.audio import load_audio, prepare_waveform
-from memo_core.errors import AudioError, VideoError
-
-from ..syncnet import CHUNK, FILE, FPS, FRAMES, RATE, SIZE, SyncNet, SyncScore, best_shift, face_region
-from .faces import FaceTrack, cut
+from ..syncnet import FILE, SyncNet, SyncScore, face_regions, score_clip
+from .faces import FaceTrack
 from .metric import FACE_FILES, Measure, Metric, Reading, Tools
-from .videos import Pair, frames_at, stack
-
-OUTSIDE = 110  # gray beyond the frame, as published
-SMOOTH = 13  # frames over which the median of the box is taken, as published
+from .videos import MAX_PIXELS, Pair, read_header, video_errors
 
 
 class Sync(Metric):
@@ -42,7 +35,7 @@ class Sync(Metric):
         for path, which in zip(self._paths, ("generated", "real"), strict=True):
             try:
                 scores.append(score_video(self._net, path, self.tools.tracks.of(path)))
-            except (AudioError, VideoError, ValueError) as error:
+            except ValueError as error:
                 scores.append(None)
                 problems.append(f"{which}: {error}")
         ours, theirs = scores
@@ -54,31 +47,12 @@ class Sync(Metric):
 
 
 def score_video(net: SyncNet, path: Path, track: FaceTrack) -> SyncScore:
-    """Sync of a video's face with its own sound, at 25 fps, streamed.
+    """Sync of a video's face with its own sound; see `score_clip`.
 
-    Raises AudioError without sound, VideoError for a damaged file or without a face, ValueError if it is too short.
+    Raises VideoError for a damaged file, or without sound or face; ValueError if it is too short.
     """
-    waveform = prepare_waveform(*load_audio(path))
+    seconds = read_header(path).duration
     if not track.found.any():
         raise VideoError("no face was found")
-    sounding = len(waveform) * FPS // RATE
-    length = int(np.ceil((track.times[-1] + 1) * FPS)) + SMOOTH
-    boxes = np.array([track.box_at(i / FPS) for i in range(length)])
-    reach = np.pad(boxes, ((SMOOTH // 2, SMOOTH // 2), (0, 0)), mode="edge")
-    boxes = np.median(np.lib.stride_tricks.sliding_window_view(reach, SMOOTH, axis=0), axis=-1)
-
-    features, faces, frames = [], [], 0
-    for frame in frames_at(path, FPS):
-        if frames == sounding:
-            break
-        faces.append(cut(frame, face_region(boxes[min(frames, length - 1)]), SIZE, OUTSIDE))
-        frames += 1
-        if len(faces) == CHUNK + FRAMES - 1:
-            features.append(net.embed_faces(stack(faces)))
-            faces = faces[CHUNK:]  # the last 4 begin windows that are still to come
-    if frames <= FRAMES:
-        raise ValueError(f"{frames} frames at {FPS} fps with sound; at least {FRAMES + 1} are needed")
-    if len(faces) >= FRAMES:
-        features.append(net.embed_faces(stack(faces)))
-    count = frames - FRAMES  # one window less than would fit, as published
-    return best_shift(torch.cat(features)[:count], net.embed_sound(waveform, count))
+    with video_errors(path):
+        return score_clip(net, path, face_regions(track.looks, 0.0, seconds), 0.0, seconds, MAX_PIXELS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memo_core.errors import VideoError
-from memo_core.video import VideoInfo, probe, read_video
+from memo_core.video import VideoInfo
+
+from .. import media
+from ..prepare.rows import Drop
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
 CHUNK_PIXELS, CHUNK_FRAMES = 2**21, 16  # 8 frames of 512x512
+MAX_PIXELS = 8192 * 4320
+MAX_GAP = 60  # seconds that one picture may stand
 ASPECT = 0.05  # pictures whose aspects differ by more (as a logarithm) are not compared pixel by pixel
 
 
@@ -117,14 +124,15 @@ class PairReader:
 
     def __init__(self, generated: Path, real: Path, device: torch.device) -> None:
         self.paths, self.device = (generated, real), device
-        self.generated, self.real = _probe(generated), _probe(real)
+        self.generated, self.real = read_header(generated), read_header(real)
         self.fps = self.generated.fps
         self.frames = 0  # read so far
 
     def chunks(self) -> Iterator[Chunk]:
         pixels = max(info.width * info.height for info in (self.generated, self.real))
         size = max(1, min(CHUNK_FRAMES, CHUNK_PIXELS // pixels))
-        ours, theirs = (frames_at(path, self.fps) for path in self.paths)
+        lengths = self.generated.duration, self.real.duration
+        ours, theirs = (frames_at(path, self.fps, end) for path, end in zip(self.paths, lengths, strict=True))
         parts: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
         for frames in zip(ours, theirs, strict=False):
             parts.append(frames)
@@ -149,26 +157,23 @@ class PairReader:
         sizes = [f"{info.width}x{info.height}" for info in (self.generated, self.real)]
         if sizes[0] != sizes[1]:
             notes.append(f"{sizes[0]} and {sizes[1]} pixels")
-        longest = max(self.generated.frames, round(self.real.frames * self.fps / self.real.fps))
+        longest = max(round(info.duration * self.fps) for info in (self.generated, self.real))
         if self.frames < longest:
             notes.append(f"compared the first {self.frames} of {longest} frames")
         return "; ".join(notes)
 
 
-def frames_at(path: Path, fps: float) -> Iterator[NDArray[np.uint8]]:
-    """Frames of a video, uint8 [H, W, 3], at another rate: each is repeated or left out as its time demands.
+def frames_at(path: Path, fps: float, seconds: float | None = None) -> Iterator[NDArray[np.uint8]]:
+    """Frames of a video, uint8 [H, W, 3], at an even rate: each the one nearest in time, by the file's time stamps.
+
+    Time 0 is where the file begins, with sound or picture; `seconds` is when the picture ends (`read_header`).
 
     Raises VideoError if the file cannot be opened, is damaged, or tells no rate.
     """
-    info, frames = read_video(path)
-    _check_rate(info, path)
-    shown = 0
-    for index, frame in enumerate(frames):
-        # Frame j of the result shows what is on at j / fps; frame i is on from i / rate to (i + 1) / rate.
-        until = math.ceil((index + 1) * fps / info.fps - 1e-6)
-        for _ in range(shown, until):
-            yield frame
-        shown = max(shown, until)
+    if seconds is None:
+        seconds = read_header(path).duration
+    with video_errors(path):
+        yield from media.at_rate(path, 0.0, seconds, fps, MAX_PIXELS)
 
 
 def stack(frames: list[NDArray[np.uint8]]) -> Tensor:
@@ -178,12 +183,36 @@ def stack(frames: list[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
-def _probe(path: Path) -> VideoInfo:
-    info = probe(path)
-    _check_rate(info, path)
-    return info
+def read_header(path: Path) -> VideoInfo:
+    """What a video holds, by its packets, without decoding; `duration` is from the file's beginning to the picture's
+    end. VideoError for one that cannot be measured: no rate, too large pictures, hours without one, cut off."""
+    with video_errors(path), media.opened(path) as container:
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate or stream.guessed_rate or math.nan)
+        if not 0.1 <= fps <= 1000:  # also refuses NaN
+            raise VideoError(f"{path.name} claims {fps:g} frames a second; allowed is 0.1 to 1000")
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > MAX_PIXELS:
+            raise VideoError(f"{path.name} has pictures of {width}x{height}; as many pixels as 8192x4320 are allowed")
+        zero = (container.start_time or 0) / 1_000_000
+        frames, times = 0, array("d")
+        for packet in container.demux(stream):
+            frames += packet.size > 0
+            if packet.size and packet.pts is not None and not packet.is_discard:
+                times.append(float(packet.pts * packet.time_base) - zero)
+        shown = np.sort(np.append(times, 0.0))
+        if len(shown) > 1 and (gap := float(np.diff(shown).max())) > MAX_GAP:
+            raise VideoError(f"{path.name} has no picture for {gap:.0f} s; at most {MAX_GAP} s are allowed")
+        if frames < stream.frames:
+            raise VideoError(f"{path.name} is cut off: it holds {frames} of {stream.frames} frames")
+        seconds = float(shown[-1]) + 1 / fps if times else frames / fps
+        return VideoInfo(frames, seconds, None, width, height, fps, {})
 
 
-def _check_rate(info: VideoInfo, path: Path) -> None:
-    if not 0.1 <= info.fps <= 1000:  # also refuses NaN
-        raise VideoError(f"{path.name} claims {info.fps:g} frames a second; allowed is 0.1 to 1000")
+@contextmanager
+def video_errors(path: Path) -> Iterator[None]:
+    """What `media` says of a file, as a VideoError."""
+    try:
+        yield
+    except Drop as error:
+        raise VideoError(f"{path.name}: {error}") from error

@@ -77,6 +77,7 @@ def _find(row: Row, settings: Settings, path: Path, analyzer: FaceAnalyzer) -> R
         row,
         face_box=_rounded(around),
         box=_rounded(box),
+        looks=[[round(time, 3), *(round(side, 1) for side in face.box)] for time, face in faces],
         face_time=time,
         keypoints=_rounded(surest.keypoints.ravel()),
         eyes_box=_rounded(_region(points[:, :2], 0.45 * between_eyes, 0.45 * between_eyes)),

@@ -38,6 +38,7 @@ class Row:
         decision: keep or drop. stage, cause, detail: where and why it was dropped.
         face_box: around the face in all pictures looked at; box: what is cut out; left, top, right, bottom in pixels
             of the source.
+        looks: when the face was looked for, and its box: seconds in the source, left, top, right, bottom.
         face_time: seconds in the source of the surest face; keypoints: its eyes, nose and mouth corners, x and y in
             source pixels.
         eyes_box, mouth_box: where eyes and mouth ever were, in parts of `box`.
@@ -64,6 +65,7 @@ class Row:
     fps: float | None = None
     face_box: list[float] | None = None
     box: list[float] | None = None
+    looks: list[list[float]] | None = None
     face_time: float | None = None
     keypoints: list[float] | None = None
     eyes_box: list[float] | None = None
@@ -98,7 +100,7 @@ class Row:
 _NAMES = {f.name for f in fields(Row)}
 # What each stage fills in, cleared when it runs again.
 MEASURED = {
-    "faces": ("face_box", "box", "face_time", "keypoints", "eyes_box", "mouth_box"),
+    "faces": ("face_box", "box", "looks", "face_time", "keypoints", "eyes_box", "mouth_box"),
     "quality": ("quality",),
     "sync": ("sync_confidence", "sync_distance", "sync_offset"),
     "encode": ("key",),
