@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import av
@@ -20,11 +23,11 @@ import torch
 from memo_core import audio, checkpoint
 from memo_core.video import VideoWriter
 from training import media
-from training.prepare import add_command, command, encode, faces, picture, quality, review, scenes, sync
+from training.prepare import add_command, command, encode, engines, faces, picture, quality, review, scenes, sync
 from training.prepare.engines import Local, OnRay
 from training.prepare.rows import Drop, PrepareError, Row, Table, decide
 from training.prepare.settings import Settings
-from training.prepare.worker import apply
+from training.prepare.worker import Worker, apply
 from training.shards import ShardError, Shards, ShardWriter
 from training.syncnet import SyncScore
 from training.toon import heads, voices
@@ -307,14 +310,19 @@ def test_any_name_any_link_and_any_place_is_met_once(tmp_path: Path) -> None:
     (raw / "deep" / "loop").symlink_to(raw)
     (raw / "self.mp4").symlink_to(raw / "self.mp4")
     (raw / "z same.mp4").symlink_to(raw / "a b.mp4")
+    (raw / "z copy.mp4").write_bytes((raw / "a b.mp4").read_bytes())
     (raw / "notes.txt").write_text("no video")
     (out / "own.mp4").write_bytes(b"x")
     os.mkfifo(raw / "pipe.mp4")
     rows = {row.source: row for row in command.find_videos(raw, out.resolve())}
-    assert set(rows) == {name.replace("</", "<") for name in names} | {"self.mp4", "z same.mp4", "pipe.mp4"}
+    unusable = {
+        "self.mp4": "cannot be read", "pipe.mp4": "cannot be read",
+        "z same.mp4": "same file", "z copy.mp4": "same file",
+    }  # fmt: skip
+    assert set(rows) == {name.replace("</", "<") for name in names} | set(unusable)
     assert len({row.id for row in rows.values()}) == len(rows)
     causes = {source: row.failure[1] for source, row in rows.items() if row.failure}
-    assert causes == {"self.mp4": "cannot be read", "z same.mp4": "same file", "pipe.mp4": "cannot be read"}
+    assert causes == unusable
     table = Table(tmp_path / "table.jsonl")
     table.put(rows.values())
     table.save()
@@ -431,10 +439,10 @@ def test_the_page_shows_the_most_doubtful_first_and_no_name_ends_its_script(tmp_
 def test_verdicts_are_read_from_json_and_csv_and_refused_when_they_make_no_sense(tmp_path: Path) -> None:
     assert review.read_verdicts(tmp_path) is None
     (tmp_path / "verdicts.json").write_text('{"verdicts": {"a-1": "keep", "b-2": "drop", "c": ""}}')
-    assert review.read_verdicts(tmp_path) == {"a-1": "keep", "b-2": "drop"}
+    assert review.read_verdicts(tmp_path) == {"a-1": "keep", "b-2": "drop", "c": ""}
     other = tmp_path / "mine.csv"
     other.write_text("\ufeffid,verdict,note\na-1,drop,blurred\nb-2,,\n", "utf-8")
-    assert review.read_verdicts(tmp_path, other) == {"a-1": "drop"}
+    assert review.read_verdicts(tmp_path, other) == {"a-1": "drop", "b-2": ""}
     other.write_text("id,verdict\na-1,maybe\n")
     with pytest.raises(PrepareError, match="'maybe'; keep, drop"):
         review.read_verdicts(tmp_path, other)
@@ -598,6 +606,145 @@ def test_latents_and_speech_are_those_of_the_clip(raw: Path, models: Path, tmp_p
     assert float(torch.corrcoef(torch.stack([hidden, tensors["speech"].float().flatten()]))[0, 1]) > 0.97
 
 
+@pytest.fixture
+def cheap(raw: Path, models: Path, tmp_path: Path):
+    """A function that prepares RAW_DIR without encoders; what was asked of the stages, and the rows by id."""
+    ours, out = tmp_path / "raw", tmp_path / "out"
+    ours.mkdir()
+    (ours / "a.mp4").write_bytes((raw / "two scenes.mp4").read_bytes())
+
+    def prepare(**more) -> tuple[list[tuple[str, str]], dict[str, Row]]:
+        engine = Inline()
+        settings = command.check(arguments(ours, out, models, "--skip", "faces", "quality", "sync", "encode"))
+        return engine.asked, command.prepare(settings, engine, **more).rows
+
+    prepare.raw, prepare.out = ours, out
+    return prepare
+
+
+def test_a_renamed_folder_is_not_new_and_what_is_gone_is_said_and_pruned_when_asked(
+    cheap, capsys: pytest.CaptureFixture
+) -> None:
+    _, rows = cheap()
+    first, second = sorted(rows)
+    (cheap.out / "verdicts.json").write_text(json.dumps({"verdicts": {first: "drop"}}))
+    assert cheap()[1][first].decision == "drop"
+    (cheap.raw / "deep").mkdir()
+    (cheap.raw / "a.mp4").rename(cheap.raw / "deep" / "b.mp4")
+    (cheap.raw / "a.mp4").write_bytes(b"something else")
+    os.utime(cheap.raw / "deep" / "b.mp4", (0, 0))
+    asked, rows = cheap()
+    assert asked == [("scenes", "a.mp4")] and len(rows) == 3
+    assert {rows[id].source for id in (first, second)} == {"deep/b.mp4"} and rows[first].verdict == "drop"
+
+    (cheap.raw / "deep" / "b.mp4").unlink()
+    (cheap.raw / "a.mp4").unlink()
+    assert len(cheap()[1]) == 3
+    assert "1 clips of 1 sources that are gone; --prune takes them out" in capsys.readouterr().out
+    assert cheap(prune=True)[1] == {} and not list((cheap.out / "clips").iterdir())
+    assert "gone" not in capsys.readouterr().out
+
+
+def test_a_file_of_verdicts_changes_only_the_clips_it_names(cheap, tmp_path: Path) -> None:
+    first, second = sorted(cheap()[1])
+    extra = tmp_path / "extra.csv"
+    extra.write_text(f"id,verdict\n{first},drop\n")
+    cheap(verdicts=extra)
+    extra.write_text(f"id,verdict\n{second},keep\n")
+    cheap(verdicts=extra)
+    _, rows = cheap()
+    assert (rows[first].verdict, rows[second].verdict) == ("drop", "keep")
+    extra.write_text(f"id,verdict\n{first},\n")
+    cheap(verdicts=extra)
+    _, rows = cheap()
+    assert (rows[first].verdict, rows[second].verdict) == ("", "keep")
+
+
+def test_one_run_at_a_time_works_in_a_folder_and_a_killed_one_does_not_keep_others_out(cheap) -> None:
+    cheap()
+    lock = cheap.out / command.LOCK
+    assert not lock.exists()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        lock.write_text(f"{other.pid} {platform.node()}")
+        with pytest.raises(PrepareError, match=f"another run .pid {other.pid}. works here"):
+            cheap()
+        assert lock.exists()
+    cheap()  # it ended
+    lock.write_text("1 elsewhere")
+    with pytest.raises(PrepareError, match="pid 1 on elsewhere"):
+        cheap()
+    lock.write_text("")  # killed between making and writing it
+    cheap()
+    assert not lock.exists()
+
+
+PAGE_IN_NODE = r"""
+const page = require("fs").readFileSync(process.argv[1], "utf-8"), saved = JSON.parse(process.argv[2]);
+const [, data] = page.match(/application\/json">(.*)<\/script>/), [, code] = page.match(/<script>\n([^]*?)<\/script>/);
+const node = () => ({append() {}, replaceChildren() {}, setAttribute() {}, value: "all", textContent: ""});
+const nodes = {data: {textContent: data}}, buttons = [];
+const createElement = tag => { const made = node(); if (tag === "button") buttons.push(made); return made };
+globalThis.document = {createElement, querySelector: node, getElementById: id => nodes[id] ??= node()};
+globalThis.location = {pathname: "/review.html"};
+globalThis.scrollTo = () => {};
+globalThis.localStorage = {getItem: key => saved[key] ?? null, setItem: (key, value) => { saved[key] = value }};
+const verdicts = new Function(code + "; return verdicts")();
+if (process.argv[3]) buttons[1].onclick();  // Drop, on the first clip
+console.log(JSON.stringify({saved, verdicts}));
+"""
+
+
+def test_the_browser_remembers_what_was_judged_there_until_other_verdicts_are_read(tmp_path: Path) -> None:
+    node = shutil.which("node") or pytest.skip("needs node")
+    rows = [replace(video_row(n), id=n, start=0.0, end=2.0, box=[0.0, 0, 1, 1], verdict="keep") for n in ("a", "b")]
+
+    def open_page(rows: list[Row], saved: dict, press: str = "") -> dict:
+        review.write_page(tmp_path, rows, settings_for(tmp_path, tmp_path))
+        words = [node, "-e", PAGE_IN_NODE, str(tmp_path / "review.html"), json.dumps(saved), press]
+        return json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+    first = open_page(rows, {}, "drop")
+    assert first["verdicts"] == {"a": "drop", "b": "keep"}
+    assert [json.loads(value) for value in first["saved"].values()] == [{"a": "drop"}]
+    scored = [replace(row, quality=50.0) for row in rows]
+    assert open_page(scored, first["saved"])["verdicts"] == {"a": "drop", "b": "keep"}
+    read = [replace(rows[0], verdict="keep"), replace(rows[1], verdict="drop")]
+    assert open_page(read, first["saved"])["verdicts"] == {"a": "keep", "b": "drop"}
+
+
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="needs signal.alarm")
+def test_a_worker_whose_parent_is_gone_ends_by_itself(
+    raw: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = command.check(arguments(raw, tmp_path, models, "--skip", "sync", "encode"))
+    row = replace(video_row("two scenes.mp4"), start=1.4, end=2.6, fps=25.0, box=[96.0, 56.0, 224.0, 184.0])
+    monkeypatch.setenv("SLEEP_ON_DARK", "1")
+    worker = Worker(tmp_path / "log")
+    worker._start()
+    request = {"stage": "quality", "row": row.to_json(), "settings": asdict(settings), "limit": -4.5}  # 5 s are added
+    worker._process.stdin.write(json.dumps(request).encode() + b"\n")
+    worker._process.stdin.flush()
+    try:
+        assert worker._process.wait(timeout=50) == -signal.SIGALRM
+    finally:
+        worker.close()
+
+
+def test_another_gpu_gets_another_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    first = engines._own_worker(str(tmp_path))
+    assert engines._own_worker(str(tmp_path)) is first
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert engines._own_worker(str(tmp_path)) is not first
+
+
+def test_an_absent_package_is_named_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.prepare.settings.find_spec", lambda name: None)
+    missing = " ".join(settings_for(tmp_path, tmp_path).missing())
+    assert 'pyiqa: pip install "comfyui-memo[metrics]"' in missing
+    assert 'scenedetect: pip install "comfyui-memo[training]"' in missing
+
+
 def test_what_ended_in_an_error_is_run_again_only_when_asked(
     raw: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -666,6 +813,21 @@ def test_processes_and_ray_give_the_same_rows(
             tables.append(command.prepare(settings, engine).rows)
     assert len(tables[0]) == 6 and tables[0] == tables[1]
     assert {row.cause for row in tables[0].values()} >= {"", "low quality", "several faces", "cannot be read"}
+
+
+@pytest.mark.slow
+def test_what_ray_loses_costs_its_rows(
+    raw: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray.data", reason='Ray Data is not installed: pip install "ray[data]"')
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    small = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20}
+    rows = [replace(video_row(name), id=name) for name in ("nobody.mp4", "edge.mp4")]
+    with OnRay(tmp_path / "no such folder", 60, **small) as engine:  # its workers cannot begin there
+        results = dict(engine("scenes", rows, settings_for(raw, tmp_path, models)))
+    assert len(results) == 2
+    assert all(row.failure[1] == "worker died" and row.error for (row,) in results.values())
 
 
 def test_the_picture_counts_every_row_once(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import platform
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ VIDEOS = frozenset(
     ".3gp .asf .avi .f4v .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
 )
 PICTURE = "funnel.png"
+LOCK = "running.pid"
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -42,8 +45,14 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "HyperIQA and SyncNet anywhere below it (%(default)s)"
     )  # fmt: skip
     parser.add_argument("--skip", nargs="+", default=[], choices=STAGES, help="leave out stages; the rows say so")
-    parser.add_argument("--verdicts", type=Path, help="what the page saved (OUT_DIR/verdicts.json or .csv if there)")
+    parser.add_argument(
+        "--verdicts",
+        type=Path,
+        help="more verdicts; those of OUT_DIR/verdicts.json or .csv, which the page saves, are always read",
+    )
     parser.add_argument("--retry", action="store_true", help="run clips again that ended in a crash or time limit")
+
+    parser.add_argument("--prune", action="store_true", help="take out clips whose video is gone")
 
     how = parser.add_argument_group("where it runs")
     how.add_argument("--engine", choices=("local", "ray"), default="local", help="processes, or Ray Data (%(default)s)")
@@ -86,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
             else (lambda: OnRay(args.out.resolve(), args.time_limit, args.ray_address, args.gpus))
         )
         with make_engine() as engine:
-            prepare(settings, engine, args.verdicts, args.retry)
+            prepare(settings, engine, args.verdicts, args.retry, args.prune)
     except PrepareError as error:
         sys.exit(f"error: {error}")
 
@@ -123,9 +132,14 @@ def check(args: argparse.Namespace) -> Settings:
     return settings
 
 
-def find_videos(raw: Path, out: Path) -> Iterator[Row]:
-    """A row for every video below `raw`, with its identity; links are followed, each folder and file once."""
-    folders, files = set(), {}
+def find_videos(raw: Path, out: Path, known: Iterable[Row] = ()) -> Iterator[Row]:
+    """A row for every video below `raw`, with its identity; links are followed, each folder once, each content once.
+
+    Args:
+        known: rows of an earlier run; a file that has not changed since keeps its identity unread.
+    """
+    identities = {(row.source, tuple(row.changed)): row.identity for row in known if row.changed}
+    folders, contents = set(), {}
     for folder, names, members in os.walk(raw, followlinks=True, onerror=_say):
         place = os.stat(folder)
         if (place.st_dev, place.st_ino) in folders or Path(folder).resolve() == out:
@@ -140,47 +154,78 @@ def find_videos(raw: Path, out: Path) -> Iterator[Row]:
             source = os.path.relpath(path, raw)
             try:
                 found = os.stat(path)
+                if not stat.S_ISREG(found.st_mode):
+                    yield _unusable(source, "cannot be read", "it is not a regular file")
+                    continue
+                changed = [found.st_size, found.st_mtime_ns]
+                identity = identities.get((source, tuple(changed))) or _identify(path, found.st_size)
             except OSError as error:
-                yield _video(source, 0, 0).fail("scenes", "cannot be read", error.strerror or str(error))
+                yield _unusable(source, "cannot be read", error.strerror or str(error))
                 continue
-            row = _video(source, found.st_size, found.st_mtime_ns)
-            other = files.setdefault((found.st_dev, found.st_ino), source)
-            if not stat.S_ISREG(found.st_mode):
-                row = row.fail("scenes", "cannot be read", "it is not a regular file")
-            elif other != source:
-                row = row.fail("scenes", "same file", f"as {other}")
-            yield row
+            other = contents.setdefault(identity, source)
+            if other == source:
+                yield Row(id=identity, source=source, identity=identity, changed=changed)
+            else:
+                yield _unusable(source, "same file", f"as {other}")
+
+
+def _identify(path: str, size: int) -> str:
+    """Of the content: of its size and the first and last MiB, where containers keep what differs between videos."""
+    digest = hashlib.sha256(b"%d\0" % size)
+    with open(path, "rb") as file:
+        digest.update(file.read(1 << 20))
+        file.seek(max(0, size - (1 << 20)))
+        digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:12]
+
+
+def _unusable(source: str, cause: str, detail: str) -> Row:
+    identity = hashlib.sha256(b"path\0" + os.fsencode(source)).hexdigest()[:12]
+    return Row(id=identity, source=source, identity=identity).fail("scenes", cause, detail)
 
 
 def _say(error: OSError) -> None:
     print(f"cannot look into {error.filename}: {error.strerror}", file=sys.stderr)
 
 
-def _video(source: str, size: int, changed: int) -> Row:
-    identity = hashlib.sha256(b"%s\0%d\0%d" % (os.fsencode(source), size, changed)).hexdigest()[:12]
-    return Row(id=identity, source=source, identity=identity)
-
-
-def prepare(settings: Settings, engine: Engine, verdicts: Path | None = None, retry: bool = False) -> Table:
+def prepare(
+    settings: Settings, engine: Engine, verdicts: Path | None = None, retry: bool = False, prune: bool = False
+) -> Table:
     """Runs all stages on what is new; returns the table, which is also written, as are page, picture and shards.
 
     Args:
-        verdicts: the page's file; None looks for OUT_DIR/verdicts.json and .csv.
+        verdicts: a file of verdicts that adds to those there are; None looks for OUT_DIR/verdicts.json and .csv, which
+            the page saves and which hold all of them.
         retry: also runs rows whose failure was a crash, an exception or a time limit.
+        prune: takes out the clips of videos that are gone.
+
+    Raises:
+        PrepareError: another run works in OUT_DIR; a file there cannot be read.
     """
+    with _locked(Path(settings.out)):
+        return _prepare(settings, engine, verdicts, retry, prune)
+
+
+def _prepare(settings: Settings, engine: Engine, verdicts: Path | None, retry: bool, prune: bool) -> Table:
     from . import picture, review
 
     out = Path(settings.out)
     table, digests = Table(out / TABLE), settings.digests()
-    judged = review.read_verdicts(out, verdicts)
+    judged = review.read_verdicts(out)
+    if verdicts is not None:
+        before = {row.id: row.verdict for row in table.rows.values() if row.verdict} if judged is None else judged
+        judged = before | review.read_verdicts(out, verdicts)
+        review.save_verdicts(out, judged)  # so that the next run, without the file, finds the same
     run = _Run(settings, engine, table, digests, retry)
     try:
         run.scenes()
+        if prune:
+            run.prune()
         if judged is not None:
             table.put(replace(row, verdict=judged.get(row.id, "")) for row in list(table.rows.values()))
-            unknown = len(judged.keys() - table.rows.keys())
+            unknown = len({id for id, verdict in judged.items() if verdict} - table.rows.keys())
             print(
-                f"{len(judged) - unknown} verdicts read"
+                f"{sum(map(bool, judged.values())) - unknown} verdicts read"
                 + (f", {unknown} of clips that are not here" if unknown else "")
             )
         for stage in STAGES[1:-1]:
@@ -195,8 +240,53 @@ def prepare(settings: Settings, engine: Engine, verdicts: Path | None = None, re
     review.write_page(out, table.rows.values(), settings)
     picture.draw_funnel(table.rows.values(), settings).save(out / PICTURE)
     print(picture.describe_funnel(table.rows.values(), settings))
+    gone = [row.source for row in run.gone() if row.decision == "keep"]
+    if gone:
+        print(f"{len(gone)} clips of {len(set(gone))} sources that are gone; --prune takes them out")
     print(f"all clips: {table.path}\nreview: {out / review.PAGE}\npicture: {out / PICTURE}")
     return table
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps a second run out of OUT_DIR by a file with this process's number, which a killed run leaves behind."""
+    path, own = out / LOCK, f"{os.getpid()} {platform.node()}"
+    for _ in range(10):
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(own)
+            break
+        except FileExistsError:
+            pass
+        try:
+            pid, _, node = path.read_text("utf-8").partition(" ")
+        except FileNotFoundError:
+            continue
+        if not pid.isdigit() or (node == platform.node() and not _is_running(int(pid))):
+            path.unlink(missing_ok=True)
+            continue
+        where = "" if node == platform.node() else f" on {node}"
+        raise PrepareError(f"another run (pid {pid}{where}) works here. If there is none, delete {path}")
+    else:
+        raise PrepareError(f"cannot make {path}, which is made and deleted by others again and again")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # an earlier process of the same number, as in a container
+    if os.name == "nt":
+        return True  # os.kill would end it
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class _Run:
@@ -207,27 +297,44 @@ class _Run:
         self.present: set[str] = set()  # sources that are there
 
     def scenes(self) -> None:
+        videos = list(find_videos(Path(self.settings.raw), Path(self.settings.out), self.table.rows.values()))
+        self.present = {video.source for video in videos}
         known: dict[str, list[Row]] = {}
         for row in self.table.rows.values():
-            known.setdefault(row.source, []).append(row)
-        new = []
-        for video in find_videos(Path(self.settings.raw), Path(self.settings.out)):
-            self.present.add(video.source)
-            rows = known.get(video.source, [])
-            if rows and all(row.identity == video.identity and self._is_done(row, "scenes") for row in rows):
+            known.setdefault(row.identity, []).append(row)
+        new, again = [], {}
+        for video in videos:
+            rows = [replace(row, source=video.source, changed=video.changed) for row in known.pop(video.identity, [])]
+            self.table.put(rows)  # it may have been moved
+            again[video.identity] = rows
+            if rows and all(self._is_done(row, "scenes") for row in rows):
                 continue
             if video.failure is not None:
-                self._replace(rows, [video])
+                self._put("scenes", [video])
             else:
                 new.append(video)
+        for rows in known.values():
+            self._forget(row for row in rows if row.source in self.present)  # the file holds something else now
         for video, clips in self._results("scenes", new):
-            self._replace(known.get(video.source, []), clips)
+            old = again.get(video.identity, [])
+            verdicts = {row.id: row.verdict for row in old}
+            self._forget(old)
+            self._put("scenes", [replace(clip, verdict=verdicts.get(clip.id, "")) for clip in clips])
 
-    def _replace(self, old: list[Row], clips: list[Row]) -> None:
-        verdicts = {row.id: row.verdict for row in old}
-        for row in old:
+    def gone(self) -> list[Row]:
+        """Rows whose source is not there any more; they stay, with their samples, until they are pruned."""
+        return [row for row in self.table.rows.values() if row.source not in self.present]
+
+    def prune(self) -> None:
+        rows = self.gone()
+        self._forget(rows)
+        for row in rows:
+            for folder, suffix in (("clips", "mp4"), ("review", "jpg")):
+                Path(self.settings.out, folder, f"{row.id}.{suffix}").unlink(missing_ok=True)
+
+    def _forget(self, rows: Iterable[Row]) -> None:
+        for row in rows:
             self.table.rows.pop(row.id, None)
-        self._put("scenes", [replace(clip, verdict=verdicts.get(clip.id, "")) for clip in clips])
 
     def stage(self, stage: str) -> None:
         if stage in self.settings.skip and stage != "faces":

@@ -7,7 +7,6 @@ import os
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,8 @@ class Local:
 
 class OnRay:
     """Ray Data: a task for each row, on the cluster that `address` names, or one started here. RAW_DIR, OUT_DIR and the
-    models have to be at the same paths on every node.
+    models have to be at the same paths on every node, and `training` has to be importable there: start Ray's nodes with
+    a checkout in PYTHONPATH, or pass runtime_env={"working_dir": ...} or {"env_vars": {"PYTHONPATH": ...}} here.
 
     Each Ray worker keeps a worker process of its own, so that a crash costs one row there, too.
     """
@@ -65,10 +65,12 @@ class OnRay:
             import ray
             import ray.data  # wants pandas and pyarrow
         except ImportError as error:
-            raise PrepareError(f'--engine ray needs Ray Data: pip install "ray[data]" ({error})') from error
+            raise PrepareError(f'--engine ray needs Ray Data: pip install "comfyui-memo[cluster]" ({error})') from error
         self.out, self.limit, self.gpus = out, limit, gpus
         ray.init(address, log_to_driver=False, **init)
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.max_errored_blocks = -1  # any number: a block is a row, and a lost one is said below
 
     def __enter__(self) -> OnRay:
         return self
@@ -99,6 +101,15 @@ class OnRay:
             yield row.id, [row.fail(stage, "worker died", "Ray lost it", error=True)]
 
 
-@lru_cache(maxsize=1)
 def _own_worker(out: str) -> Worker:
-    return Worker(Path(out, LOG))
+    """This Ray worker's; another one when Ray has given it another GPU, which a running process would not see."""
+    key = out, os.environ.get("CUDA_VISIBLE_DEVICES")
+    if key not in _own:
+        for worker in _own.values():
+            worker.close()
+        _own.clear()
+        _own[key] = Worker(Path(out, LOG))
+    return _own[key]
+
+
+_own: dict[tuple[str, str | None], Worker] = {}

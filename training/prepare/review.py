@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -33,7 +34,11 @@ def write_page(out: Path, rows: Iterable[Row], settings: Settings) -> None:
         clip = {name: _readable(getattr(alone, name)) for name in SHOWN}
         clips.append(clip | {"verdict": row.verdict, "doubt": round(doubt(row, settings), 4)})
     # "<" is written as a code, so that no name can end the script.
-    data = json.dumps({"clips": clips, "quality": settings.min_quality, "sync": settings.min_confidence})
+    # The browser keeps what was judged in it under this, until other verdicts are read.
+    verdicts = json.dumps(sorted((row.id, row.verdict) for row in shown if row.verdict))
+    digest = hashlib.sha256(verdicts.encode()).hexdigest()[:16]
+    given = {"clips": clips, "quality": settings.min_quality, "sync": settings.min_confidence, "digest": digest}
+    data = json.dumps(given)
     page = _PAGE.replace("DATA", data.replace("<", "\\u003c"))
     temporary = out / f".{PAGE}.tmp"
     temporary.write_text(page, encoding="utf-8")
@@ -49,7 +54,8 @@ def read_verdicts(out: Path, path: Path | None = None) -> dict[str, str] | None:
     """Verdicts by clip id, keep or drop: from `path`, or the newest of verdicts.json and .csv in OUT_DIR; None if there
     is none.
 
-    JSON is {"verdicts": {id: verdict}} or the inner object; CSV has the columns id and verdict.
+    JSON is {"verdicts": {id: verdict}} or the inner object; CSV has the columns id and verdict. An empty verdict takes
+    back another.
 
     Raises:
         PrepareError: the file is not there, cannot be read, or holds another verdict.
@@ -72,7 +78,15 @@ def read_verdicts(out: Path, path: Path | None = None) -> dict[str, str] | None:
     if wrong:
         id, verdict = next(iter(wrong.items()))
         raise PrepareError(f"{path}: the verdict on {id} is {verdict!r}; keep, drop or nothing is allowed")
-    return {id: verdict for id, verdict in verdicts.items() if verdict}
+    return verdicts
+
+
+def save_verdicts(out: Path, verdicts: dict[str, str]) -> None:
+    """Writes OUT_DIR/verdicts.json as the page does."""
+    temporary = out / f".{VERDICTS[0]}.tmp"
+    given = {id: verdict for id, verdict in verdicts.items() if verdict}
+    temporary.write_text(json.dumps({"verdicts": given}, indent=1), encoding="utf-8")
+    os.replace(temporary, out / VERDICTS[0])
 
 
 _PAGE = """<!doctype html>
@@ -109,11 +123,12 @@ plays.</span></header>
 <main></main>
 <script id="data" type="application/json">DATA</script>
 <script>
-const {clips, quality, sync} = JSON.parse(document.getElementById("data").textContent);
-const PER_PAGE = 48, store = "verdicts:" + location.pathname;
-const verdicts = {};
+const {clips, quality, sync, digest} = JSON.parse(document.getElementById("data").textContent);
+const PER_PAGE = 48, store = `verdicts:${location.pathname}:${digest}`;
+const verdicts = {}, changed = {};
 for (const clip of clips) if (clip.verdict) verdicts[clip.id] = clip.verdict;
-try { Object.assign(verdicts, JSON.parse(localStorage.getItem(store) || "{}")) } catch {}
+try { Object.assign(changed, JSON.parse(localStorage.getItem(store) || "{}")) } catch {}
+Object.assign(verdicts, changed);
 let page = 0;
 const make = (tag, text, kind) => {
   const node = document.createElement(tag);
@@ -154,9 +169,8 @@ function card(clip) {
   };
   const judge = verdict => {
     if (verdict) verdicts[clip.id] = verdict; else delete verdicts[clip.id];
-    const kept = {};
-    for (const one of clips) kept[one.id] = verdicts[one.id] || "";
-    try { localStorage.setItem(store, JSON.stringify(kept)) } catch {}
+    changed[clip.id] = verdict;
+    try { localStorage.setItem(store, JSON.stringify(changed)) } catch {}
     paint(); count();
   };
   for (const [name, text] of [["keep", "Keep"], ["drop", "Drop"], ["", "Automatic"]]) {

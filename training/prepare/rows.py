@@ -31,8 +31,9 @@ class Row:
     """A clip, or a video that has not become clips. None means not measured.
 
     Attributes:
-        id: of the source's path, size and time of change, and of the span in milliseconds.
-        source: path below RAW_DIR. identity: of the file, the first part of id.
+        id: of the source's content, and of the span in milliseconds.
+        source: path below RAW_DIR. identity: of the content, the first part of id, so that a file keeps its clips and
+            verdicts under another name. changed: size and time of change in ns, while which the identity holds.
         start, end: seconds in the source.
         width, height, fps: of the source, as decoded.
         decision: keep or drop. stage, cause, detail: where and why it was dropped.
@@ -54,6 +55,7 @@ class Row:
     id: str
     source: str
     identity: str
+    changed: list[int] | None = None
     decision: str = "keep"
     stage: str = ""
     cause: str = ""

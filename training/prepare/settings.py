@@ -110,8 +110,9 @@ class Settings:
             if stage == "quality" and self.scorer != type(self).scorer:
                 packages = ()
             for package in packages:
+                extra = "metrics" if package == "pyiqa" else "training"
                 if find_spec(package) is None:
-                    missing.append(f'package {package}: pip install "comfyui-memo[training]"; or --skip {stage}')
+                    missing.append(f'package {package}: pip install "comfyui-memo[{extra}]"; or --skip {stage}')
         if find_spec("matplotlib") is None:
             missing.append('package matplotlib: pip install "comfyui-memo[training]"')
         return missing

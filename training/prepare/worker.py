@@ -6,6 +6,7 @@ A video can bring down a decoder, or keep it busy for ever. Here that ends one p
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -47,7 +48,7 @@ class Worker:
         timer.start()
         answer = b""
         try:
-            request = {"stage": stage, "row": row.to_json(), "settings": asdict(settings)}
+            request = {"stage": stage, "row": row.to_json(), "settings": asdict(settings), "limit": limit}
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
             answer = process.stdout.readline()
@@ -118,7 +119,11 @@ def main() -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         row, settings = Row.from_json(request["row"]), Settings.from_json(request["settings"])
+        if hasattr(signal, "alarm"):  # ends this process where the parent, which should have, is gone
+            signal.alarm(math.ceil(request["limit"]) + 5)
         rows = apply(request["stage"], row, settings)
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
         answers.write(json.dumps([result.to_json() for result in rows]).encode() + b"\n")
         answers.flush()
 
