@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import wave
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -120,7 +121,7 @@ def test_a_set_is_read_from_files_named_as_published(tmp_path, key):
     found = read_folder(tmp_path, own)
     wanted = own.emotion(label)
     good = [clip for clip in found.clips if clip.path == str(tmp_path / path)]
-    assert good == [Clip(str(tmp_path / path), key, label, wanted, speaker)]
+    assert good == [Clip(str(tmp_path / path), key, label, wanted, speaker, name=path)]
     if len(found.clips) == 1:  # EmoV-DB's labels are in the folder's name alone
         assert [Path(row.path).name for row in found.rejected] == ["holiday.wav"]
 
@@ -133,6 +134,7 @@ def test_the_four_sets_that_everybody_has(tmp_path):
         "ravdess/Actor_18/02-01-05-01-02-01-18.mp4",  # the picture of the first one
         "crema_d/AudioWAV/1001_DFA_DIS_XX.wav",
         "crema_d/AudioWAV/1001_DFA_ZZZ_XX.wav",
+        "crema_d/AudioWAV/1040_ITH_SAD_X.wav",  # so the set has it
         "esd/0011/Surprise/0011_001401.wav",
         "esd/0011/Sad/evaluation/0011_001051.wav",
         "emodb/wav/16b10Lb.wav",
@@ -144,7 +146,7 @@ def test_the_four_sets_that_everybody_has(tmp_path):
     told = {key: [(c.label, EMOTIONS[c.emotion], c.speaker) for c in f.clips] for key, f in found.items()}
     assert told == {
         "ravdess": [("calm", "neutral", "18"), ("angry", "angry", "18")],
-        "crema_d": [("DIS", "disgusted", "1001")],
+        "crema_d": [("DIS", "disgusted", "1001"), ("SAD", "sad", "1040")],
         "esd": [("Sad", "sad", "0011"), ("Surprise", "surprised", "0011")],
         "emodb": [("neutral", "neutral", "03"), ("Langeweile", "other", "16")],
     }
@@ -170,8 +172,8 @@ def test_a_list_reads_what_folders_cannot(tmp_path):
     )
     found = read_csv(tmp_path / "list.csv")
     assert found.clips == [
-        Clip(str(tmp_path / "a.wav"), "meld", "joy", 3, "Ross", "train"),
-        Clip(str(tmp_path / "b.wav"), "plain", "fearful", 2),
+        Clip(str(tmp_path / "a.wav"), "meld", "joy", 3, "Ross", "train", "a.wav"),
+        Clip(str(tmp_path / "b.wav"), "plain", "fearful", 2, name="b.wav"),
     ]
     reasons = [row.reason for row in found.rejected]
     assert ["no label 'joy'" in reasons[0], "'dev'" in reasons[1], "'friends'" in reasons[2]] == [True] * 3
@@ -282,10 +284,9 @@ def test_each_set_is_split_3_to_1_whatever_order_and_folder_the_files_lie_in():
     for name in ("a", "b"):
         own = [part for clip, part in zip(clips, parts) if clip.dataset == name]
         assert own.count("test") == round(len(own) / 4)
-    moved = [replace(clip, path=f"/elsewhere{clip.path}") for clip in reversed(clips)]
-    moved = [replace(clip, path=clip.path.replace("/elsewhere/d", "/elsewhere/x/d")) for clip in moved]
-    same = [replace(clip, path=f"/mnt/x{clip.path}") for clip in clips]
-    assert split(moved) == split(same[::-1])
+    named = [replace(clip, name=Path(clip.path).name) for clip in clips]
+    moved = [replace(clip, path=f"/elsewhere/x{clip.path}") for clip in reversed(named)]
+    assert split(moved) == split(named)[::-1]
     assert split(clips, seed=1) != parts
     given = [replace(clips[0], split="test"), replace(clips[1], split="train"), *clips[2:]]
     assert split(given)[:2] == ["test", "train"]
@@ -492,6 +493,38 @@ def test_toon_voices_from_files_to_a_head_that_knows_them_better_than_chance(tmp
     result = fit(tmp_path / "out", clips, features, replace(SMALL, steps=150))
     assert result["all"]["accuracy"] > 0.4  # 8 classes
     assert [clip.split for clip in read_clips(tmp_path / "out" / "splits.csv")].count("test") == result["all"]["test"]
+
+
+def test_a_split_does_not_depend_on_where_a_set_lies(tmp_path):
+    parts = []
+    for root in ("one", "two/deeper", "three"):
+        for i in range(24):
+            path = tmp_path / root / f"10{i:02}_DFA_ANG_XX.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        if root == "three":  # by a list
+            lines = [f"10{i:02}_DFA_ANG_XX.wav,ANG,crema_d" for i in range(24)]
+            (tmp_path / root / "list.csv").write_text("\n".join(["path,label,dataset", *lines]))
+            clips = read_csv(tmp_path / root / "list.csv").clips
+        else:
+            clips = read_folder(tmp_path / root, published()["crema_d"]).clips
+        write_rows(tmp_path / "clips.csv", Clip, clips)
+        parts.append(split(read_clips(tmp_path / "clips.csv")))
+    assert parts[0] == parts[1] == parts[2] and parts[0].count("test") == 6
+
+
+def test_a_pipe_costs_its_row_and_does_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "x.wav")
+    with pytest.raises(AudioError, match="not a file"):
+        load_windows(tmp_path / "x.wav")
+
+
+def test_a_missing_package_is_said_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    clips, features = clusters(16)
+    with pytest.raises(EmotionError, match=r"matplotlib: pip install .comfyui-memo\[training\]"):
+        fit(tmp_path, clips, features, SMALL)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_commands_do_the_same(tmp_path, capsys):

@@ -18,7 +18,7 @@ from memo_core.nets.emotion_head import EmotionHead
 from .features import FeatureStore, encoder_digest
 from .labels import LabelError, LabelTable, load_tables, published
 from .readers import Clip, Found, Rejected, read_clips, read_csv, read_folder, text_table, without_repeats, write_rows
-from .report import table, write_report
+from .report import check_packages, table, write_report
 from .toon import make_toon_sets
 from .train import EmotionConfig, evaluate, split, train, write_json
 
@@ -123,6 +123,7 @@ def fit(
     out: Path, clips: list[Clip], features: list[Tensor], config: EmotionConfig, device: str = "cpu"
 ) -> dict[str, Any]:
     """Splits, trains, and writes splits.csv and the report into `out`; returns `train.evaluate`'s result."""
+    check_packages()
     parts = split(clips, config.test_share, config.split_by, config.seed)
     clips = [replace(clip, split=part) for clip, part in zip(clips, parts)]
     head = train(out, clips, features, config, device)

@@ -41,9 +41,11 @@ def load_windows(path: str | Path, min_samples: int = 400) -> list[Tensor]:
     Windows follow one another; the last one ends with the recording and reaches back into the one before it, so that
     all of them are 3 s long where the recording is.
 
-    Raises AudioError for a file that cannot be read, holds fewer than `min_samples` samples at 16 kHz, lasts longer
-    than MAX_SECONDS, or is nothing but silence.
+    Raises AudioError for what is no file (a pipe would wait for ever), cannot be read, holds fewer than `min_samples`
+    samples at 16 kHz, lasts longer than MAX_SECONDS, or is nothing but silence.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise AudioError(f"{Path(path).name} is not a file, but a folder or a pipe")
     _check_length(_declared_seconds(path))  # before hours of sound are decoded
     waveform, rate = load_audio(path)
     _check_length(waveform.shape[-1] / rate)

@@ -28,6 +28,7 @@ class Clip:
         emotion: the class, an index from 0 to 7 into `memo_core.emotion.EMOTIONS`.
         speaker: as the data set names it; "" where unknown.
         split: "train" or "test" where the list says so, else "".
+        name: path below the folder of the data set or of the list, which stays when the folder moves.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Clip:
     emotion: int
     speaker: str = ""
     split: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Found:
     rejected: list[Rejected] = field(default_factory=list)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def add(self, path: str, table: LabelTable, text: str, speaker: str = "", split: str = "") -> None:
+    def add(self, path: str, table: LabelTable, text: str, speaker: str = "", split: str = "", name: str = "") -> None:
         """Files one recording under clips, dropped or rejected."""
         try:
             label, emotion = table.original(text), table.emotion(text)
@@ -65,7 +67,7 @@ class Found:
         if emotion is None:
             self.dropped[table.key, label] += 1
         else:
-            self.clips.append(Clip(path, table.key, label, emotion, speaker, split))
+            self.clips.append(Clip(path, table.key, label, emotion, speaker, split, name))
 
     def extend(self, other: Found) -> None:
         self.clips += other.clips
@@ -114,7 +116,8 @@ def read_folder(folder: str | Path, table: LabelTable) -> Found:
             form = f", which look like {table.example[0]}" if table.example else ""
             found.rejected.append(Rejected(str(path), table.key, f"not named like this set's recordings{form}"))
         else:
-            found.add(str(path), table, match["label"], match.groupdict().get("speaker") or "")
+            speaker, name = match.groupdict().get("speaker") or "", path.relative_to(folder.absolute()).as_posix()
+            found.add(str(path), table, match["label"], speaker, name=name)
     return found
 
 
@@ -146,9 +149,9 @@ def read_csv(path: str | Path, tables: Mapping[str, LabelTable] | None = None) -
                     found.rejected.append(Rejected(where, name or PLAIN.key, f"split {split!r}; allowed: train, test"))
                 else:
                     table = tables[name] if name else PLAIN
-                    found.add(
-                        os.path.abspath(path.parent / where), table, line["label"], line.get("speaker", ""), split
-                    )
+                    file_path = os.path.abspath(path.parent / where)
+                    short = Path(os.path.relpath(file_path, path.parent.absolute())).as_posix()
+                    found.add(file_path, table, line["label"], line.get("speaker", ""), split, short)
     except (OSError, UnicodeError, csv.Error) as error:
         raise LabelError(f"{path} cannot be read: {error}") from error
     return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from memo_core.emotion import COLOURS, EMOTIONS
+from memo_core.errors import EmotionError
 
 from .labels import CLASSES
 from .readers import text_table
@@ -22,8 +24,15 @@ def table(result: dict[str, Any]) -> str:
     return text_table(["data set", "train", "test", "accuracy %", "recall %"], rows)
 
 
+def check_packages() -> None:
+    """EmotionError where the package that draws the report is absent; to be asked before the work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EmotionError('the report\'s pictures need matplotlib: pip install "comfyui-memo[training]"')
+
+
 def write_report(folder: Path, result: dict[str, Any]) -> None:
-    """Writes report.txt, report.json, accuracy.png and confusion.png into `folder`."""
+    """Writes report.txt, report.json, accuracy.png and confusion.png into `folder`. EmotionError without matplotlib."""
+    check_packages()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.txt").write_text(table(result) + "\n", encoding="utf-8")
     write_json(folder / "report.json", result)
@@ -63,10 +72,8 @@ def _draw_confusion(path: Path, confusion: list[list[int]]) -> None:
 
 
 def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('the report\'s pictures need matplotlib: pip install "comfyui-memo[training]"') from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots()
 

@@ -91,8 +91,8 @@ def split(clips: Sequence[Clip], test_share: float = 0.25, by: str = "clip", see
     """Divides each data set into parts: "train" or "test" per clip.
 
     Clips that already have a part keep it. Of the others of a data set with n of them, the round(n test_share) that
-    come first in an order hashed from the seed and the end of their path are "test", so that neither the order of the
-    list nor the place of the folder matters. By "speaker", whole speakers go, as many as come nearest to that number,
+    come first in an order hashed from the seed and their name are "test", so that neither the order of the list nor
+    the place of the folder matters. By "speaker", whole speakers go, as many as come nearest to that number,
     and at least one stays on either side; a data set of one speaker (or of none known) is all "train".
     """
     parts = [clip.split for clip in clips]
@@ -104,9 +104,7 @@ def split(clips: Sequence[Clip], test_share: float = 0.25, by: str = "clip", see
         for i in members:
             parts[i] = "train"
         if by == "clip":
-            order = sorted(
-                members, key=lambda i: (_draw(seed, "/".join(Path(clips[i].path).parts[-3:])), clips[i].path)
-            )
+            order = sorted(members, key=lambda i: (_draw(seed, clips[i].name or clips[i].path), clips[i].path))
             chosen = order[: round(len(members) * test_share)]
         else:
             sizes = Counter(clips[i].speaker for i in members)
