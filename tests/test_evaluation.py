@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
@@ -17,16 +18,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memo_core.download import RELEASE_FILES
 from memo_core.errors import CheckpointError, VideoError
 from memo_core.video import VideoWriter
 from training.evaluation import add_command, evaluate
 from training.evaluation.faces import FaceTrack
-from training.evaluation.frechet import FACE_3D_SIZE, Moments, align_3d, frechet_distance, load_inception
+from training.evaluation.frechet import FACE_3D_SIZE, Fid, Fvd, Moments, align_3d, frechet_distance, load_inception
 from training.evaluation.landmarks import head_angles, landmark_distance
-from training.evaluation.metric import ALEXNET, FACE_3D_POINTS, I3D, INCEPTION, Tools
+from training.evaluation.metric import ALEXNET, FACE_3D_POINTS, I3D, INCEPTION, SOURCES, Tools
 from training.evaluation.pictures import Lpips, Psnr, Ssim
 from training.evaluation.report import table, write_report
-from training.evaluation.sync import score_video
+from training.evaluation.sync import Sync, score_video
 from training.evaluation.videos import CHUNK_PIXELS, Chunk, PairReader, frames_at, pair_videos
 from training.syncnet import SyncNet, cut
 from training.toon import heads, voices
@@ -558,6 +560,60 @@ def test_what_is_missing_is_named_and_the_rest_is_measured(
         run_command(*videos, *common, "--device", "abacus")
     with pytest.raises(SystemExit, match="does not exist"):
         run_command(tmp_path / "absent.mp4", videos[1], *common)
+
+
+def test_remedies_are_true() -> None:
+    """What `memo download` is said to fetch is on its list; packages are in the extra that is named."""
+    import tomllib
+
+    listed = {Path(file.target).name for file in RELEASE_FILES}
+    for name, source in SOURCES.items():
+        assert ("fetches it" in source) == (name in listed), name
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        lines = [line for metric in (Fid, Lpips, Ssim, Sync) for line in metric.missing(Tools()) if "package" in line]
+    assert len(lines) == 6
+    for line in lines:
+        package, extra = re.search(r"the package (\S+), .*\[(\w+)\]", line).groups()
+        package = "lpips" if package == "torchvision" else package  # which that brings
+        assert any(item.startswith(package) for item in extras[extra]), line
+
+
+def test_a_program_runs_only_from_a_folder_that_was_named(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "hub/checkpoints"
+    for folder in (tmp_path / "weights", cache):
+        folder.mkdir(parents=True)
+        (folder / I3D).symlink_to(weights / I3D)
+    (tmp_path / "weights/syncnet_v2.model").touch()
+    assert Tools().find(I3D) is None and Tools(cache.parent).find(I3D) is None
+    assert Tools(tmp_path / "weights").find(I3D) and Tools().find("syncnet_v2.model")
+    (line,) = Fvd.missing(Tools())
+    assert "a program" in line and "--weights" in line
+
+
+def test_a_measure_that_cannot_be_loaded_is_named_whatever_it_raises(
+    talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mismatch(self: Ssim, tools: Tools) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(Ssim, "__init__", mismatch)
+    found = evaluate(talking / "made/1.mp4", talking / "true/1.mp4", ["ssim", "psnr"])
+    assert found.totals["ssim"].missing == ["RuntimeError: operator torchvision::nms does not exist"]
+    assert found.totals["psnr"].value is not None
+
+
+def test_huge_pictures_cost_their_row(talking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.evaluation.videos.MAX_PIXELS", SIZE * SIZE - 1)
+    (row,) = evaluate(talking / "made/1.mp4", talking / "true/1.mp4", ["psnr"]).videos
+    assert f"{SIZE}x{SIZE}" in row.reason
+    with pytest.raises(VideoError, match="picture too large"):  # also where only the frames say so
+        next(frames_at(talking / "made/1.mp4", 25, 1.0))
 
 
 def test_damaged_networks_are_named(talking: Path, weights: Path, tmp_path: Path) -> None:

@@ -31,7 +31,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         help="report.md, report.json, videos.csv, curves/ (%(default)s)",
     )
     parser.add_argument("--metrics", type=_names, help="some of the names below, with commas between (all)")
-    parser.add_argument("--weights", type=Path, default=Path("weights"), help="folder of network files (%(default)s)")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="folder of network files (weights; i3d_torchscript.pt, a program, is run only from one given here)",
+    )
     parser.add_argument("--device", default="cpu", help="for networks in PyTorch, such as cuda (%(default)s)")
     parser.add_argument(
         "--every", type=int, default=1, help="networks that look at single frames look at every n-th (%(default)s)"

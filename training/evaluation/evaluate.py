@@ -84,7 +84,8 @@ def evaluate(
     Args:
         generated, real: video files, or folders of videos paired by name.
         metrics: names as in METRICS; None takes all.
-        weights: folder of network files; see `Tools`. Nothing is downloaded.
+        weights: folder of network files; None: ./weights, but no programs from there; see `Tools`. Nothing is
+            downloaded.
         device: for networks in PyTorch; those in ONNX run on the CPU.
         every: networks that look at single frames look at every n-th.
         on_row: called with each video's row when it is measured.
@@ -141,8 +142,8 @@ def _load(tools: Tools, totals: dict[str, Total]) -> list[Metric]:
             try:
                 running.append(kind(tools))
                 continue
-            except (MemoError, ImportError) as error:
-                missing = [str(error)]
+            except Exception as error:  # packages that do not fit each other raise anything
+                missing = [str(error) if isinstance(error, MemoError) else _say(error)]
         for name in wanted:
             totals[name].missing = missing
     lines = dict.fromkeys(line for total in totals.values() for line in total.missing)

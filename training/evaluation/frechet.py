@@ -152,7 +152,7 @@ class Fvd(_Frechet):
             "FVD",
             "lower",
             f"Fréchet distance of I3D features of clips of {CLIP} frames that do not overlap (Unterthiner et al. 2018; "
-            "network and input as in StyleGAN-V)",
+            f"network and input as in StyleGAN-V; {I3D} is TorchScript, a program that was run)",
         ),
     )
     files, what = (I3D,), f"clips of {CLIP} frames"

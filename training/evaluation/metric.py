@@ -29,14 +29,18 @@ ALEXNET = "alexnet-owt-7be5be79.pth"
 LANDMARKS_2D, LANDMARKS_3D = "2d106det.onnx", "1k3d68.onnx"
 FACE_3D, FACE_3D_POINTS = "deep3d.onnx", "similarity_Lm3D_all.mat"
 _WITH_MEMO = "released with MEMO: `memo download` fetches it into misc/face_analysis/models"
+_BESIDE_MEMO = (
+    "misc/face_analysis/models of the repository memoavatar/memo on the Hugging Face hub; `memo download` leaves it out"
+)
 SOURCES = {  # file name -> where to get it
     face.DETECTOR: _WITH_MEMO,
     face.EMBEDDER: _WITH_MEMO,
-    LANDMARKS_2D: _WITH_MEMO,
-    LANDMARKS_3D: _WITH_MEMO,
+    LANDMARKS_2D: _BESIDE_MEMO,
+    LANDMARKS_3D: _BESIDE_MEMO,
     syncnet.FILE: syncnet.SOURCE,
     INCEPTION: f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}",
-    I3D: "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt (github.com/universome/fvd-comparison)",
+    I3D: "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt (github.com/universome/fvd-comparison)"
+    "; a TorchScript file is a program that runs when it is loaded, so it is only looked for in the --weights you name",
     ALEXNET: f"https://download.pytorch.org/models/{ALEXNET}",
     FACE_3D: "exported from net_recon of github.com/sicxu/Deep3DFaceRecon_pytorch, input [N, 3, 224, 224], output "
     "[N, 257]: torch.onnx.export(net_recon, torch.zeros(1, 3, 224, 224), 'deep3d.onnx', dynamic_axes=...)",
@@ -77,8 +81,9 @@ class Reading:
 class Tools:
     """What measures share.
 
-    weights: folder of network files; also looked into are its misc/face_analysis/models, as MEMO is released, and
-        torch hub's cache. every: networks that look at single frames look at every n-th.
+    weights: folder of network files (None: ./weights); also looked into are its misc/face_analysis/models, as MEMO is
+        released, and torch hub's cache. PROGRAMS are looked for only in a folder that was given.
+    every: networks that look at single frames look at every n-th.
     """
 
     weights: Path | None = None
@@ -87,8 +92,11 @@ class Tools:
 
     def find(self, name: str) -> Path | None:
         """The file of this name, or None."""
-        folders = [] if self.weights is None else [self.weights, self.weights / face.FOLDER]
-        folders.append(Path(torch.hub.get_dir()) / "checkpoints")
+        if name in PROGRAMS:
+            folders = [] if self.weights is None else [self.weights]
+        else:
+            given = self.weights or Path("weights")
+            folders = [given, given / face.FOLDER, Path(torch.hub.get_dir()) / "checkpoints"]
         return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
     def need(self, name: str) -> Path:
@@ -125,6 +133,7 @@ class Tools:
             raise CheckpointError(f"cannot load {path}: {error}. Delete and get it again") from error
 
 
+PROGRAMS = frozenset((I3D,))
 FACE_FILES = (face.DETECTOR, face.EMBEDDER)
 
 
@@ -160,9 +169,11 @@ class Metric:
     def missing(cls, tools: Tools) -> list[str]:
         """What has to be fetched first, in words."""
         names = {"torch_fidelity": "torch-fidelity"}
+        extras = dict.fromkeys(("lpips", "pyiqa", "torch_fidelity", "torchvision"), "metrics")
         lines = [f"missing: {name}, get it from {SOURCES[name]}" for name in cls.files if tools.find(name) is None]
         return lines + [
-            f'missing: the package {names.get(name, name)}, get it by pip install "comfyui-memo[training]" '
+            f"missing: the package {names.get(name, name)}, get it by pip install "
+            f'"comfyui-memo[{extras.get(name, "training")}]" '
             f"or pip install {names.get(name, name)}"
             for name in cls.packages
             if importlib.util.find_spec(name) is None
