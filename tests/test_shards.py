@@ -99,7 +99,7 @@ def test_damaged_shards_are_named(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_shows_every_clip_once_however_many_read(folder: Path, workers: int) -> None:
     config = replace(WINDOWS, data=Data(workers=workers))
-    data = batches.TrainingSet(folder, config, samples_per_step=2)
+    data = batches.TrainingSet(folder, config, samples_together=2)
     streams = [batches.loader(data, 1, 0, rank, processes=2) for rank in range(2)]
     seen = [key for _ in range(10) for stream in streams for key in next(stream).keys]
     assert Counter(seen[:10]) == Counter(seen[10:]) == Counter(f"clip{i}" for i in range(10))
@@ -108,7 +108,7 @@ def test_an_epoch_shows_every_clip_once_however_many_read(folder: Path, workers:
 
 def test_two_processes_see_what_one_with_twice_the_batch_sees(folder: Path) -> None:
     config = replace(WINDOWS, data=Data(past_windows=(1, 2, 3)), drop=Drop(all=0.2))
-    data = batches.TrainingSet(folder, config, samples_per_step=4)
+    data = batches.TrainingSet(folder, config, samples_together=4)
     whole = batches.loader(data, 4, 0)
     halves = [batches.loader(data, 2, 0, rank, 2) for rank in range(2)]
     for _ in range(6):
@@ -152,7 +152,7 @@ def test_past_and_sound_belong_to_the_window(folder: Path) -> None:
 
 def test_all_of_a_step_have_equally_many_past_windows(folder: Path) -> None:
     config = replace(WINDOWS, data=Data(past_windows=(1, 2, 3)))
-    stream = batches.loader(batches.TrainingSet(folder, config, samples_per_step=4), 4, 0)
+    stream = batches.loader(batches.TrainingSet(folder, config, samples_together=4), 4, 0)
     lengths = [next(stream).past.shape[1] for _ in range(30)]
     assert set(lengths) == {16, 32, 48}
 

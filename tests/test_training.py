@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from memo_core import MemoPipeline, MemoryState, Reference, checkpoint, kernels
+from memo_core.errors import CheckpointError
 from memo_core.job import Settings
 from memo_core.memory import SumsCache
 from memo_core.nets.emotion2vec import Emotion2Vec
@@ -31,7 +33,7 @@ from training import __main__ as command
 from training import batches, config, engine, flow, losses, presets
 from training.config import ConfigError, Drop, Engine, Loss, Optimizer, Stage
 from training.nets import Nets, begin_from_nothing, checkpoint_gradients, link_encoders
-from training.shards import ShardWriter
+from training.shards import Shards, ShardWriter
 from training.toon import sizes
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +100,17 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def assert_same_state(one: Path, other: Path) -> None:
+    """Checkpoints of the same bits: averaged weights, raw weights, the optimiser's moments."""
+    ours, theirs = weights_of(one), weights_of(other)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for name in ("model.safetensors", "average.safetensors"):
+        ours, theirs = load_file(one / "state" / name), load_file(other / "state" / name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    moments = [torch.load(path / "state" / "optimizer.bin", weights_only=True)["state"] for path in (one, other)]
+    assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
+
+
 def log_of(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -109,7 +122,11 @@ def test_the_presets_are_the_papers() -> None:
     one, two, three = presets.memo_stage1(), presets.memo_stage2(), presets.memo_stage3()
     assert [stage.steps for stage in (one, two, three)] == [15_000, 500_000, 100_000]
     assert one.data.single_frames and set(one.train) == {"reference", "spatial", "face"}
-    assert set(two.join) == set(one.train) and set(two.train) == set(config.PARTS) and two.data.past_windows == (1,)
+    assert (
+        set(two.train) - set(two.join) == {"audio", "memory"}
+        and set(two.train) == set(config.PARTS)
+        and two.data.past_windows == (1,)
+    )
     assert set(three.train) == {"audio", "memory"} and three.data.past_windows == (1, 2, 3)
     for stage in (two, three):
         assert stage.drop == Drop(emotion=0.3, reference=0.05, audio=0.05, past=0.05, all=0.0)
@@ -180,10 +197,14 @@ def test_a_sample_that_is_far_off_does_not_teach() -> None:
     _, clean = losses.flow_errors(predicted, velocity, sigma, torch.ones(()), Loss(robust_measure="clean"))
     torch.testing.assert_close(clean, loss / 4)
     no = torch.zeros(3, dtype=torch.bool)
-    assert losses.kept_by_filter(error, no, 0.1).tolist() == [True, False, True]
-    assert losses.kept_by_filter(error, torch.tensor([False, True, False]), 0.1).all(), "nobody knows the faceless"
-    assert losses.kept_by_filter(error, no, math.inf).all()
-    assert not losses.kept_by_filter(torch.tensor([math.nan]), torch.tensor([True]), math.inf).any()
+    assert losses.kept_by_filter(loss, error, no, 0.1).tolist() == [True, False, True]
+    assert losses.kept_by_filter(loss, error, torch.tensor([False, True, False]), 0.1).all(), (
+        "nobody knows the faceless"
+    )
+    assert losses.kept_by_filter(loss, error, no, math.inf).all()
+    one, nan = torch.ones(1), torch.tensor([math.nan])
+    assert not losses.kept_by_filter(one, nan, torch.tensor([True]), math.inf).any()
+    assert not losses.kept_by_filter(nan, one, torch.tensor([True]), math.inf).any()
 
 
 def test_places_in_focus_count_more() -> None:
@@ -288,9 +309,9 @@ def test_rows_keep_their_conditions_and_losses_when_some_lose_theirs() -> None:
     order = seen["emotion"]
     assert seen["unconditional"] == 4 and sorted(order.tolist()) == list(range(rows)) != order.tolist()
     assert gone[order[:4]].all() and not gone[order[4:]].any()
-    assert (
-        seen["reference"][0].tolist() == order[4:].tolist() and seen["face_tokens"].flatten().tolist() == order.tolist()
-    )
+    assert seen["reference"][0].tolist() == order[4:].tolist()
+    # Without a portrait there is no face embedding either, as in guidance's unconditional row.
+    assert seen["face_tokens"].flatten().tolist() == [0] * 4 + order[4:].tolist()
     assert (seen["audio_tokens"][:, 0, 0, 0] == torch.where(order == 2, 0, order)).all()
     torch.testing.assert_close(seen["timestep"].view(rows, 16)[:, 0] / 1000, 0.1 + order / 10)
     torch.testing.assert_close(loss, code.square())  # nothing predicted where the velocity is -clean
@@ -331,7 +352,7 @@ def test_gradients_are_the_same_when_activations_are_computed_again(data: Path) 
 
 
 def test_every_stage_trains_what_it_should_and_becomes_a_checkpoint(data: Path, encoders: Path, tmp_path: Path) -> None:
-    nets, start = small_nets(), "nothing"
+    nets = small_nets()
     parts = {
         name: {key for key, value in nets.named_parameters() if any(value is p for p in parameters)}
         for name, parameters in nets.parts().items()
@@ -342,13 +363,13 @@ def test_every_stage_trains_what_it_should_and_becomes_a_checkpoint(data: Path, 
             preset(), steps=2, join_step=0, engine=replace(TINY.engine, sample_every=2), optimizer=TINY.optimizer
         )
         before = {key: value.clone() for key, value in nets.state_dict().items()}
-        last = engine.train(stage, data, tmp_path / stage.name, nets, encoders, start)
+        last = engine.train(stage, data, tmp_path / stage.name, nets, encoders)
         after = weights_of(last)
-        changed = {key for key in after if not torch.equal(before[key].half(), after[key])}
+        changed = {key for key in after if not torch.equal(before[key], after[key])}
         for name, keys in parts.items():
             assert bool(changed & keys) == (name in stage.train), f"{stage.name}: {name}"
         assert (tmp_path / stage.name / "samples" / "0000002.png").is_file()
-        nets, start = Nets.from_pretrained(last), str(last)
+        nets = Nets.from_pretrained(last)
     assert MemoPipeline.from_pretrained(last).default_size == (128, 128)
 
 
@@ -370,57 +391,74 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
     stage = replace(TINY, optimizer=replace(TINY.optimizer, accumulate=accumulate, batch=1))
-    whole = weights_of(engine.train(stage, data, tmp_path / "whole", small_nets(), None))
+    whole = engine.train(stage, data, tmp_path / "whole", small_nets(), None)
     step = engine.Trainer._step
 
-    def stop(trainer: engine.Trainer, stream: Any, number: int) -> dict[str, float]:
-        if number == 3:  # after the checkpoint of step 2, with one step done that is lost
+    def stop(trainer: engine.Trainer, *rest: Any) -> float:
+        if trainer.step == 3:  # after the checkpoint of step 2, with one step done that is lost
             raise KeyboardInterrupt
-        return step(trainer, stream, number)
+        return step(trainer, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.Trainer, "_step", stop)
         with pytest.raises(KeyboardInterrupt):
             engine.train(stage, data, tmp_path / "halved", small_nets(), None)
     assert [path.name for path in engine.checkpoints(tmp_path / "halved")] == ["checkpoint-0000002"]
-    resumed = weights_of(engine.train(stage, data, tmp_path / "halved", small_nets(seed=1), None))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    resumed = engine.train(stage, data, tmp_path / "halved", small_nets(), None)
+    assert_same_state(whole, resumed)
     assert len(engine.checkpoints(tmp_path / "halved")) == 2, "only the last ones are kept"
+    assert [row["step"] for row in log_of(tmp_path / "halved")] == list(range(1, 7)), "no step is told twice"
 
 
-def test_a_run_is_not_continued_under_other_settings(data: Path, tmp_path: Path) -> None:
-    engine.train(replace(TINY, steps=2), data, tmp_path, small_nets(), None, "a")
+def test_a_run_is_not_continued_under_other_settings_weights_or_data(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    engine.train(replace(TINY, steps=2), data, out, small_nets(), None)
     with pytest.raises(ConfigError, match="optimizer.learning_rate was 0.001, is 0.5"):
         changed = replace(TINY, optimizer=replace(TINY.optimizer, learning_rate=0.5))
-        engine.train(changed, data, tmp_path, small_nets(), None, "a")
-    with pytest.raises(ConfigError, match="started from 'a', not 'b'"):
-        engine.train(TINY, data, tmp_path, small_nets(), None, "b")
-    engine.train(replace(TINY, steps=4), data, tmp_path, small_nets(), None, "a")  # longer is no other run
+        engine.train(changed, data, out, small_nets(), None)
+    with pytest.raises(ConfigError, match="the start's weights was"):
+        engine.train(TINY, data, out, small_nets(seed=1), None)
+    shutil.copytree(data, tmp_path / "more")
+    with ShardWriter(tmp_path / "more") as writer:
+        shards = Shards(data)
+        writer.add("another", {name: shards.read(0, name) for name in shards.names(0)})
+    with pytest.raises(ConfigError, match="the data was"):
+        engine.train(TINY, tmp_path / "more", out, small_nets(), None)
+    with pytest.raises(ConfigError, match="samples per step was 2, is 3"):
+        unequal = replace(TINY, optimizer=replace(TINY.optimizer, batch=3))
+        engine.train(replace(unequal, optimizer=unequal.optimizer), data, out, small_nets(), None)
+    engine.train(replace(TINY, steps=4), data, out, small_nets(), None)  # longer is no other run
 
 
-def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(data: Path, tmp_path: Path) -> None:
-    """kill -9, at a random moment and while a checkpoint is half written."""
-    whole = weights_of(engine.train(TINY, data, tmp_path / "whole", small_nets(), None))
+@pytest.mark.parametrize("moment", ["saving", "stepping"])
+def test_a_killed_run_goes_on_to_the_same_bits(data: Path, tmp_path: Path, moment: str) -> None:
+    """kill -9 while a checkpoint is half written, and between two steps."""
+    whole = engine.train(TINY, data, tmp_path / "whole", small_nets(), None)
     script = (
-        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']; import test_training as t\n"
-        "from training import nets\n"
-        "real = nets.Nets.save\n"
-        "def save(self, folder, *rest):\n"
-        "    real(self, folder, *rest)\n"
-        "    if '0004' in str(folder): print('half written', flush=True); t.time.sleep(60)\n"
-        "nets.Nets.save = save\n"
+        "import sys, time; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']; import test_training as t\n"
+        "from training import engine, nets\n"
+        "def wait(): print('now', flush=True); time.sleep(600)\n"
+        "save, step = nets.Nets.save, engine.Trainer._step\n"
+        "def slow_save(self, folder, *rest):\n"
+        "    save(self, folder, *rest)\n"
+        "    if '0004' in str(folder): wait()\n"
+        "def slow_step(self, *rest):\n"
+        "    if self.step == 3: wait()\n"
+        "    return step(self, *rest)\n"
+        "if sys.argv[4] == 'saving': nets.Nets.save = slow_save\n"
+        "else: engine.Trainer._step = slow_step\n"
         "t.engine.train(t.TINY, sys.argv[2], sys.argv[3], t.small_nets(), None)\n"
     )
-    arguments = [sys.executable, "-c", script, str(ROOT), str(data), str(tmp_path / "killed")]
+    out = tmp_path / "killed"
+    arguments = [sys.executable, "-c", script, str(ROOT), str(data), str(out), moment]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout.readline() == "half written\n"
+    assert process.stdout.readline() == "now\n"
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    left = {path.name for path in (tmp_path / "killed").glob("checkpoint-*")}
-    assert left == {"checkpoint-0000002", "checkpoint-0000004.tmp"}
-    resumed = weights_of(engine.train(TINY, data, tmp_path / "killed", small_nets(seed=1), None))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert not list((tmp_path / "killed").glob("*.tmp"))
+    assert process.wait() == -signal.SIGKILL
+    left = {"checkpoint-0000002", "checkpoint-0000004.tmp"} if moment == "saving" else {"checkpoint-0000002"}
+    assert {path.name for path in out.glob("checkpoint-*")} == left
+    assert_same_state(whole, engine.train(TINY, data, out, small_nets(), None))
+    assert not list(out.glob("*.tmp"))
 
 
 def test_what_is_logged_can_be_read_back(data: Path, encoders: Path, tmp_path: Path) -> None:
@@ -439,12 +477,71 @@ def test_what_is_logged_can_be_read_back(data: Path, encoders: Path, tmp_path: P
 
 def test_bad_samples_are_dropped_counted_and_named(data: Path, tmp_path: Path) -> None:
     stage = replace(TINY, steps=2, loss=Loss(robust_threshold=0.0, robust_from=1), drop=Drop(reference=0.0))
+    stage = replace(stage, engine=replace(stage.engine, save_every=1))
     engine.train(stage, data, tmp_path, small_nets(), None)
-    assert [row["kept"] for row in log_of(tmp_path)] == [1.0, 0.0]
+    assert [row["kept"] for row in log_of(tmp_path)] == [1.0, 0.0] and math.isnan(log_of(tmp_path)[1]["loss"])
+    one, two = (weights_of(path) for path in engine.checkpoints(tmp_path))
+    assert all(torch.equal(one[key], two[key]) for key in one), "a step that teaches nothing changes nothing"
     rows = [json.loads(line) for line in (tmp_path / "dropped-0.jsonl").read_text().splitlines()]
     expected = [key for n in (2, 3) for key in batches.TrainingSet(data, stage)[n].keys]
     assert [(row["step"], row["key"]) for row in rows] == [(1, key) for key in expected]
     assert all(row["error"] > 0 for row in rows)
+
+
+def test_a_damaged_sample_is_left_out_and_named(data: Path, tmp_path: Path) -> None:
+    shards = Shards(data)
+    with ShardWriter(tmp_path / "data") as writer:
+        for number, sample in enumerate(shards.samples[:3]):
+            tensors = {name: shards.read(number, name) for name in shards.names(number)}
+            if number == 1:
+                tensors["latents"] = torch.full_like(tensors["latents"], math.nan)
+            writer.add(sample.key, tensors)
+    stage = replace(TINY, steps=3, optimizer=replace(TINY.optimizer, batch=3))
+    last = engine.train(stage, tmp_path / "data", tmp_path / "out", small_nets(), None)
+    rows = log_of(tmp_path / "out")
+    assert all(row["kept"] == pytest.approx(2 / 3) and row["skipped"] == 0 for row in rows)
+    dropped = [json.loads(line)["key"] for line in (tmp_path / "out" / "dropped-0.jsonl").read_text().splitlines()]
+    assert dropped == ["clip1"] * 3
+    assert all(torch.isfinite(value).all() for value in weights_of(last).values())
+
+
+def test_steps_in_parts_are_the_same_steps_also_where_samples_are_dropped(data: Path, tmp_path: Path) -> None:
+    errors = [float(flow.FlowModel(small_nets(), Loss())(batches.TrainingSet(data, TINY)[n])[1]) for n in range(4)]
+    stage = replace(TINY, steps=2, loss=Loss(robust_threshold=sorted(errors)[2] + 1e-3))
+    whole = replace(stage, optimizer=replace(TINY.optimizer, batch=4))
+    parts = replace(stage, optimizer=replace(TINY.optimizer, batch=2, accumulate=2))
+    for name, run in (("whole", whole), ("parts", parts)):
+        engine.train(run, data, tmp_path / name, small_nets(), None)
+    for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
+        assert a["kept"] == b["kept"] and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
+    assert log_of(tmp_path / "whole")[0]["kept"] < 1
+
+
+def test_what_is_missing_is_said_before_work_starts(data: Path, encoders: Path, tmp_path: Path) -> None:
+    shutil.copytree(encoders / "vae", tmp_path / "half" / "vae")
+    with pytest.raises(CheckpointError, match="half lacks wav2vec2/config.json, emotion2vec/model.pt"):
+        engine.train(TINY, data, tmp_path / "out", small_nets(), tmp_path / "half")
+    with pytest.raises(ConfigError, match="not installed: aimless"):
+        changed = replace(TINY, engine=replace(TINY.engine, trackers=("aimless",)))
+        engine.train(changed, data, tmp_path / "out", small_nets(), None)
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_encoders_behind_links_come_along(encoders: Path, tmp_path: Path) -> None:
+    """As a hub's cache has them."""
+    (tmp_path / "blobs").mkdir()
+    for path in encoders.rglob("*"):
+        if path.is_file():
+            target = tmp_path / "snapshot" / path.relative_to(encoders)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            blob = tmp_path / "blobs" / path.as_posix().replace("/", "_")
+            shutil.copy(path, blob)
+            target.symlink_to(os.path.relpath(blob, target.parent))
+    link_encoders(tmp_path / "snapshot", tmp_path / "made" / "checkpoint")
+    for path in encoders.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "made" / "checkpoint" / path.relative_to(encoders)).read_bytes() == path.read_bytes()
 
 
 def launch(stage: Stage, data: Path, out: Path, processes: int) -> None:
@@ -552,7 +649,7 @@ def test_an_adapter_is_trained_and_changes_what_is_sampled(data: Path, encoders:
         (["--start", "nowhere"], "nowhere"),
         ([], "either --start"),
         (["--start", "a", "--sd15", "b"], "either --start"),
-        (["--start", "nowhere", "--set", "steps=x"], "'x' is not int"),
+        (["--start", "nowhere", "--set", "steps=x", "--set", "seed=1"], "'x' is not int"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_a_line(

@@ -46,8 +46,8 @@ def add_train(commands) -> None:
     train.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes: optimizer.batch=2 steps=500"
     )
-    train.add_argument("--data", type=Path, required=True, help="folder of shards")
-    train.add_argument("--out", type=Path, required=True, help="folder of the run; one that was stopped goes on")
+    train.add_argument("--data", type=Path, help="folder of shards")
+    train.add_argument("--out", type=Path, help="folder of the run; one that was stopped goes on")
     train.add_argument(
         "--start", type=Path, help="checkpoint in the released layout, toon, or the folder of a run: its last one"
     )
@@ -72,24 +72,25 @@ def run_train(args: argparse.Namespace) -> None:
     if args.show:
         print("\n".join(f"{name}={value}" for name, value in flatten(config).items()))
         return
+    if args.data is None or args.out is None:
+        raise ConfigError("give --data, the folder of shards, and --out, the folder of the run")
     if (args.start is None) == (args.sd15 is None):
         raise ConfigError("give either --start (a checkpoint, or a run) or --sd15 (Stable Diffusion 1.5)")
     if args.start is not None:
         start = engine.latest(args.start) or args.start
         if str(start) in checkpoint.EMBEDDED:
             start = checkpoint.find(start)
-        name = checkpoint.base_digest(start) if config.lora.rank else str(start)
         nets = Nets.from_pretrained(start)
     else:
         from . import initialise
 
-        nets, name, start = Nets(), str(args.sd15), None
+        nets, start = Nets(), None
         print(initialise.from_stable_diffusion(nets, args.sd15))
         if args.animatediff is not None:
             print(initialise.from_animatediff(nets, args.animatediff))
-            name += f" and {args.animatediff}"
     encoders = args.encoders or (start if start is not None and (start / "vae").is_dir() else None)
-    print(f"the last checkpoint is {engine.train(config, args.data, args.out, nets, encoders, name)}")
+    base = checkpoint.base_digest(start) if config.lora.rank and start is not None else ""
+    print(f"the last checkpoint is {engine.train(config, args.data, args.out, nets, encoders, base)}")
 
 
 if __name__ == "__main__":

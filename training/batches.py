@@ -52,6 +52,28 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def pin_memory(self) -> Batch:
+        """As torch's DataLoader asks: from there the copy to a GPU does not wait."""
+        pinned = {
+            item.name: value.pin_memory()
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **pinned)
+
+    def without_damaged(self) -> tuple[Batch, Tensor]:
+        """The batch with zeros in place of samples that hold NaN or infinite numbers, and which [B] these are."""
+        damaged = torch.zeros(len(self.keys), dtype=torch.bool, device=self.latents.device)
+        given = {
+            item.name: value
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor) and value.is_floating_point()
+        }
+        for value in given.values():
+            damaged |= ~torch.isfinite(value).reshape(len(value), -1).all(dim=1)
+        cleared = {k: v.masked_fill(damaged.view(-1, *[1] * (v.ndim - 1)), 0) for k, v in given.items()}
+        return replace(self, **cleared), damaged
+
 
 class TrainingSet(Dataset):
     """Samples by their number in the run.
@@ -59,15 +81,15 @@ class TrainingSet(Dataset):
     Args:
         folder: of shards.
         config: of the stage.
-        samples_per_step: of all processes in one micro-step; those of one step have equally many past windows.
+        samples_together: of all processes in one micro-step; they have equally many past windows.
         face_embedding: width of the face embedding, for clips that come without one.
 
     Raises:
         ShardError: if no clip is long enough, or the clips have no sound where the stage needs it.
     """
 
-    def __init__(self, folder: Path | str, config: Stage, samples_per_step: int = 1, face_embedding: int = 512):
-        self.shards, self.config, self.samples_per_step = Shards(folder), config, samples_per_step
+    def __init__(self, folder: Path | str, config: Stage, samples_together: int = 1, face_embedding: int = 512):
+        self.shards, self.config, self.samples_together = Shards(folder), config, samples_together
         self.face_embedding = face_embedding
         self.usable = [i for i, sample in enumerate(self.shards.samples) if sample.frames >= config.data.frames]
         if not self.usable:
@@ -136,7 +158,7 @@ class TrainingSet(Dataset):
         choice = torch.randint(
             len(config.data.past_windows),
             (),
-            generator=_generator(config.seed, "past", number // self.samples_per_step),
+            generator=_generator(config.seed, "past", number // self.samples_together),
         )
         most = config.data.past_windows[int(choice)]
         first = int(torch.randint(frames - length + 1, (), generator=generator))
@@ -148,26 +170,27 @@ class TrainingSet(Dataset):
             known, past = 1, portrait.expand(WINDOW, -1, -1, -1)  # a video begins with the portrait as its past
         else:
             past = self.shards.read(clip, "latents", slice(first - known * WINDOW, first)).float()
-        noise = torch.rand((), generator=generator) * torch.randn(past.shape, generator=generator)
-        past = past + config.data.past_noise * noise
-        # Windows that are not there stand at the front and count for nothing.
-        past = torch.cat([torch.zeros((most - known) * WINDOW, *past.shape[1:]), past])
-
         now = torch.arange(first, first + length)[:, None] + torch.arange(-NEIGHBOURS, NEIGHBOURS + 1)
         begin, end = max(0, first - NEIGHBOURS), min(frames, first + length + NEIGHBOURS)
         speech = self.shards.read(clip, "speech", slice(begin, end)).float()
         audio = speech[now.clamp(0, frames - 1) - begin]
         emotion = self.shards.read(clip, "emotion", slice(first, first + length)).long().mode().values[None]
-        # Always as many numbers are drawn, so that one probability does not change what the others decide.
+        sigma = losses.draw_sigma(1, config.loss, generator)
+        # All are drawn, whatever the others say, so that one probability does not change what the others decide.
         all_of_it = _chance(drop.all, generator)
         no_reference = _chance(drop.reference, generator) | all_of_it
         no_audio = _chance(drop.audio, generator) | all_of_it
         no_emotion = _chance(drop.emotion, generator) | all_of_it
         no_past = _chance(drop.past, generator)
+        # Last, because their number is not always the same.
+        noise = torch.rand((), generator=generator) * torch.randn(past.shape, generator=generator)
+        past = past + config.data.past_noise * noise
+        # Windows that are not there stand at the front and count for nothing.
+        past = torch.cat([torch.zeros((most - known) * WINDOW, *past.shape[1:]), past])
         return Batch(
             keys=(self.shards.samples[clip].key,),
             **common,
-            sigma=losses.draw_sigma(1, config.loss, generator).expand(1, length),
+            sigma=sigma.expand(1, length),
             no_reference=no_reference,
             past=past[None],
             past_windows=torch.tensor([known]) * ~no_past,
@@ -202,6 +225,7 @@ def loader(dataset: TrainingSet, batch: int, first_step: int, rank: int = 0, pro
             prefetch_factor=4 if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # of its own: else it would take a number from the run's
         )
     )
 

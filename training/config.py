@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +18,11 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """What one sample of a step is.
+    """What one sample is.
 
     single_frames: frames of a clip that do not follow each other, each by itself, without sound or past (stage 1).
     frames: of a sample, 16 for windows.
-    past_windows: numbers of 16-frame past windows; one is drawn per step.
+    past_windows: numbers of 16-frame past windows; one is drawn per micro-step.
     start_ratio: probability that a window is treated as a video's first, whose past is the portrait; windows that
         begin in a clip's first 16 frames always are.
     past_noise: greatest standard deviation of noise on past latents, because generated ones are not clean either.
@@ -58,7 +57,8 @@ class Loss:
 
     weighting: how noise levels are drawn and weighted, as in Stable Diffusion 3 (Esser et al. 2024, section 3.1):
         logit_normal, mode, cosmap, sigma_sqrt or uniform.
-    robust_threshold: samples whose error exceeds it are dropped from the step; infinity drops none.
+    robust_threshold: samples whose error exceeds it are dropped from the step; infinity drops none. Those without a
+        portrait stay: what they should look like is anybody's guess, so their error says nothing.
     robust_measure: "loss", the mean squared error of the velocity; or "clean", that error seen in the clean estimate
         (times sigma squared), which does not depend on how noisy the sample was.
     robust_from: step from which on samples are dropped: in the beginning all are far off.
@@ -118,7 +118,7 @@ class Engine:
     attention: "auto", or "math" (plain attention: faster backwards on the CPU for narrow heads).
     ema: decay of the averaged weights that checkpoints hold; 0: none.
     save_every, sample_every, log_every: steps. keep: checkpoints kept.
-    trackers: TensorBoard always; "wandb" and others that accelerate knows besides.
+    trackers: others that accelerate knows, such as "wandb", besides TensorBoard.
     """
 
     mixed_precision: str = "bf16"
@@ -130,20 +130,21 @@ class Engine:
     sample_every: int = 1000
     samples: int = 4
     log_every: int = 10
-    trackers: tuple[str, ...] = ("tensorboard",)
+    trackers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
     """One stage of training (MEMO section 4.3).
 
-    train: parts that learn: reference, spatial, face (its projection), audio (modules and projection), memory.
+    train: parts that learn: reference (the Reference Net), spatial (attention within a frame, to portrait and face),
+        backbone (what else Stable Diffusion's UNet has), face (its projection), audio (modules and projection), memory.
     join_step: the parts in `join` stand still until then, while new modules warm up.
     """
 
     name: str
     steps: int
-    train: tuple[str, ...] = ("reference", "spatial", "face", "audio", "memory")
+    train: tuple[str, ...] = ("reference", "spatial", "backbone", "face", "audio", "memory")
     join: tuple[str, ...] = ()
     join_step: int = 0
     seed: int = 0
@@ -155,7 +156,7 @@ class Stage:
     engine: Engine = field(default_factory=Engine)
 
 
-PARTS = ("reference", "spatial", "face", "audio", "memory")
+PARTS = ("reference", "spatial", "backbone", "face", "audio", "memory")
 _CHOICES = {
     "train": PARTS,
     "join": PARTS,
@@ -181,7 +182,8 @@ def check(config: Stage) -> Stage:
         if name.startswith("drop.") or name in ("data.start_ratio", "engine.ema"):
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name} must be between 0 and 1, got {value}")
-    for name in ("steps", "data.frames", "optimizer.batch", "optimizer.accumulate", "engine.save_every", "engine.keep"):
+    whole = ("steps", "data.frames", "optimizer.batch", "optimizer.accumulate")
+    for name in (*whole, *(f"engine.{key}" for key in ("save_every", "keep", "sample_every", "samples", "log_every"))):
         if flat[name] < 1:
             raise ConfigError(f"{name} must be at least 1, got {flat[name]}")
     if config.lora.rank and config.lora.base == "bf16" and config.engine.mixed_precision != "bf16":
@@ -238,8 +240,6 @@ def _parsed(kind: Any, text: str, name: str) -> Any:
     try:
         if typing.get_origin(kind) is tuple:
             return tuple(typing.get_args(kind)[0](item) for item in text.split(",") if item)
-        if isinstance(kind, types.GenericAlias):
-            raise TypeError
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         return kind(text)

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,40 +20,49 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from memo_core.checkpoint import weights_digest
+from memo_core.nets.memory_module import MemoryModule
+
 from . import batches, lora, losses, run
 from .config import ConfigError, Stage, flatten, from_json, to_json
 from .flow import FlowModel
-from .nets import Nets, checkpoint_gradients, link_encoders
+from .nets import Nets, check_encoders, checkpoint_gradients, link_encoders
 
-# Settings that may differ when a stopped run goes on: none of them changes what is learned.
-_FREE = ("steps", "data.workers", "engine.save_every", "engine.keep", "engine.sample_every", "engine.samples")
+AVERAGE = "average.safetensors"
+# What a run has to have in common with the one it goes on from, besides its settings.
+_SAME = {"started_from": "the start's weights", "data": "the data", "samples_per_step": "samples per step"}
+
+# Settings that may differ when a stopped run goes on: none of them changes what is learned. Nor do steps, where the
+# learning rate does not follow them.
+_FREE = ("data.workers", "engine.save_every", "engine.keep", "engine.sample_every", "engine.samples")
 _FREE += ("engine.log_every", "engine.trackers", "engine.gradient_checkpointing")
 
 
 def train(
-    config: Stage, data: Path | str, out: Path | str, nets: Nets, encoders: Path | str | None, started_from: str = ""
+    config: Stage, data: Path | str, out: Path | str, nets: Nets, encoders: Path | str | None, base: str = ""
 ) -> Path:
     """Trains or resumes one stage.
 
     Args:
         config: of the stage.
         data: folder of shards.
-        out: `checkpoint-<step>` folders, `log.jsonl`, `logs/` (TensorBoard), `samples/` and `dropped.jsonl` go there.
-        nets: to start from; a run that goes on replaces their weights.
+        out: `checkpoint-<step>` folders, `log.jsonl`, `logs/` (TensorBoard), `samples/` and, for each process,
+            `dropped-<rank>.jsonl` go there. With many machines, a folder that all of them see.
+        nets: to start from; a run that goes on replaces their weights, and refuses to have started from others.
         encoders: checkpoint in the released layout whose VAE and encoders the checkpoints are completed with; None
             leaves them out, and makes no pictures.
-        started_from: what `nets` are, for the record; a run that goes on refuses another. With adapters, the digest of
-            the checkpoint they belong to (`memo_core.checkpoint.base_digest`).
+        base: with adapters, the digest of the checkpoint they belong to (`memo_core.checkpoint.base_digest`).
 
     Returns:
         The last checkpoint.
 
     Raises:
-        ConfigError: `out` was begun with other settings.
+        ConfigError: `out` was begun with other settings, weights or data; a tracker is not installed.
+        CheckpointError: `encoders` lacks something.
         ShardError: the data cannot be used.
         RuntimeError: the loss was not finite ten steps in a row.
     """
-    trainer = Trainer(config, Path(data), Path(out), nets, None if encoders is None else Path(encoders), started_from)
+    trainer = Trainer(config, Path(data), Path(out), nets, None if encoders is None else Path(encoders), base)
     try:
         return trainer.run()
     finally:
@@ -80,141 +90,163 @@ def prepare_to_learn(nets: Nets, config: Stage) -> dict[str, list[nn.Parameter]]
 class Trainer:
     """One run of one stage; see `train`."""
 
-    def __init__(
-        self, config: Stage, data: Path, out: Path, nets: Nets, encoders: Path | None, started_from: str
-    ) -> None:
+    def __init__(self, config: Stage, data: Path, out: Path, nets: Nets, encoders: Path | None, base: str) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
-        from accelerate.utils import ProjectConfiguration, set_seed
+        from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 
-        self.config, self.out, self.encoders, self.started_from = config, out, encoders, started_from
+        self.config, self.out, self.encoders, self.base = config, out, encoders, base
+        if encoders is not None:
+            check_encoders(encoders)
         out.mkdir(parents=True, exist_ok=True)
-        self.accelerator = Accelerator(
+        self.accelerator = accelerator = Accelerator(
             mixed_precision=config.engine.mixed_precision,
             gradient_accumulation_steps=config.optimizer.accumulate,
-            log_with=[*config.engine.trackers],
+            log_with=_trackers(config),
             project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "logs")),
             # Which parameters a step uses depends on the process: its samples may all go without a reference.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-        set_seed(config.seed)
-        accelerator = self.accelerator
-        groups = prepare_to_learn(nets, config)
-        self.nets, self.names = nets, list(groups)
-        self.set = batches.TrainingSet(
-            data,
-            config,
-            samples_per_step=config.optimizer.batch * accelerator.num_processes,
-            face_embedding=nets.sizes.face_embedding,
-        )
-        optimizer = _adamw([{"params": parameters} for parameters in groups.values()], config)
-        if accelerator.state.deepspeed_plugin is not None:
-            plugin = accelerator.state.deepspeed_plugin.deepspeed_config
-            plugin["train_micro_batch_size_per_gpu"] = config.optimizer.batch
-        if config.engine.ema and accelerator.distributed_type in _sharded():
+        self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        if config.engine.ema and self.sharded:
             raise ConfigError(
                 f"engine.ema={config.engine.ema} needs whole weights in every process, "
                 f"and {accelerator.distributed_type} holds parts of them: set engine.ema=0"
             )
+        set_seed(config.seed)
+        self.started_from = weights_digest(nets.state_dict())[:16]
+        self.set = batches.TrainingSet(
+            data,
+            config,
+            samples_together=config.optimizer.batch * accelerator.num_processes,
+            face_embedding=nets.sizes.face_embedding,
+        )
+        groups = prepare_to_learn(nets, config)
+        self.nets, self.names = nets, list(groups)
+        optimizer = _adamw([{"params": parameters} for parameters in groups.values()], config)
+        if self.deepspeed:  # it takes these from its own configuration
+            accelerator.state.deepspeed_plugin.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": config.optimizer.batch,
+                "gradient_accumulation_steps": config.optimizer.accumulate,
+                "gradient_clipping": config.optimizer.max_grad_norm,
+            }
         self.model, self.optimizer = accelerator.prepare(FlowModel(nets, config.loss), optimizer)
+        if accelerator.distributed_type == DistributedType.FSDP:
+            _gather_for_sums(self.model)
         self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.average = _average(self.learning, config)
-        self.progress = _Progress()
-        accelerator.register_for_checkpointing(self.progress)
-        if self.average is not None:
-            accelerator.register_for_checkpointing(self.average)
+        self.step, self.seconds = 0, 0.0
 
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator
         self._resume()
         if accelerator.is_main_process:
             accelerator.init_trackers(config.name, config={k: _plain(v) for k, v in flatten(config).items()})
-        step, accumulate = self.progress.step, config.optimizer.accumulate
         stream = batches.loader(
-            self.set, config.optimizer.batch, step * accumulate, accelerator.process_index, accelerator.num_processes
+            self.set,
+            config.optimizer.batch,
+            self.step * config.optimizer.accumulate,
+            accelerator.process_index,
+            accelerator.num_processes,
         )
-        last = self._folder(step)
-        bar = run.bar(config.name, config.steps, step, accelerator.is_main_process)
-        began, seconds = time.monotonic(), self.progress.seconds
+        last = self._folder(self.step)
+        bar = run.bar(config.name, config.steps, self.step, accelerator.is_main_process)
+        began, seconds = time.monotonic(), self.seconds
         attention = sdpa_kernel([SDPBackend.MATH]) if config.engine.attention == "math" else nullcontext()
         self.model.train()
-        bad = 0
+        figures, bad = _Figures(), 0
         with bar, attention:
-            while step < config.steps:
-                self._set_rates(step)
-                figures = self._step(stream, step)
-                if not math.isfinite(figures["gradient_norm"]):
-                    bad += 1
-                    if bad >= 10:
-                        raise RuntimeError(
-                            f"gradients were not finite for {bad} steps up to step {step}; lower "
-                            "optimizer.learning_rate or use engine.mixed_precision=bf16"
-                        )
-                else:
-                    bad = 0
-                step += 1
-                self.progress.step, self.progress.seconds = step, seconds + time.monotonic() - began
+            while self.step < config.steps:
+                self._set_rates()
+                gradient_norm = self._step(stream, figures)
+                bad = 0 if math.isfinite(gradient_norm) else bad + 1
+                if bad >= 10:
+                    raise RuntimeError(
+                        f"gradients were not finite for {bad} steps up to step {self.step}; lower "
+                        "optimizer.learning_rate or use engine.mixed_precision=bf16"
+                    )
+                self.step += 1
+                step, self.seconds = self.step, seconds + time.monotonic() - began
                 if step % config.engine.log_every == 0 or step == config.steps:
-                    self._log(step, figures, bar)
+                    self._log(figures.taken(), bar)
                 bar.update()
                 if step % config.engine.sample_every == 0 or step == config.steps:
-                    self._show(step)
+                    self._show()
                 if step % config.engine.save_every == 0 or step == config.steps:
-                    last = self.save(step)
+                    last = self.save()
         return last
 
-    def _step(self, stream: Any, step: int) -> dict[str, float]:
-        """One step of the optimiser; what happened in it, over all processes."""
+    def _step(self, stream: Iterator[batches.Batch], figures: _Figures) -> float:
+        """One step of the optimiser; returns the norm of its gradient, not finite if the step was skipped for that."""
         config, accelerator = self.config, self.accelerator
-        threshold = config.loss.robust_threshold if step >= config.loss.robust_from else math.inf
+        threshold = config.loss.robust_threshold if self.step >= config.loss.robust_from else math.inf
         total, kept, seen = 0.0, 0, 0
         for micro in range(config.optimizer.accumulate):
             batch = next(stream).to(accelerator.device)
             accelerator.gradient_state._set_sync_gradients(micro == config.optimizer.accumulate - 1)
-            context = nullcontext() if accelerator.sync_gradients else accelerator.no_sync(self.model)
-            with context:
+            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(self.model):
                 loss, error = self.model(batch)
-                keep = losses.kept_by_filter(error, batch.no_reference, threshold)
+                keep = losses.kept_by_filter(loss, error, batch.no_reference, threshold)
+                whole = torch.where(keep, loss, 0).sum()
                 # How many samples all processes keep: a process that keeps none still takes part in everything.
-                counts = accelerator.reduce(torch.stack([keep.sum(), torch.ones_like(keep).sum()]).float(), "sum")
-                mean = torch.where(keep, loss, 0).sum() / counts[0].clamp_min(1)
-                # Gradients are averaged over the processes, and each holds only its share of the sum.
-                accelerator.backward(mean * accelerator.num_processes)
-            total += float(accelerator.reduce(mean.detach(), "sum"))
-            kept, seen = kept + int(counts[0]), seen + int(counts[1])
-            self._note_dropped(step, batch, error, keep)
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm)
-        norm = float("nan") if norm is None else float(norm)
+                counts = torch.stack([keep.sum(), torch.ones_like(keep).sum(), whole.detach()]).float()
+                counts = accelerator.reduce(counts, "sum")
+                # The sum over all kept samples; the engine averages over processes and micro-steps. It is divided by
+                # their number below, when that is known; by DeepSpeed, which steps by itself, for each micro-step.
+                scale = accelerator.num_processes * config.optimizer.accumulate
+                if self.deepspeed:
+                    scale = accelerator.num_processes / counts[0].clamp_min(1)
+                accelerator.backward(whole * scale)
+            kept, seen, total = kept + int(counts[0]), seen + int(counts[1]), total + float(counts[2])
+            self._note_dropped(batch, error, keep)
+        norm = math.nan if kept else 0.0
+        if self.deepspeed:
+            self.optimizer.step()
+            norm = 0.0  # DeepSpeed skips steps that are not finite itself
+        elif kept:  # a step that teaches nothing changes nothing: neither momentum nor decay
+            norm = self._descend(1 / kept)
+        self.optimizer.zero_grad()
+        figures.add(total, kept, seen, norm)
+        return norm
+
+    def _descend(self, scale: float) -> float:
+        accelerator, config = self.accelerator, self.config
+        for name, group in zip(self.names, self.optimizer.param_groups):
+            for parameter in group["params"]:
+                if name in config.join and self.step < config.join_step:
+                    parameter.grad = None  # it waits, and does not count in the norm
+                elif parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm))
         finite = math.isfinite(norm)
         if finite or accelerator.scaler is not None:  # the scaler of fp16 skips such steps itself, and learns from them
             self.optimizer.step()
         if finite and self.average is not None:
             self.average.step(self.learning)
-        self.optimizer.zero_grad()
-        return {"loss": total / config.optimizer.accumulate, "gradient_norm": norm, "kept": kept / seen}
+        return norm
 
-    def _set_rates(self, step: int) -> None:
+    def _set_rates(self) -> None:
         config = self.config
-        factor = min(1.0, (step + 1) / max(1, config.optimizer.warmup_steps))
+        factor = min(1.0, (self.step + 1) / max(1, config.optimizer.warmup_steps))
         if config.optimizer.schedule == "cosine":
-            factor = run.warmup_cosine(step, config.steps, config.optimizer.warmup_steps)
-        for name, group in zip(self.names, self.optimizer.param_groups):
-            waits = step < config.join_step and name in config.join
-            group["lr"] = 0.0 if waits else config.optimizer.learning_rate * factor
+            factor = run.warmup_cosine(self.step, config.steps, config.optimizer.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.optimizer.learning_rate * factor
 
-    def _note_dropped(self, step: int, batch: batches.Batch, error: Tensor, keep: Tensor) -> None:
+    def _note_dropped(self, batch: batches.Batch, error: Tensor, keep: Tensor) -> None:
         rows = [(key, float(e)) for key, e, kept in zip(batch.keys, error, keep.tolist()) if not kept]
         if rows:
             path = self.out / f"dropped-{self.accelerator.process_index}.jsonl"
             with open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": step, "key": key, "error": e}) + "\n" for key, e in rows)
+                file.writelines(json.dumps({"step": self.step, "key": key, "error": e}) + "\n" for key, e in rows)
 
-    def _log(self, step: int, figures: dict[str, float], bar: Any) -> None:
+    def _log(self, figures: dict[str, float], bar: Any) -> None:
         if not self.accelerator.is_main_process:
             return
-        figures = figures | {"learning_rate": max(group["lr"] for group in self.optimizer.param_groups)}
+        figures = figures | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
-        self.accelerator.log(figures, step=step)
-        row = {"step": step, "seconds": round(self.progress.seconds, 1), **figures}
+        self.accelerator.log(figures, step=self.step)
+        row = {"step": self.step, "seconds": round(self.seconds, 1), **figures}
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -225,35 +257,61 @@ class Trainer:
 
     def _resume(self) -> None:
         """Goes on from the newest checkpoint, if there is one."""
-        if self.accelerator.is_main_process:
+        from accelerate.utils import broadcast_object_list
+        from safetensors.torch import load_file
+
+        accelerator = self.accelerator
+        names: list[Any] = [None]
+        if accelerator.is_main_process:
             for leftover in self.out.glob("*.tmp"):
                 shutil.rmtree(leftover)
-        self.accelerator.wait_for_everyone()
-        found = latest(self.out)
-        if found is None:
+            found = latest(self.out)
+            names = [found and found.name]
+        if (name := broadcast_object_list(names)[0]) is None:
             return
-        begun = from_json((found / "config.json").read_text(encoding="utf-8"))
-        before, now = flatten(begun), flatten(self.config)
-        other = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if k not in _FREE and before[k] != now[k]]
-        record = json.loads((found / "training.json").read_text(encoding="utf-8"))
-        if record["started_from"] != self.started_from:
-            other.append(f"it started from {record['started_from']!r}, not {self.started_from!r}")
-        if record["samples_per_step"] != self._samples_per_step:
-            other.append(
-                f"a step had {record['samples_per_step']} samples over all processes, now {self._samples_per_step}"
+        found = self.out / name
+        if not found.is_dir():
+            raise ConfigError(
+                f"process {accelerator.process_index} does not see {found}: --out must be a shared folder"
             )
+        begun = from_json((found / "config.json").read_text(encoding="utf-8"))
+        record = json.loads((found / "training.json").read_text(encoding="utf-8"))
+        before, now = flatten(begun), flatten(self.config)
+        free = _FREE + (("steps",) if self.config.optimizer.schedule == "constant" else ())
+        other = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if k not in free and before[k] != now[k]]
+        mine = self._record()
+        other += [f"{what} was {record[k]}, is {mine[k]}" for k, what in _SAME.items() if record[k] != mine[k]]
         if other:
             raise ConfigError(f"{self.out} was begun otherwise: {'; '.join(other)}. Use another --out, or delete it")
-        self.accelerator.load_state(str(found / "state"))
+        accelerator.load_state(str(found / "state"))
+        self.step, self.seconds = record["step"], float(record["seconds"])
+        if self.average is not None:
+            shadow = load_file(found / "state" / AVERAGE, device=str(accelerator.device))
+            self.average.shadow_params = [shadow[str(i)] for i in range(len(shadow))]
+            self.average.optimization_step = record["averaged_steps"]
+        if accelerator.is_main_process:
+            _truncate(self.out / "log.jsonl", self.step)
 
-    @property
-    def _samples_per_step(self) -> int:
-        optimizer = self.config.optimizer
-        return optimizer.batch * optimizer.accumulate * self.accelerator.num_processes
+    def _record(self) -> dict[str, Any]:
+        accelerator, optimizer = self.accelerator, self.config.optimizer
+        return {
+            "stage": self.config.name,
+            "step": self.step,
+            "seconds": round(self.seconds, 1),
+            "averaged_steps": 0 if self.average is None else self.average.optimization_step,
+            "started_from": self.started_from,
+            "data": self.set.shards.digest,
+            "samples_per_step": optimizer.batch * optimizer.accumulate * accelerator.num_processes,
+            "processes": accelerator.num_processes,
+            "hardware": run.hardware(),
+            "torch": torch.__version__,
+        }
 
-    def save(self, step: int) -> Path:
+    def save(self) -> Path:
         """Writes `checkpoint-<step>` whole or not at all, then deletes all but the last `engine.keep`."""
-        accelerator, folder = self.accelerator, self._folder(step)
+        from safetensors.torch import save_file
+
+        accelerator, folder = self.accelerator, self._folder(self.step)
         unfinished = folder.with_name(f"{folder.name}.tmp")
         accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished / "state"))
@@ -262,20 +320,11 @@ class Trainer:
             if accelerator.is_main_process:
                 self._export(unfinished, {name.removeprefix("nets."): value for name, value in weights.items()})
         if accelerator.is_main_process:
+            if self.average is not None:
+                shadow = {str(i): value.contiguous() for i, value in enumerate(self.average.shadow_params)}
+                save_file(shadow, unfinished / "state" / AVERAGE)
             (unfinished / "config.json").write_text(to_json(self.config), encoding="utf-8")
-            record = {
-                "stage": self.config.name,
-                "step": step,
-                "seconds": round(self.progress.seconds),
-                "started_from": self.started_from,
-                "samples_per_step": self._samples_per_step,
-                "processes": accelerator.num_processes,
-                "hardware": run.hardware(),
-                "torch": torch.__version__,
-            }
-            (unfinished / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
+            (unfinished / "training.json").write_text(json.dumps(self._record(), indent=1) + "\n", encoding="utf-8")
             os.replace(unfinished, folder)
             for old in checkpoints(self.out)[: -self.config.engine.keep]:
                 shutil.rmtree(old)
@@ -284,9 +333,9 @@ class Trainer:
 
     def _export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         if self.config.lora.rank:
-            lora.save(self.nets, folder / "adapter.safetensors", self.started_from, to_json(self.config), state=weights)
+            lora.save(self.nets, folder / "adapter.safetensors", self.base, to_json(self.config), state=weights)
             return
-        self.nets.save(folder, torch.float16 if self.config.engine.ema else torch.float32, weights)
+        self.nets.save(folder, torch.float32, weights)
         if self.encoders is not None:
             link_encoders(self.encoders, folder)
 
@@ -295,10 +344,10 @@ class Trainer:
 
     # --- Pictures -----------------------------------------------------------------------------------------------------
 
-    def _show(self, step: int) -> None:
+    def _show(self) -> None:
         """Samples beside the truth, as a picture and in the trackers; only where one process holds all weights."""
         accelerator = self.accelerator
-        if self.encoders is None or accelerator.distributed_type in _sharded() or not accelerator.is_main_process:
+        if self.encoders is None or self.sharded or not accelerator.is_main_process:
             return
         from . import preview
 
@@ -306,10 +355,23 @@ class Trainer:
         with self._averaged(), torch.no_grad(), accelerator.autocast():
             sheet = preview.picture(accelerator.unwrap_model(self.model).nets, self.set, self.encoders)
         self.model.train()
-        run.save_picture(sheet, self.out / "samples" / f"{step:07d}.png")
+        run.save_picture(sheet, self.out / "samples" / f"{self.step:07d}.png")
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({"samples": sheet[None].permute(0, 2, 3, 1).numpy()}, step=step, **_layout(tracker))
+                tracker.log_images(
+                    {"samples": sheet[None].permute(0, 2, 3, 1).numpy()}, step=self.step, **_layout(tracker)
+                )
+
+
+def _trackers(config: Stage) -> list[str]:
+    """TensorBoard and those asked for; ConfigError for one that is not installed."""
+    from accelerate.tracking import get_available_trackers
+
+    wanted = list(dict.fromkeys(["tensorboard", *config.engine.trackers]))
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if absent := [name for name in wanted if name not in available]:
+        raise ConfigError(f"not installed: {', '.join(absent)} (engine.trackers); pip install {' '.join(absent)}")
+    return wanted
 
 
 def _layout(tracker: Any) -> dict[str, str]:
@@ -327,13 +389,6 @@ def latest(out: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _sharded() -> tuple[Any, ...]:
-    """Kinds of distribution where no process holds all the weights."""
-    from accelerate.utils import DistributedType
-
-    return DistributedType.FSDP, DistributedType.DEEPSPEED
-
-
 def _forget_precision() -> None:
     """Lets the next stage in this process have another precision: accelerate keeps one for as long as it remembers."""
     from accelerate.state import AcceleratorState
@@ -341,17 +396,44 @@ def _forget_precision() -> None:
     AcceleratorState._reset_state()
 
 
-class _Progress:
-    """How far a run is; saved with its state."""
+def _gather_for_sums(model: nn.Module) -> None:
+    """FSDP2 gathers a module's weights in its forward alone; memory modules are also asked for their sums."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    for module in model.modules():
+        if isinstance(module, MemoryModule):
+            register_fsdp_forward_method(module, "sums")
+
+
+def _truncate(log: Path, step: int) -> None:
+    """Takes out of a log what comes after a step: it is done again."""
+    if log.is_file():
+        rows = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+        log.write_text("".join(kept), encoding="utf-8")
+
+
+class _Figures:
+    """What happened since it was last written down, over all processes."""
 
     def __init__(self) -> None:
-        self.step, self.seconds = 0, 0.0
+        self.loss, self.kept, self.seen, self.skipped, self.norm = 0.0, 0, 0, 0, 0.0
 
-    def state_dict(self) -> dict[str, float]:
-        return {"step": self.step, "seconds": self.seconds}
+    def add(self, loss: float, kept: int, seen: int, norm: float) -> None:
+        self.loss, self.kept, self.seen = self.loss + loss, self.kept + kept, self.seen + seen
+        self.skipped, self.norm = self.skipped + (not math.isfinite(norm)), norm
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+    def taken(self) -> dict[str, float]:
+        """Mean loss of the samples kept (NaN: none), share of them, the last gradient's norm, and steps skipped because
+        theirs was not finite."""
+        figures = {
+            "loss": self.loss / self.kept if self.kept else math.nan,
+            "gradient_norm": self.norm,
+            "kept": self.kept / self.seen,
+            "skipped": float(self.skipped),
+        }
+        self.__init__()
+        return figures
 
 
 class _Swapped:

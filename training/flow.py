@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -31,14 +32,16 @@ class FlowModel(nn.Module):
         self.nets, self.loss = nets, loss
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss [B] of each sample, and the error [B] that the robust filter judges it by."""
+        """Loss [B] of each sample, and the error [B] that the robust filter judges it by (infinite: damaged data)."""
         nets = self.nets
+        batch, damaged = batch.without_damaged()
         count, _, frames, height, width = batch.latents.shape
         # The net expects rows without a reference first.
         order = batch.no_reference.int().argsort(descending=True, stable=True)
         unconditional = int(batch.no_reference.sum())
 
-        tokens = nets.image_proj(batch.face_embedding[order])
+        # As in guidance's unconditional row, where there is neither a portrait nor a face embedding.
+        tokens = nets.image_proj((batch.face_embedding * ~batch.no_reference[:, None])[order])
         reference = nets.reference_net(batch.portrait[order], tokens)
         unused = sum(feature.sum() * 0 for feature in reference) if unconditional == count else 0
         reference = [feature[unconditional:] for feature in reference]
@@ -69,7 +72,7 @@ class FlowModel(nn.Module):
         loss, error = losses.flow_errors(predicted.float(), velocity, level, focus, self.loss)
         back = order.argsort()
         # `unused` is zero: it keeps the Reference Net in the graph of a process whose samples all go without it.
-        return (loss + unused)[back], error[back]
+        return (loss + unused)[back], error[back].masked_fill(damaged, math.inf)
 
 
 def memory_of(nets: Nets, past: Tensor, face_tokens: Tensor, windows: Tensor | None = None) -> list[Memory]:

@@ -54,10 +54,10 @@ def flow_errors(
     return weighted.mean(dim=(1, 2, 3, 4)) / weight.expand_as(error).mean(dim=(1, 2, 3, 4)), seen.mean(dim=(1, 2, 3, 4))
 
 
-def kept_by_filter(error: Tensor, exempt: Tensor, threshold: float) -> Tensor:
+def kept_by_filter(loss: Tensor, error: Tensor, exempt: Tensor, threshold: float) -> Tensor:
     """Which samples [B] stay in the step: those whose error is at most `threshold`, and the exempt ones.
 
     Exempt are samples without a portrait: what they should look like is anybody's guess, so their error says nothing.
     One that is not finite never stays.
     """
-    return ((error <= threshold) | exempt) & torch.isfinite(error)
+    return ((error <= threshold) | exempt) & torch.isfinite(error) & torch.isfinite(loss)

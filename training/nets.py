@@ -26,6 +26,8 @@ from memo_core.nets.reference_net import ReferenceNet, _Transformer
 from memo_core.nets.spatial import SpatialTransformer
 from memo_core.nets.weights import WEIGHTS, load_strict, read_json, read_tensors
 
+from .config import PARTS
+
 NETS = ("reference_net", "diffusion_net", "image_proj", "audio_proj")
 
 
@@ -150,16 +152,13 @@ class Nets(nn.Module):
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the part of the paper's figure 2 that they belong to (`config.PARTS`)."""
-        parts: dict[str, list[nn.Parameter]] = {
-            "reference": list(self.reference_net.parameters()),
-            "spatial": [],
-            "face": list(self.image_proj.parameters()),
-            "audio": list(self.audio_proj.parameters()),
-            "memory": [],
-        }
+        parts: dict[str, list[nn.Parameter]] = {name: [] for name in PARTS}
+        parts["reference"] += self.reference_net.parameters()
+        parts["face"] += self.image_proj.parameters()
+        parts["audio"] += self.audio_proj.parameters()
+        kinds = {".audio_modules.": "audio", ".motion_modules.": "memory", ".attentions.": "spatial"}
         for name, parameter in self.diffusion_net.named_parameters():
-            part = "audio" if ".audio_modules." in name else "memory" if ".motion_modules." in name else "spatial"
-            parts[part].append(parameter)
+            parts[next((part for kind, part in kinds.items() if kind in name), "backbone")].append(parameter)
         return parts
 
 
@@ -219,21 +218,24 @@ def _recomputed(forward: Any, *inputs: Any) -> Any:
     return recompute(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
 
 
+def check_encoders(folder: Path) -> None:
+    """CheckpointError where `folder` lacks what a checkpoint needs besides the networks that training changes."""
+    needed = ("vae/config.json", "wav2vec2/config.json", "emotion2vec/model.pt", f"{checkpoint.EMOTION_HEAD}/{WEIGHTS}")
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}: give a checkpoint in the released layout")
+
+
 def link_encoders(source: Path, folder: Path) -> None:
     """Gives `folder` the parts of a checkpoint that training leaves alone: VAE, speech and emotion encoders, misc.
 
     As links to the same data where the file system allows it, so that they take no room.
     """
     for part in ("vae", "wav2vec2", "emotion2vec", "misc"):
-        if not (source / part).is_dir():
-            if part == "misc":
-                continue
-            raise CheckpointError(f"{source} has no {part}: give a checkpoint in the released layout")
         shutil.copytree(source / part, folder / part, copy_function=_link, dirs_exist_ok=True)
 
 
 def _link(source: str, target: str) -> None:
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)

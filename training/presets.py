@@ -9,7 +9,7 @@ from .config import Data, Drop, Engine, Lora, Loss, Optimizer, Stage
 
 
 def memo_stage1() -> Stage:
-    """Face domain adaptation: Reference Net, spatial modules and the face projection learn from single frames."""
+    """Face domain adaptation: Reference Net, spatial attention and the face projection learn from single frames."""
     return Stage(
         name="stage1",
         steps=15_000,
@@ -26,7 +26,7 @@ def memo_stage2() -> Stage:
     return Stage(
         name="stage2",
         steps=500_000,
-        join=("reference", "spatial", "face"),
+        join=("reference", "spatial", "backbone", "face"),
         join_step=15_000,
         data=Data(workers=4),
         loss=Loss(robust_from=15_000),
@@ -61,7 +61,7 @@ def toon_stage1() -> Stage:
     return Stage(
         name="stage1",
         steps=1800,
-        train=("reference", "spatial", "face"),
+        train=("reference", "spatial", "backbone", "face"),
         data=Data(single_frames=True, frames=4),
         drop=_TOON_DROP,
         loss=Loss(logit_mean=0.3, robust_threshold=math.inf),
@@ -75,7 +75,7 @@ def toon_stage2() -> Stage:
     return Stage(
         name="stage2",
         steps=2400,
-        join=("reference", "spatial", "face"),
+        join=("reference", "spatial", "backbone", "face"),
         join_step=150,
         data=Data(start_ratio=0.1, past_noise=0.2),
         drop=_TOON_DROP,

@@ -15,6 +15,7 @@ Tensors of a sample of F frames (the first two are all that single faces have):
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -80,6 +81,12 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def digest(self) -> str:
+        """Tells sets of samples apart: their keys, order, lengths, and the encoders that made them."""
+        listed = json.dumps([self.encoders, [(sample.key, sample.frames) for sample in self.samples]], sort_keys=True)
+        return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
     def names(self, number: int) -> dict[str, tuple[int, ...]]:
         """Shapes of a sample's tensors by name."""

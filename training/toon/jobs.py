@@ -40,16 +40,16 @@ def train_stage(name: str, folder: Path) -> Path:
     number = list(STAGES).index(name)
     if number == 0:
         torch.manual_seed(config.seed)
-        nets, started_from = Nets(sizes.NETS), "nothing"
+        nets = Nets(sizes.NETS)
         begin_from_nothing(nets)
     else:
         before = folder / list(STAGES)[number - 1]
         found = engine.latest(before)
         if found is None:
             raise FileNotFoundError(f"no checkpoint in {before}: run `--stage {before.name}` first")
-        nets, started_from = Nets.from_pretrained(found), f"{before.name}/{found.name}"
+        nets = Nets.from_pretrained(found)
     kind = "faces" if config.data.single_frames else "clips"
-    return engine.train(config, folder / "data" / kind, folder / name, nets, folder / "checkpoint", started_from)
+    return engine.train(config, folder / "data" / kind, folder / name, nets, folder / "checkpoint")
 
 
 def assemble(folder: Path, out: Path) -> None:
@@ -59,6 +59,8 @@ def assemble(folder: Path, out: Path) -> None:
     if last is None:
         raise FileNotFoundError(f"no checkpoint in {folder / list(STAGES)[-1]}: run the stages first")
     new, old = out.with_name(f"{out.name}.new"), out.with_name(f"{out.name}.old")
+    if old.exists() and not out.exists():  # killed between the two renames below
+        os.rename(old, out)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     Nets.from_pretrained(last).save(new, torch.float16)
