@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import wave
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,13 +24,12 @@ import torch
 from memo_core import audio, checkpoint
 from memo_core.video import VideoWriter
 from training import media
-from training.prepare import add_command, command, encode, engines, faces, picture, quality, review, scenes, sync
+from training.prepare import add_command, command, encode, engines, faces, picture, quality, review, scenes
 from training.prepare.engines import Local, OnRay
 from training.prepare.rows import Drop, PrepareError, Row, Table, decide
 from training.prepare.settings import Settings
 from training.prepare.worker import Worker, apply
 from training.shards import ShardError, Shards, ShardWriter
-from training.syncnet import SyncScore
 from training.toon import heads, voices
 
 pytest.importorskip("scenedetect", reason="the scenedetect package, which finds scene cuts, is not installed")
@@ -380,19 +380,16 @@ def test_quality_is_that_of_the_first_picture_cut_out(raw: Path, tmp_path: Path)
     assert np.abs(seen[0].astype(int) - truth).mean() < 3
 
 
-def test_syncnet_gets_25_frames_a_second_and_the_sound_that_belongs_to_them(raw: Path, tmp_path: Path) -> None:
-    class Stub:
-        def score(self, pixels: torch.Tensor, waveform: torch.Tensor) -> SyncScore:
-            assert pixels.shape == (40, 3, 224, 224) and pixels.dtype == torch.uint8
-            truth = torch.from_numpy(scene(2, 1.6)[1][: len(waveform)])
-            assert len(waveform) == 25600 and torch.corrcoef(torch.stack([waveform, truth]))[0, 1] > 0.95
-            return SyncScore(-2, 6.25, 7.5)
-
-    row = replace(
-        video_row("two scenes.mp4"), start=1.2, end=2.8, fps=25.0, box=[0.0] * 4, face_box=[130.0, 70, 190, 160]
-    )
-    (row,) = sync.measure(row, settings_for(raw, tmp_path), Stub())
-    assert (row.sync_offset, row.sync_confidence, row.sync_distance) == (-2, 6.25, 7.5)
+def test_sound_is_as_loud_as_it_was_recorded(tmp_path: Path) -> None:
+    tone = (0.5 * np.sin(np.arange(44100) * 0.1) * 32767).astype(np.int16)
+    with wave.open(str(tmp_path / "tone.wav"), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(44100)
+        file.writeframes(np.stack([tone, tone], axis=1).tobytes())
+    samples, seconds = media.sound(tmp_path / "tone.wav", 0.0, 0.9, 16000)
+    assert seconds == pytest.approx(0.9, abs=0.01)
+    assert float(np.sqrt(np.mean(samples[1000:] ** 2))) == pytest.approx(0.5 / 2**0.5, rel=0.02)
 
 
 def test_hyperiqa_reads_the_published_format_without_the_network(tmp_path: Path) -> None:

@@ -186,7 +186,8 @@ def sound(path: str | os.PathLike[str], start: float, end: float, rate: int) -> 
             zero = (container.start_time or 0) / 1_000_000
             if jump and start > SOUND_LEAD:
                 container.seek(int((start - SOUND_LEAD + zero) / stream.time_base), stream=stream)
-            resampler, cursor = av.AudioResampler(format="flt", layout="mono", rate=rate), None
+            # Channels are kept, and averaged below: FFmpeg's own mixing makes the sum of two equal ones louder.
+            resampler, cursor = av.AudioResampler(format="fltp", rate=rate), None
             for frame in container.decode(stream):
                 if frame.time is not None:
                     place = round((frame.time - zero - start) * rate)
@@ -200,7 +201,7 @@ def sound(path: str | os.PathLike[str], start: float, end: float, rate: int) -> 
                 for piece in resampler.resample(frame):
                     first, last = max(cursor, 0), min(cursor + piece.samples, len(samples))
                     if last > first:
-                        samples[first:last] = piece.to_ndarray()[0, first - cursor : last - cursor]
+                        samples[first:last] = piece.to_ndarray().mean(axis=0)[first - cursor : last - cursor]
                         heard += last - first
                     cursor += piece.samples
         if heard:
