@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memo_core import MemoPipeline, MemoryState
+from memo_core import MemoPipeline, MemoryState, checkpoint
 from memo_core.clips import WINDOW
 from memo_core.emotion import EmotionTrack
 from training import engine, presets, run
@@ -45,10 +44,13 @@ MEASURES = {
     "likeness_30": ("30 s", "the same at second 30"),
     "likeness_60": ("60 s", "the same at second 60"),
     "mouth": ("mouth r", "mouth opening against the truth, correlation"),
-    "lag": ("lag", "shift at which it correlates best, frames"),
+    "lag": ("lag", "shift at which it correlates best, frames, without sign"),
     "emotion": ("emotion", "emotion read back from the face, share of the eight"),
     "heard": ("heard", "emotion that the video was told, share of frames where it is the voice's"),
-    "shake": ("shake", "second difference of the head's turn and tilt, relative to the truth's"),
+    "shake": (
+        "shake",
+        "second difference of the head's turn and tilt as read, relative to the truth's; mostly the judge's own noise",
+    ),
     "seam": ("seam", "change of the picture between windows, relative to that within them"),
 }
 
@@ -81,19 +83,22 @@ def draw_case(seed: int, seconds: float = SECONDS) -> Case:
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def train(variant: Variant, args: argparse.Namespace, seed: int) -> Path:
-    """Trains a variant from the first stage on, or finds it trained; returns its checkpoint.
+def train(variant: Variant, args: argparse.Namespace) -> Path:
+    """Trains a variant from the first stage on, or goes on with it; returns its checkpoint.
 
     Variants that differ in the last stage alone share the one before it.
     """
     shared = "memo" if variant.name == "fixed-past" else variant.name
-    second = replace(presets.toon_stage2(), steps=args.steps, seed=seed)
-    folder = args.folder / f"seed{seed}"
+    second = replace(presets.toon_stage2(), steps=args.steps, seed=args.training_seed)
+    folder = args.folder / "trained"
     start = engine.latest(args.start) or args.start
     before = _stage(variant, second, folder / f"{shared}-stage2", start, args)
     third = presets.toon_stage3()
     third = replace(
-        third, steps=args.last_steps, seed=seed, data=replace(third.data, past_windows=variant.past_windows)
+        third,
+        steps=args.last_steps,
+        seed=args.training_seed,
+        data=replace(third.data, past_windows=variant.past_windows),
     )
     return _stage(variant, third, folder / variant.name, before, args)
 
@@ -102,12 +107,9 @@ def _stage(variant: Variant, config: Stage, out: Path, start: Path, args: argpar
     # Drawn data has no bad samples, and a filter would drop other ones for each variant.
     config = replace(config, loss=replace(config.loss, robust_threshold=math.inf))
     config = replace(config, engine=replace(config.engine, save_every=100, keep=1, sample_every=10**6))
-    found = engine.latest(out)
-    if found is not None and found.name == f"checkpoint-{config.steps:07d}":
-        return found
     nets = Nets.from_pretrained(start)
     variant.change(nets.diffusion_net)
-    return engine.train(config, args.data, out, nets, args.start, f"{start.parent.name}/{start.name}")
+    return engine.train(config, args.data, out, nets, start)
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ def measure(frames: Tensor, told: Tensor, case: Case, judge: Judge) -> dict[str,
         shown = range(max(0, last - heads.FPS), last, 6)
         figures[f"likeness_{second}"] = statistics.fmean(ssim(frames[i], portrait, outside) for i in shown)
     lips = correlation_and_lag(motion[:, MOUTH], truth[:, MOUTH])
-    figures |= {"mouth": lips.correlation, "lag": lips.lag}
+    figures |= {"mouth": lips.correlation, "lag": abs(lips.lag)}
     parts = torch.tensor_split(torch.arange(count), EMOTIONS)
     read = [int(read_emotion(motion[part]).argmax()) == int(case.emotions[part].mode().values) for part in parts]
     figures["emotion"] = statistics.fmean(read)
@@ -167,23 +169,29 @@ def measure(frames: Tensor, told: Tensor, case: Case, judge: Judge) -> dict[str,
 
 
 def measured(variant: Variant, seed: int, args: argparse.Namespace, judge: Judge) -> None:
-    """Makes and measures one video, unless that is done."""
+    """Makes and measures one video, unless that is done, with these weights and settings."""
     path = args.folder / "measured" / f"{variant.name}-{seed}.json"
-    if path.is_file():
-        return
     weights = _trained(variant.weights or variant.name, args)
+    made_with = {
+        "weights": checkpoint.base_digest(weights),
+        "seconds": args.seconds,
+        "sampling steps": args.sampling_steps,
+        "guidance": args.guidance,
+    }
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["made with"] == made_with:
+        return
     case = draw_case(seed, args.seconds)
-    began = time.monotonic()
     frames, told = sample(variant, weights, case, args, seed)
-    figures = measure(frames, told, case, judge) | {"seconds": time.monotonic() - began}
+    figures = measure(frames, told, case, judge)
     shown = torch.linspace(0, len(frames) - 1, 12).round().long()
     run.contact_sheet(frames[shown], 12, path.with_suffix(".png"))
-    path.with_suffix(".tmp").write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    row = {"made with": made_with, "seed": seed, **figures}
+    path.with_suffix(".tmp").write_text(json.dumps(row) + "\n", encoding="utf-8")
     path.with_suffix(".tmp").replace(path)
 
 
 def _trained(name: str, args: argparse.Namespace) -> Path:
-    found = engine.latest(args.folder / "seed0" / name)
+    found = engine.latest(args.folder / "trained" / name)
     if found is None:
         raise SystemExit(f"error: {name} is not trained yet: run without --measure")
     return found
@@ -193,39 +201,44 @@ def _trained(name: str, args: argparse.Namespace) -> Path:
 
 
 def collect(args: argparse.Namespace) -> dict:
-    """What has been measured: settings, and per variant the figures of each seed."""
+    """What has been measured, as it was made: per variant a row for each video."""
     each = {}
     for variant in VARIANTS:
         paths = sorted((args.folder / "measured").glob(f"{variant.name}-*.json"))
         if paths:
             each[variant.name] = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    settings = {
-        "seconds": args.seconds,
-        "stage 2 steps": args.steps,
-        "last stage steps": args.last_steps,
-        "sampling steps": args.sampling_steps,
-        "guidance": args.guidance,
-        "hardware": run.hardware(),
-        "torch": torch.__version__,
-    }
-    return {"settings": settings, "measured": each}
+    steps = {}
+    for path in sorted((args.folder / "trained").glob("*/checkpoint-*/training.json")):
+        steps[path.parent.parent.name] = json.loads(path.read_text(encoding="utf-8"))["step"]
+    return {"trained steps": steps, "hardware": run.hardware(), "torch": torch.__version__, "measured": each}
 
 
 def table(result: dict) -> str:
-    """Markdown: mean and spread (standard deviation over the seeds) of every measure."""
+    """Markdown: mean and spread (standard deviation over the videos) of every measure, and below, what each variant
+    changes, as the mean and spread of the differences between videos of the same face, voice and noise."""
+    rows = result["measured"]
+
+    def line(name: str, values: dict[str, list[float]]) -> str:
+        cells = []
+        for measure in MEASURES:
+            spread = f" ± {statistics.stdev(values[measure]):.2f}" if len(values[measure]) > 1 else ""
+            cells.append(f"{statistics.fmean(values[measure]):.2f}{spread}")
+        return f"| {name} | {len(values['mouth'])} | " + " | ".join(cells) + " |"
+
     lines = [
-        "| variant | " + " | ".join(heading for heading, _ in MEASURES.values()) + " |",
-        "| --- | " + " | ".join("---" for _ in MEASURES) + " |",
+        "| variant | videos | " + " | ".join(heading for heading, _ in MEASURES.values()) + " |",
+        "| --- | --- | " + " | ".join("---" for _ in MEASURES) + " |",
     ]
     for variant in VARIANTS:
-        rows = result["measured"].get(variant.name)
-        if rows:
-            cells = []
-            for name in MEASURES:
-                values = [row[name] for row in rows]
-                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.fmean(values):.2f}{spread}")
-            lines.append(f"| {variant.what} | " + " | ".join(cells) + " |")
+        if variant.name in rows:
+            lines.append(line(variant.what, {name: [row[name] for row in rows[variant.name]] for name in MEASURES}))
+    for variant in VARIANTS:
+        if variant.against in rows and variant.name in rows:
+            base = {row["seed"]: row for row in rows[variant.against]}
+            pairs = [(row, base[row["seed"]]) for row in rows[variant.name] if row["seed"] in base]
+            if pairs:
+                name = f"{variant.name} less {variant.against}"
+                lines.append(line(name, {m: [row[m] - other[m] for row, other in pairs] for m in MEASURES}))
     return "\n".join(lines)
 
 
@@ -266,6 +279,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"), help="where all of it goes (%(default)s)")
     parser.add_argument("--steps", type=int, default=2400, help="of the second stage (%(default)s)")
     parser.add_argument("--last-steps", type=int, default=300, help="of the last stage (%(default)s)")
+    parser.add_argument(
+        "--training-seed", type=int, default=0, help="of one training; give each its own --folder (%(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of a video (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="videos of each: faces, voices and noise (%(default)s)")
     parser.add_argument("--sampling-steps", type=int, default=20, help="(%(default)s)")
@@ -279,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
         judge = Judge.load()
         for variant in chosen:
             if not args.measure and not variant.weights:
-                train(variant, args, 0)
+                train(variant, args)
         (args.folder / "measured").mkdir(parents=True, exist_ok=True)
         for seed in range(args.seeds):
             for variant in chosen:

@@ -98,7 +98,7 @@ def cross_attend(net: nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One row of the bench.
+    """One row of the bench; it differs in one thing from the row `against`.
 
     change: what is done to the Diffusion Net. horizon: windows that the memory reaches back (None: all).
     past_windows: of the last stage of training. emotion: "detected" per window, "static" (the label most heard, for the
@@ -107,6 +107,7 @@ class Variant:
 
     name: str
     what: str
+    against: str = ""
     change: Callable[[nn.Module], None] = lambda net: None
     horizon: int | None = None
     past_windows: tuple[int, ...] = (1,)
@@ -115,12 +116,14 @@ class Variant:
 
 
 VARIANTS = (
-    Variant(name="memo", what="memory of all past, dynamic past frames", past_windows=(1, 2, 3)),
-    Variant(name="fixed-past", what="memory of all past, always 16 past frames in training"),
-    Variant(name="last-2", what="last 2 frames", change=remember(2), horizon=1),
-    Variant(name="last-4", what="last 4 frames", change=remember(4), horizon=1),
-    Variant(name="self-16", what="16 past frames, self-attention", change=attend_to_past, horizon=1),
-    Variant(name="cross", what="audio by cross-attention", change=cross_attend, past_windows=(1, 2, 3)),
-    Variant(name="static", what="one emotion for the whole video", emotion="static", weights="memo"),
-    Variant(name="none", what="no emotion", emotion="none", weights="memo"),
+    Variant(name="memo", what="MEMO: memory of all past, dynamic past frames", past_windows=(1, 2, 3)),
+    Variant(name="fixed-past", what="memory of all past, always 16 past frames in training", against="memo"),
+    Variant(name="last-2", what="last 2 frames", change=remember(2), horizon=1, against="fixed-past"),
+    Variant(name="last-4", what="last 4 frames", change=remember(4), horizon=1, against="fixed-past"),
+    Variant(
+        name="self-16", what="16 past frames, self-attention", change=attend_to_past, horizon=1, against="fixed-past"
+    ),
+    Variant(name="cross", what="audio by cross-attention", change=cross_attend, past_windows=(1, 2, 3), against="memo"),
+    Variant(name="static", what="one emotion for the whole video", emotion="static", weights="memo", against="memo"),
+    Variant(name="none", what="no emotion", emotion="none", weights="memo", against="memo"),
 )
