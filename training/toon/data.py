@@ -101,16 +101,22 @@ def make_sample(checkpoint: Path, kind: str, number: int) -> tuple[str, dict[str
 
 
 def make(folder: Path, clips: int = CLIPS, faces: int = FACES) -> None:
-    """Writes the samples that are still missing into `data/faces` and `data/clips`, one process a processor."""
-    checkpoint = folder / "checkpoint"
+    """Writes the samples that are still missing into `data/faces` and `data/clips`."""
+    for kind, count in zip(KINDS, (faces, clips)):
+        make_shards(folder / "data" / kind, folder / "checkpoint", kind, count)
+
+
+def make_shards(folder: Path, checkpoint: Path, kind: str, count: int) -> None:
+    """Writes the samples of a kind that are still missing, one process a processor."""
     spawn = multiprocessing.get_context("spawn")  # a forked process would hang in torch's threads
-    with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for kind, count in zip(KINDS, (faces, clips)):
-            with ShardWriter(folder / "data" / kind, made_by(checkpoint), samples_per_shard=100) as writer:
-                numbers = [n for n in range(count) if f"{kind}-{n:05d}" not in writer.keys]
-                made = pool.map(partial(make_sample, checkpoint, kind), numbers)
-                for key, tensors in tqdm(made, total=len(numbers), desc=kind):
-                    writer.add(key, tensors)
+    with (
+        ShardWriter(folder, made_by(checkpoint), samples_per_shard=100) as writer,
+        ProcessPoolExecutor(os.cpu_count(), spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        numbers = [n for n in range(count) if f"{kind}-{n:05d}" not in writer.keys]
+        made = pool.map(partial(make_sample, checkpoint, kind), numbers)
+        for key, tensors in tqdm(made, total=len(numbers), desc=kind):
+            writer.add(key, tensors)
 
 
 def made_by(checkpoint: Path) -> dict[str, str]:

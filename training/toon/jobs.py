@@ -98,6 +98,9 @@ def add_command(commands) -> None:
         "--stage", choices=(*JOBS, "judge"), help="one job; judge trains the regressor that grades, apart from the rest"
     )
     what.add_argument(
+        "--shards", type=Path, metavar="FOLDER", help="draw --clips performances, encoded by assets/toon, to train with"
+    )
+    what.add_argument(
         "--measure",
         metavar="CHECKPOINT",
         help="measure a checkpoint (folder, or toon) on faces and voices it has not seen",
@@ -108,7 +111,7 @@ def add_command(commands) -> None:
     toon.add_argument(
         "--out", type=Path, help="where assemble writes the checkpoint (assets/toon), or the measures (runs/evaluation)"
     )
-    toon.add_argument("--clips", type=int, default=20, help="measured clips (%(default)s)")
+    toon.add_argument("--clips", type=int, default=20, help="clips that are drawn or measured (%(default)s)")
     toon.add_argument("--seconds", type=float, default=4.0, help="of each measured clip (%(default)s)")
     toon.add_argument("--steps", type=int, default=20, help="sampling steps (%(default)s)")
     toon.add_argument("--guidance", type=float, default=3.5, help="guidance scale (%(default)s)")
@@ -129,6 +132,9 @@ def _run(args) -> None:
             seconds=args.seconds,
         )
         print(table(figures))
+        return
+    if args.shards:
+        data.make_shards(args.shards, checkpoint.find("toon"), "clips", args.clips)
         return
     for name in JOBS if args.all else [args.stage]:
         run_job(name, args.folder, args.out or checkpoint.assets() / "toon")
