@@ -218,11 +218,11 @@ def table(result: dict) -> str:
     changes, as the mean and spread of the differences between videos of the same face, voice and noise."""
     rows = result["measured"]
 
-    def line(name: str, values: dict[str, list[float]]) -> str:
+    def line(name: str, values: dict[str, list[float]], digits: int = 2) -> str:
         cells = []
         for measure in MEASURES:
-            spread = f" ± {statistics.stdev(values[measure]):.2f}" if len(values[measure]) > 1 else ""
-            cells.append(f"{statistics.fmean(values[measure]):.2f}{spread}")
+            spread = f" ± {statistics.stdev(values[measure]):.{digits}f}" if len(values[measure]) > 1 else ""
+            cells.append(f"{statistics.fmean(values[measure]):.{digits}f}{spread}")
         return f"| {name} | {len(values['mouth'])} | " + " | ".join(cells) + " |"
 
     lines = [
@@ -238,7 +238,7 @@ def table(result: dict) -> str:
             pairs = [(row, base[row["seed"]]) for row in rows[variant.name] if row["seed"] in base]
             if pairs:
                 name = f"{variant.name} less {variant.against}"
-                lines.append(line(name, {m: [row[m] - other[m] for row, other in pairs] for m in MEASURES}))
+                lines.append(line(name, {m: [row[m] - other[m] for row, other in pairs] for m in MEASURES}, digits=3))
     return "\n".join(lines)
 
 

@@ -475,13 +475,16 @@ def test_what_is_logged_can_be_read_back(data: Path, encoders: Path, tmp_path: P
     assert events.Tags()["images"] == ["samples"]
 
 
-def test_bad_samples_are_dropped_counted_and_named(data: Path, tmp_path: Path) -> None:
+def test_bad_samples_are_dropped_counted_and_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stage = replace(TINY, steps=2, loss=Loss(robust_threshold=0.0, robust_from=1), drop=Drop(reference=0.0))
     stage = replace(stage, engine=replace(stage.engine, save_every=1))
     engine.train(stage, data, tmp_path, small_nets(), None)
     assert [row["kept"] for row in log_of(tmp_path)] == [1.0, 0.0] and math.isnan(log_of(tmp_path)[1]["loss"])
     one, two = (weights_of(path) for path in engine.checkpoints(tmp_path))
     assert all(torch.equal(one[key], two[key]) for key in one), "a step that teaches nothing changes nothing"
+    assert "loss.robust_threshold=0.0 is below all their errors" in "".join(capsys.readouterr())
     rows = [json.loads(line) for line in (tmp_path / "dropped-0.jsonl").read_text().splitlines()]
     expected = [key for n in (2, 3) for key in batches.TrainingSet(data, stage)[n].keys]
     assert [(row["step"], row["key"]) for row in rows] == [(1, key) for key in expected]

@@ -44,7 +44,12 @@ def add_train(commands) -> None:
     )
     train.add_argument("preset", choices=PRESETS, help="the stage")
     train.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes: optimizer.batch=2 steps=500"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="changes: optimizer.batch=2 steps=500",
     )
     train.add_argument("--data", type=Path, help="folder of shards")
     train.add_argument("--out", type=Path, help="folder of the run; one that was stopped goes on")

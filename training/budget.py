@@ -332,7 +332,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument("presets", nargs="*", metavar="PRESET", default=full, help=f"of {', '.join(PRESETS)}")
     command.add_argument("--size", type=int, help="height and width in pixels (512, or 128 for toons)")
     command.add_argument("--batch", type=int, help="samples per process and micro-step (the preset's)")
-    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change a setting")
     command.add_argument("--both", action="store_true", help="with and without gradient checkpointing")
     command.add_argument(
         "--utilisation", type=float, default=UTILISATION, help="share of the device's speed (%(default)s)"

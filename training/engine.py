@@ -243,6 +243,11 @@ class Trainer:
     def _log(self, figures: dict[str, float], bar: Any) -> None:
         if not self.accelerator.is_main_process:
             return
+        if not figures["kept"]:
+            bar.write(
+                f"step {self.step}: every sample was dropped since the last line; loss.robust_threshold="
+                f"{self.config.loss.robust_threshold} is below all their errors (dropped-*.jsonl), or they are damaged"
+            )
         figures = figures | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
         self.accelerator.log(figures, step=self.step)
