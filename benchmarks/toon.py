@@ -293,6 +293,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     chosen = [variant for variant in VARIANTS if not args.only or variant.name in args.only]
     if not args.report:
+        if not args.measure and engine.latest(args.start) is None and not (args.start / "diffusion_net").is_dir():
+            raise SystemExit(f"error: no first stage in {args.start}: make it with python -m training toon --all")
         judge = Judge.load()
         for variant in chosen:
             if not args.measure and not variant.weights:
@@ -302,6 +304,8 @@ def main(arguments: list[str] | None = None) -> None:
             for variant in chosen:
                 measured(variant, seed, args, judge)
     result = collect(args)
+    if not result["measured"]:
+        raise SystemExit(f"error: nothing has been measured in {args.folder}")
     if not args.only:
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         draw(result, RESULT.with_suffix(".png"))

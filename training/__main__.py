@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
         args.run(args)
     except (MemoError, ConfigError, ShardError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what was saved last", file=sys.stderr)
+        sys.exit(130)
 
 
 def add_train(commands) -> None:
@@ -85,6 +88,10 @@ def run_train(args: argparse.Namespace) -> None:
         start = engine.latest(args.start) or args.start
         if str(start) in checkpoint.EMBEDDED:
             start = checkpoint.find(start)
+        if not (start / "diffusion_net").is_dir():
+            raise ConfigError(
+                f"no checkpoint at {start}: give a folder in the released layout, a run's folder, or toon"
+            )
         nets = Nets.from_pretrained(start)
     else:
         from . import initialise

@@ -13,6 +13,7 @@ from memo_core import checkpoint
 
 from .. import engine, presets, run
 from ..nets import Nets, begin_from_nothing, link_encoders
+from ..shards import Shards
 from . import data, judge, sizes, speech, vae, voices
 
 STAGES = {"stage1": presets.toon_stage1, "stage2": presets.toon_stage2, "stage3": presets.toon_stage3}
@@ -135,6 +136,7 @@ def _run(args) -> None:
         return
     if args.shards:
         data.make_shards(args.shards, checkpoint.find("toon"), "clips", args.clips)
+        print(f"{args.shards} holds {len(Shards(args.shards))} clips")
         return
     for name in JOBS if args.all else [args.stage]:
         run_job(name, args.folder, args.out or checkpoint.assets() / "toon")
