@@ -199,10 +199,9 @@ class Trainer:
                 accelerator.backward(whole * scale)
             kept, seen, total = kept + int(counts[0]), seen + int(counts[1]), total + float(counts[2])
             self._note_dropped(batch, error, keep)
-        norm = math.nan if kept else 0.0
+        norm = 0.0
         if self.deepspeed:
-            self.optimizer.step()
-            norm = 0.0  # DeepSpeed skips steps that are not finite itself
+            self.optimizer.step()  # DeepSpeed skips steps that are not finite itself, and tells no norm
         elif kept:  # a step that teaches nothing changes nothing: neither momentum nor decay
             norm = self._descend(1 / kept)
         self.optimizer.zero_grad()
