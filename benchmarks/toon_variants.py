@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memo_core import kernels
 from memo_core.clips import WINDOW
-from memo_core.nets.audio_module import JointAttention, _JointBlock
+from memo_core.nets.audio_module import Feeling, Heard, JointAttention, _JointBlock
 from memo_core.nets.layers import join_heads, split_heads
 from memo_core.nets.memory_module import Memory, MemoryAttention
 
@@ -21,7 +21,8 @@ class LastFramesAttention(MemoryAttention):
 
     remembered: int
 
-    def sums(self, past: Tensor, frames: int) -> Memory:
+    def sums(self, past: Tensor, frames: int, rows: Tensor | None = None) -> Memory:
+        past = past if rows is None else past[rows]
         key, value = (self._split(to(past), frames)[:, -self.remembered :] for to in (self.to_k, self.to_v))
         return kernels.memory_sums(key, value)
 
@@ -33,7 +34,8 @@ class PastSelfAttention(MemoryAttention):
     there is no past.
     """
 
-    def sums(self, past: Tensor, frames: int) -> Memory:
+    def sums(self, past: Tensor, frames: int, rows: Tensor | None = None) -> Memory:
+        past = past if rows is None else past[rows]
         key, value = (self._split(to(past), frames).permute(0, 2, 3, 1, 4) for to in (self.to_k, self.to_v))
         return torch.cat([key, value], dim=-1), key.new_ones(key.shape[:3] + (1,))
 
@@ -61,14 +63,17 @@ class PastSelfAttention(MemoryAttention):
 class CrossAttentionBlock(_JointBlock):
     """Frames attend to the audio tokens, which stay as they are, instead of both attending to both."""
 
-    def forward(self, x: Tensor, audio: Tensor, emotion: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + self.attn1(self.norm1(x, emotion))
+    def listen(self, entering: Tensor, feeling: Feeling) -> Heard:
+        tokens = self.audio_norm2(entering, feeling.audio_norm2)
+        return Heard(entering, entering, tokens, self.attn2.add_k_proj(tokens), self.attn2.add_v_proj(tokens))
+
+    def forward(self, x: Tensor, heard: Heard, feeling: Feeling) -> tuple[Tensor, Tensor]:
+        x = x + self.attn1(self.norm1(x, feeling.norm1))
         attention: JointAttention = self.attn2
-        query = split_heads(attention.to_q(self.norm2(x, emotion)), attention.heads)
-        tokens = self.audio_norm2(audio, emotion)
-        key, value = (split_heads(to(tokens), attention.heads) for to in (attention.add_k_proj, attention.add_v_proj))
+        query = split_heads(attention.to_q(self.norm2(x, feeling.norm2)), attention.heads)
+        key, value = (split_heads(projected, attention.heads) for projected in (heard.key, heard.value))
         x = x + attention.to_out[0](join_heads(F.scaled_dot_product_attention(query, key, value)))
-        return x + self.ff(self.norm3(x)), torch.zeros_like(audio)
+        return x + self.ff(self.norm3(x)), torch.zeros_like(heard.entering)
 
 
 def remember(frames: int) -> Callable[[nn.Module], None]:

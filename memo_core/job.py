@@ -16,6 +16,7 @@ from .errors import SamplingError
 from .memory import MemoryState
 from .nets.audio_module import NULL_EMOTION
 from .reference import Reference, tensors_digest
+from .speed import Speed, speed_named
 
 FACE_TOKEN_ROWS = ("released", "grouped")
 
@@ -31,6 +32,7 @@ class Settings:
         emotion_per: "window" gives every frame of a window the most frequent label, as released; "frame" its own.
         face_token_rows: with guidance the released code hands the two sets of face tokens to the Reference Net's rows
             in turn ("released"); "grouped" gives each batch row its own.
+        speed: which approximations are allowed: the name of a preset (`speed.PRESETS`), or a bundle of one's own.
     """
 
     steps: int = 20
@@ -38,6 +40,7 @@ class Settings:
     seed: int = 42
     emotion_per: str = "window"
     face_token_rows: str = "released"
+    speed: str | Speed = "exact"
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
@@ -51,6 +54,10 @@ class Settings:
             raise SamplingError(f"emotion_per must be 'window' or 'frame', received {self.emotion_per!r}")
         if self.face_token_rows not in FACE_TOKEN_ROWS:
             raise SamplingError(f"face_token_rows must be one of {FACE_TOKEN_ROWS}, received {self.face_token_rows!r}")
+        if not isinstance(self.speed, Speed):
+            object.__setattr__(self, "speed", speed_named(self.speed))
+        steps = self.steps if self.speed.max_steps is None else min(self.steps, self.speed.max_steps)
+        object.__setattr__(self, "steps", steps)
 
     @property
     def guided(self) -> bool:

@@ -10,43 +10,36 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from . import solvers
 from .checkpoint import Networks
 from .clips import WINDOW
 from .errors import SamplingError
 from .job import Job, Settings, WindowInputs
 from .memory import MemoryEntry, MemoryState, Sums, SumsCache
 from .nets.audio_module import NULL_EMOTION
+from .nets.diffusion_net import DiffusionNet, WindowConditions
+from .nets.memory_module import LazyMemory
 from .reference import Reference, tensors_digest
+from .speed import StepCache
 from .store import WindowStore
 
-WINDOW_VERSION = 1  # to be raised whenever the same inputs come to give another window: stored ones are then not found
+WINDOW_VERSION = 2  # to be raised whenever the same inputs come to give another window: stored ones are then not found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conditions:
     """All that one window is denoised under; batch rows are [unconditional, conditional], or the latter alone."""
 
-    reference: list[Tensor]  # Reference Net features of the portrait per layer, [F or 1, N, C] for the conditional row
-    memory: Sums
+    reference: list[Tensor]  # Reference Net features of the portrait per layer for the conditional rows, [P, K, N, C]:
+    # K sets, which the frames see in turn
+    memory: Sums | None
     face_tokens: Tensor  # [B, tokens, C]
     audio_tokens: Tensor  # [B, 16, tokens, C]
     emotion: Tensor  # labels [B] or [B * 16], or class weights [B, 10] or [B * 16, 10]
 
-    def rows(self) -> list[tuple[Conditions, int]]:
-        """The unconditional and the conditional row by themselves, and how many rows of each are unconditional."""
-        return [
-            (
-                Conditions(
-                    reference=[feature[:0] for feature in self.reference] if unconditional else self.reference,
-                    memory=[(kv[row], z[row]) for kv, z in self.memory],
-                    face_tokens=self.face_tokens[row],
-                    audio_tokens=self.audio_tokens[row],
-                    emotion=self.emotion.chunk(2)[1 - unconditional],
-                ),
-                unconditional,
-            )
-            for row, unconditional in ((slice(0, 1), 1), (slice(1, 2), 0))
-        ]
+
+class _Stopped(Exception):
+    """`should_stop` said so."""
 
 
 def sample_window(
@@ -58,50 +51,75 @@ def sample_window(
     should_stop: Callable[[], bool] | None = None,
     row_by_row: bool = False,
 ) -> Tensor | None:
-    """Denoises one window by Euler steps along the rectified flow.
+    """Denoises one window along the rectified flow.
 
     Args:
-        noise: [1, 4, 16, h, w].
+        noise: [P, 4, 16, h, w]: P videos at once, whose conditions have as many rows (with guidance first P
+            unconditional ones, then P conditional ones).
         on_step: called with the number of steps done.
         should_stop: asked before every step.
-        row_by_row: with guidance, runs the two batch rows one after the other: half the working memory, and the same
-            numbers up to rounding.
+        row_by_row: with guidance, runs the unconditional and the conditional rows one after the other: half the working
+            memory, and the same numbers up to rounding.
 
     Returns:
-        Scaled latents [1, 4, 16, h, w], float32; None if stopped.
+        Scaled latents [P, 4, 16, h, w], float32; None if stopped.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    net, speed, guided = nets.diffusion_net, settings.speed, settings.guided
+    dtype = net.conv_in.weight.dtype
+    sigmas = solvers.sigmas(settings.steps)
+    # All that is the same at every step, or known before the first one.
+    shifts = net.time_shifts(torch.tensor(sigmas[:-1], device=noise.device) * 1000, dtype)
+    given = net.prepare(
+        reference=conditions.reference,
+        face_tokens=conditions.face_tokens,
+        audio_tokens=conditions.audio_tokens,
+        emotion=conditions.emotion,
+        frames=noise.shape[2],
+    )
+    whole = _Pass(net, given, conditions.memory, speed.reuse)
+    halves = [whole.half(number) for number in (0, 1)] if guided else [whole, whole]
+    low, high = speed.guidance
 
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(settings.steps, device=noise.device)
-    dtype = nets.diffusion_net.conv_in.weight.dtype
-    latents = noise.float()
-    passes = conditions.rows() if row_by_row and settings.guided else [(conditions, int(settings.guided))]
-    for step, timestep in enumerate(scheduler.timesteps):
+    def velocity(latents: Tensor, step: int) -> Tensor:
         if should_stop is not None and should_stop():
-            return None
-        velocity = torch.cat(
-            [
-                nets.diffusion_net(
-                    latents.to(dtype).expand(len(given.face_tokens), -1, -1, -1, -1),
-                    timestep[None],
-                    reference=given.reference,
-                    memory=given.memory,
-                    face_tokens=given.face_tokens,
-                    audio_tokens=given.audio_tokens,
-                    emotion=given.emotion,
-                    unconditional=unconditional,
-                ).float()
-                for given, unconditional in passes
-            ]
-        )
-        if settings.guided:
-            unconditional, conditional = velocity.chunk(2)
-            velocity = unconditional + settings.guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            raise _Stopped
+        latents, shift = latents.to(dtype), [shift[step : step + 1] for shift in shifts]
+        if not guided or not low <= sigmas[step] <= high:
+            answer = halves[1](latents, shift)
+        else:
+            both = [half(latents, shift) for half in halves] if row_by_row else whole(latents, shift).chunk(2)
+            unconditional, conditional = both
+            answer = unconditional + settings.guidance_scale * (conditional - unconditional)
         if on_step is not None:
             on_step(step + 1)
-    return latents
+        return answer
+
+    try:
+        return solvers.SOLVERS[speed.solver](velocity, noise.float(), sigmas)
+    except _Stopped:
+        return None
+
+
+class _Pass:
+    """A pass of the Diffusion Net over all rows of the batch, or over half of them, under a window's conditions."""
+
+    def __init__(self, net: DiffusionNet, given: WindowConditions, memory: list[LazyMemory] | None, reuse: float):
+        self.net, self.given, self.memory, self.reuse = net, given, memory, reuse
+        self.cache = StepCache(reuse) if reuse else None
+
+    def half(self, number: int) -> _Pass:
+        memory = None if self.memory is None else [_half_of(pair, number) for pair in self.memory]
+        return _Pass(self.net, self.given.half(number), memory, self.reuse)
+
+    def __call__(self, latents: Tensor, shift: list[Tensor]) -> Tensor:
+        return self.net(latents, shift, self.given, self.memory, self.cache).float()
+
+
+def _half_of(memory: LazyMemory, number: int) -> LazyMemory:
+    if callable(memory):
+        return lambda: _half_of(memory(), number)
+    kv, z = memory
+    return kv.chunk(2)[number], z.chunk(2)[number]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,38 +163,41 @@ class Sampler:
         return self.nets.image_proj(torch.cat([torch.zeros_like(embedding), embedding]).to(self.device, self.dtype))
 
     # Rows of the Reference Net. In the released code they are, with guidance, [reference, 16 past frames] twice, and
-    # row r reads the unconditional face tokens if r is even. `row` below is r.
-    def _token_rows(self, tokens: Tensor, rows: list[int], conditional: list[bool]) -> Tensor:
+    # row r reads the unconditional face tokens if r is even.
+    def _token_row(self, row: int, conditional: bool) -> int:
+        """Which row of the face tokens such a row reads: 0 for the unconditional one."""
         if not self.settings.guided:
-            return tokens[1:].expand(len(rows), -1, -1)
-        if self.settings.face_token_rows == "released":
-            return tokens[[row % 2 for row in rows]]
-        return tokens[[int(flag) for flag in conditional]]
+            return 1
+        return row % 2 if self.settings.face_token_rows == "released" else int(conditional)
 
     def reference_features(self) -> list[Tensor]:
-        """Features of the portrait for the conditional row, one set per frame where they differ between frames."""
+        """Features of the portrait for the conditional row, [1, K, N, C] per layer."""
         if self._reference_features is None:
-            latents = self.reference.latents.to(self.device, self.dtype)
-            if self.settings.guided and self.settings.face_token_rows == "released":
-                # The released code tiles the rows (0 and 17) of its two portraits over the frames, so frames see them
-                # in turn.
-                tokens = self._token_rows(self._tokens, [0, 1 + WINDOW], [False, True])
-                pair = self.nets.reference_net(latents.expand(2, -1, -1, -1), tokens)
-                self._reference_features = [feature.repeat(WINDOW // 2, 1, 1) for feature in pair]
-            else:
-                self._reference_features = self.nets.reference_net(latents, self._tokens[1:])
+            # The released code tiles the rows (0 and 17) of its two portraits over the frames, so that frames see them
+            # in turn.
+            alternate = self.settings.guided and self.settings.face_token_rows == "released"
+            tokens = self._tokens[[row % 2 for row in (0, 1 + WINDOW)]] if alternate else self._tokens[1:]
+            latents = self.reference.latents.to(self.device, self.dtype).expand(len(tokens), -1, -1, -1)
+            self._reference_features = [feature[None] for feature in self.nets.reference_net(latents, tokens)]
         return self._reference_features
 
     def entry_sums(self, entry: MemoryEntry) -> Iterator[tuple[Tensor, Tensor]]:
         """What one remembered window adds to the memory, layer by layer, for every batch row."""
         frames, _, height, width = entry.latents.shape
-        latents = entry.latents.to(self.device, self.dtype)
-        batch = 2 if self.settings.guided else 1
-        rows = [b * (1 + WINDOW) + 1 + j for b in range(batch) for j in range(frames)]
-        conditional = [bool(b) for b in range(batch) for _ in range(frames)]
-        tokens = self._token_rows(self._face_tokens(entry.face_embedding), rows, conditional)
-        features = self.nets.reference_net(latents.repeat(batch, 1, 1, 1), tokens)
-        return self.nets.diffusion_net.memory_sums(features, height, width, frames)
+        still = bool((entry.latents == entry.latents[:1]).all())  # the portrait, held still before a video begins
+        wanted = [
+            (0 if still else frame, self._token_row(b * (1 + WINDOW) + 1 + frame, bool(b)))
+            for b in range(2 if self.settings.guided else 1)
+            for frame in range(frames)
+        ]
+        distinct = list(dict.fromkeys(wanted))  # a frame with the same tokens is looked at once
+        which, token_rows = zip(*distinct)
+        rows = None
+        if len(distinct) < len(wanted):
+            rows = torch.tensor([distinct.index(row) for row in wanted], device=self.device)
+        latents = entry.latents[list(which)].to(self.device, self.dtype)
+        features = self.nets.reference_net(latents, self._face_tokens(entry.face_embedding)[list(token_rows)])
+        return self.nets.diffusion_net.memory_sums(features, height, width, frames, rows)
 
     def conditions(self, inputs: WindowInputs) -> Conditions:
         tokens = self.nets.audio_proj(inputs.audio[None].to(self.device, self.dtype))

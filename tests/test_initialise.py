@@ -81,7 +81,7 @@ def test_diffusion_net_begins_as_stable_diffusion_with_silent_modules(nets: Netw
     from_stable_diffusion(nets, saved / "unet")
     original = UNet2DConditionModel.from_pretrained(saved, subfolder="unet").eval()
     frames, tokens = torch.randn(1, 4, 3, 16, 16), torch.randn(1, 4, 16)
-    ours = nets.diffusion_net(
+    ours = nets.diffusion_net.predict(
         frames,
         torch.tensor([300.0]),
         reference=[torch.empty(0)] * len(list(nets.diffusion_net.layers())),
@@ -89,7 +89,6 @@ def test_diffusion_net_begins_as_stable_diffusion_with_silent_modules(nets: Netw
         face_tokens=tokens,
         audio_tokens=torch.randn(1, 3, 5, 16),
         emotion=torch.tensor([3]),
-        unconditional=1,
     )
     theirs = original(frames[0].transpose(0, 1), 300, tokens.expand(3, -1, -1)).sample
     torch.testing.assert_close(ours[0].transpose(0, 1), theirs, rtol=1e-4, atol=1e-4)

@@ -285,7 +285,7 @@ def velocity(nets: object) -> Tensor:
     features = nets.reference_net(draw(3, 4, 16, 16), face.expand(3, -1, -1))
     memory = list(nets.diffusion_net.memory_sums([feature[1:] for feature in features], 16, 16, 2))
     width = nets.audio_proj.proj1.in_features
-    return nets.diffusion_net(
+    return nets.diffusion_net.predict(
         draw(1, 4, 2, 16, 16),
         torch.tensor([300.0]),
         reference=[feature[:1] for feature in features],

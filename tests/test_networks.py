@@ -63,7 +63,7 @@ def velocity_of(pipe: MemoPipeline, conditions: Conditions, noise: Tensor) -> Te
     """First step, [2, 4, 16, h, w]: without and with conditions, before guidance joins them."""
     net = pipe.nets.diffusion_net
     with torch.no_grad():
-        return net(
+        return net.predict(
             noise.expand(2, -1, -1, -1, -1).to(net.conv_in.weight.dtype),
             torch.tensor([1000.0]),
             reference=conditions.reference,
@@ -71,7 +71,6 @@ def velocity_of(pipe: MemoPipeline, conditions: Conditions, noise: Tensor) -> Te
             face_tokens=conditions.face_tokens,
             audio_tokens=conditions.audio_tokens,
             emotion=conditions.emotion,
-            unconditional=1,
         )
 
 

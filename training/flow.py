@@ -58,7 +58,7 @@ class FlowModel(nn.Module):
         clean, sigma = batch.latents[order], batch.sigma[order]
         level = sigma.view(count, 1, frames, 1, 1)
         noisy, velocity = losses.noised(clean, batch.noise[order], level)
-        predicted = nets.diffusion_net(
+        predicted = nets.diffusion_net.predict(
             noisy,
             sigma.flatten() * 1000,
             reference=reference,
@@ -66,7 +66,6 @@ class FlowModel(nn.Module):
             face_tokens=tokens,
             audio_tokens=audio_tokens,
             emotion=emotion,
-            unconditional=unconditional,
         )
         focus = 1 + (self.loss.focus_weight - 1) * batch.focus[order].view(count, 1, 1, height, width)
         loss, error = losses.flow_errors(predicted.float(), velocity, level, focus, self.loss)
@@ -112,7 +111,7 @@ def _sums(module: MemoryModule, features: Tensor, size: tuple[int, int], windows
     memory: list[Memory] = []
     count = features.shape[1] // WINDOW
     for number in range(count):
-        sums = module.sums(features[:, number * WINDOW :][:, :WINDOW].flatten(0, 1), *size, WINDOW)
+        sums = list(module.sums(features[:, number * WINDOW :][:, :WINDOW].flatten(0, 1), *size, WINDOW))
         if windows is not None:
             counts = (windows >= count - number).to(sums[0][0].dtype).view(-1, 1, 1, 1)
             sums = [(kv * counts[..., None], z * counts) for kv, z in sums]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
 from .layers import Attention, FeedForward, join_heads, split_heads, to_maps, to_tokens
 
 NULL_EMOTION = 9  # the label of classifier-free guidance; 0 to 8 are the classes
 EMOTION_LABELS = 10
+
+Modulation = tuple[Tensor, Tensor]  # shift and scale, [S, C] each: one for every batch row, or for every frame
 
 
 class _LabelEmbedding(nn.Module):
@@ -28,20 +31,41 @@ class EmotionAdaNorm(nn.Module):
         self.class_embedder = _LabelEmbedding(dim, ops)
         self.adaLN_modulation = nn.ModuleList([nn.Identity(), ops.Linear(dim, 2 * dim)])
 
-    def forward(self, x: Tensor, emotion: Tensor) -> Tensor:
-        """x [B * F, N, C]; emotion [B] or [B * F] int labels in 0..9, or [B, 10] or [B * F, 10] floating class weights,
-        each row summing to 1, which stand for the weighted mean of the labels' embeddings."""
+    def modulation(self, emotion: Tensor, dtype: torch.dtype) -> Modulation:
+        """emotion [B] or [B * F] int labels in 0..9, or [B, 10] or [B * F, 10] floating class weights, each row summing
+        to 1, which stand for the weighted mean of the labels' embeddings."""
         table = self.class_embedder.embedding_table
         if emotion.is_floating_point():
             # Called, not read: a host's layer brings its weight to the device in its forward.
             labels = table(torch.arange(EMOTION_LABELS, device=emotion.device))
-            embedding = (emotion.float()[..., None] * labels.float()).sum(dim=1).to(x.dtype)
+            embedding = (emotion.float()[..., None] * labels.float()).sum(dim=1).to(dtype)
         else:
-            embedding = table(emotion).to(x.dtype)
-        modulation = self.adaLN_modulation[1](F.silu(embedding))
-        modulation = modulation.repeat_interleave(x.shape[0] // emotion.shape[0], dim=0)[:, None]
-        shift, scale = modulation.chunk(2, dim=-1)
-        return F.layer_norm(x, x.shape[-1:], eps=1e-5) * (1 + scale) + shift
+            embedding = table(emotion).to(dtype)
+        return self.adaLN_modulation[1](F.silu(embedding)).chunk(2, dim=-1)
+
+    def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
+        """x [B * F, N, C]."""
+        return kernels.modulated_norm(x, *modulation)
+
+
+class Feeling(NamedTuple):
+    """What the emotion makes of a module's four norms; the same at every step."""
+
+    norm1: Modulation
+    audio_norm1: Modulation
+    norm2: Modulation
+    audio_norm2: Modulation
+
+
+class Heard(NamedTuple):
+    """Audio tokens [B * F, tokens, audio_dim] as they enter a module and after their own attention, and their
+    projections for the joint one, [B * F, tokens, dim] each. At the net's first module the same at every step."""
+
+    entering: Tensor
+    audio: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
 
 class JointAttention(nn.Module):
@@ -60,10 +84,9 @@ class JointAttention(nn.Module):
         if not final:
             self.to_add_out = ops.Linear(dim, audio_dim)
 
-    def forward(self, x: Tensor, audio: Tensor) -> tuple[Tensor, Tensor | None]:
-        query = split_heads(torch.cat([self.to_q(x), self.add_q_proj(audio)], dim=1), self.heads)
-        key = split_heads(torch.cat([self.to_k(x), self.add_k_proj(audio)], dim=1), self.heads)
-        value = split_heads(torch.cat([self.to_v(x), self.add_v_proj(audio)], dim=1), self.heads)
+    def forward(self, x: Tensor, heard: Heard) -> tuple[Tensor, Tensor | None]:
+        own = (self.to_q(x), self.to_k(x), self.to_v(x))
+        query, key, value = (split_heads(torch.cat(pair, dim=1), self.heads) for pair in zip(own, heard[2:]))
         out = join_heads(F.scaled_dot_product_attention(query, key, value))
         frames, audio = out[:, : x.shape[1]], out[:, x.shape[1] :]
         return self.to_out[0](frames), self.to_add_out(audio) if hasattr(self, "to_add_out") else None
@@ -87,15 +110,24 @@ class _JointBlock(nn.Module):
             self.audio_ff = FeedForward(audio_dim, ops)
             self.audio_norm3 = ops.LayerNorm(audio_dim)
 
-    def forward(self, x: Tensor, audio: Tensor, emotion: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = x + self.attn1(self.norm1(x, emotion))
-        audio = audio + self.audio_attn1(self.audio_norm1(audio, emotion))
-        joint, joint_audio = self.attn2(self.norm2(x, emotion), self.audio_norm2(audio, emotion))
+    def feel(self, emotion: Tensor, dtype: torch.dtype) -> Feeling:
+        norms = (self.norm1, self.audio_norm1, self.norm2, self.audio_norm2)
+        return Feeling(*(norm.modulation(emotion, dtype) for norm in norms))
+
+    def listen(self, entering: Tensor, feeling: Feeling) -> Heard:
+        audio = entering + self.audio_attn1(self.audio_norm1(entering, feeling.audio_norm1))
+        normed = self.audio_norm2(audio, feeling.audio_norm2)
+        joint = self.attn2
+        return Heard(entering, audio, joint.add_q_proj(normed), joint.add_k_proj(normed), joint.add_v_proj(normed))
+
+    def forward(self, x: Tensor, heard: Heard, feeling: Feeling) -> tuple[Tensor, Tensor | None]:
+        x = x + self.attn1(self.norm1(x, feeling.norm1))
+        joint, joint_audio = self.attn2(self.norm2(x, feeling.norm2), heard)
         x = x + joint
         x = x + self.ff(self.norm3(x))
         if joint_audio is None:
             return x, None
-        audio = audio + joint_audio
+        audio = heard.audio + joint_audio
         return x, audio + self.audio_ff(self.audio_norm3(audio))
 
 
@@ -120,16 +152,25 @@ class AudioModule(nn.Module):
         self.transformer_blocks = nn.ModuleList([_JointBlock(inner_dim, audio_dim, heads, final, ops)])
         self.proj_out = ops.Conv2d(inner_dim, dim, 1)
 
-    def forward(self, x: Tensor, audio: Tensor, emotion: Tensor) -> tuple[Tensor, Tensor | None]:
+    def feel(self, emotion: Tensor, dtype: torch.dtype) -> Feeling:
+        """emotion: [B] or [B * F] int labels, or [B, 10] or [B * F, 10] floating class weights."""
+        return self.transformer_blocks[0].feel(emotion, dtype)
+
+    def listen(self, audio: Tensor, feeling: Feeling) -> Heard:
+        """audio: [B * F, tokens, audio_dim]."""
+        return self.transformer_blocks[0].listen(audio, feeling)
+
+    def forward(self, x: Tensor, audio: Tensor | Heard, feeling: Feeling) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             x: [B * F, C, h, w].
-            audio: [B * F, tokens, audio_dim].
-            emotion: [B] or [B * F] int labels, or [B, 10] or [B * F, 10] floating class weights.
+            audio: [B * F, tokens, audio_dim], or what `listen` made of it.
+            feeling: from `feel`.
 
         Returns:
             Frames and audio tokens, each with the module's contribution added.
         """
-        hidden, out_audio = self.transformer_blocks[0](to_tokens(self.proj_in(self.norm(x))), audio, emotion)
+        heard = audio if isinstance(audio, Heard) else self.listen(audio, feeling)
+        hidden, out_audio = self.transformer_blocks[0](to_tokens(self.proj_in(self.norm(x))), heard, feeling)
         x = x + self.proj_out(to_maps(hidden, *x.shape[2:]))
-        return x, None if out_audio is None else audio + out_audio
+        return x, None if out_audio is None else heard.entering + out_audio

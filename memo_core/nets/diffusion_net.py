@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .audio_module import AudioModule
+from ..speed import StepCache
+from .audio_module import AudioModule, Feeling, Heard
 from .config import NetConfig
 from .layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample
-from .memory_module import Memory, MemoryModule
+from .memory_module import LazyMemory, Memory, MemoryModule
 from .reference_net import down_widths, up_widths
-from .spatial import SpatialTransformer
+from .spatial import SpatialConditions, SpatialTransformer
 
 
 class _Block(nn.Module):
@@ -53,9 +54,25 @@ class _Block(nn.Module):
     def memory_module(self, i: int) -> MemoryModule | None:
         return self.motion_modules[i] if hasattr(self, "motion_modules") else None
 
-    def layer(self, i: int, x: Tensor, audio: Tensor | None, context: _Context) -> tuple[Tensor, Tensor | None]:
-        x = self.resnets[i](x, context.time)
-        return context.attend(self, i, x, audio)
+    def layer(
+        self,
+        i: int,
+        x: Tensor,
+        audio: Tensor | Heard | None,
+        shift: Tensor,
+        given: LayerConditions,
+        memory: list[LazyMemory] | None,
+        frames: int,
+    ) -> tuple[Tensor, Tensor | Heard | None]:
+        x = self.resnets[i](x, shift)
+        if given.spatial is not None:
+            x = _of_every_row(x, len(given.spatial.face[0]) * frames)
+            x = self.attentions[i](x, given.spatial)
+        if given.feeling is not None:
+            x, audio = self.audio_modules[i](x, audio, given.feeling)
+        if memory is not None:
+            x = self.motion_modules[i](x, memory or None, frames)
+        return x, audio
 
 
 class _MidBlock(_Block):
@@ -74,38 +91,46 @@ def _memory_module(dim: int, config: NetConfig, ops: Any) -> MemoryModule:
     )
 
 
-class _Context:
-    """What every layer of one forward pass reads: embeddings, tokens, and the layer's share of reference and memory."""
+class LayerConditions(NamedTuple):
+    """What one layer reads besides frames, memory and time; None where it has no such module or leaves it out."""
 
-    def __init__(
-        self,
-        time: Tensor,
-        face_tokens: Tensor,
-        emotion: Tensor | None,
-        reference: list[Tensor],
-        memory: list[Memory] | None,
-        frames: int,
-        unconditional_rows: int,
-    ):
-        self.time, self.face_tokens, self.emotion = time, face_tokens, emotion
-        self.spatial_only = emotion is None
-        self.frames, self.unconditional_rows = frames, unconditional_rows
-        self._reference = iter(reference)
-        self._memory = None if memory is None else iter(memory)
+    spatial: SpatialConditions | None
+    feeling: Feeling | None
 
-    def attend(self, block: _Block, i: int, x: Tensor, audio: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        reference = next(self._reference)
-        if hasattr(block, "attentions"):
-            x = block.attentions[i](x, self.face_tokens, reference, self.unconditional_rows)
-        if self.spatial_only:
-            return x, None
-        if hasattr(block, "attentions"):
-            x, audio = block.audio_modules[i](x, audio, self.emotion)
-        module = block.memory_module(i)
-        if module is not None:
-            memory = None if self._memory is None else [next(self._memory) for _ in range(module.num_memory_layers)]
-            x = module(x, memory, self.frames)
-        return x, audio
+
+class WindowConditions(NamedTuple):
+    """Everything that `DiffusionNet.prepare` computes from a window's conditions; no step changes it.
+
+    Attributes:
+        layers: in execution order.
+        audio: what the first audio module heard; None without sound.
+        frames: F.
+    """
+
+    layers: list[LayerConditions]
+    audio: Heard | None
+    frames: int
+
+    def half(self, number: int) -> WindowConditions:
+        """Those of the batch's first half (0), which sees no reference, or of its second (1), which does; views."""
+
+        def mine(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(tensor.chunk(2)[number] for tensor in tensors)
+
+        layers = []
+        for spatial, feeling in self.layers:
+            if spatial is not None:
+                reference = spatial.reference if number else tuple(kv[:0] for kv in spatial.reference)
+                spatial = SpatialConditions(reference, mine(spatial.face))
+            if feeling is not None:
+                feeling = Feeling(*(mine(modulation) for modulation in feeling))
+            layers.append(LayerConditions(spatial, feeling))
+        return WindowConditions(layers, None if self.audio is None else Heard(*mine(self.audio)), self.frames)
+
+
+def _of_every_row(x: Tensor, rows: int) -> Tensor:
+    """Rows that were computed once, because they do not differ yet, for all: [R, C, h, w] -> [rows, C, h, w]."""
+    return x if len(x) == rows else x.repeat(rows // len(x), 1, 1, 1)
 
 
 class DiffusionNet(nn.Module):
@@ -163,13 +188,16 @@ class DiffusionNet(nn.Module):
         for i, block in enumerate(self.up_blocks):
             yield from ((block, j, last - i) for j in range(len(block.resnets)))
 
-    def memory_sums(self, past: list[Tensor], height: int, width: int, frames: int) -> Iterator[Memory]:
+    def memory_sums(
+        self, past: list[Tensor], height: int, width: int, frames: int, rows: Tensor | None = None
+    ) -> Iterator[Memory]:
         """What a window of past frames adds to the memory, one memory layer after the other in execution order.
 
         Args:
             past: Reference Net features of the past frames, [B * F, N, C] per layer, frames oldest first.
             height, width: latent size; level i of the net works at ceil(size / 2^i).
             frames: F.
+            rows: [B * F] numbers of rows of `past`, where some frames are alike and `past` holds each only once.
 
         Yields:
             (kv [B, N, H, D, D], z [B, N, H, D]) per memory layer. Memory of several windows is the sum of theirs, each
@@ -179,7 +207,7 @@ class DiffusionNet(nn.Module):
             module = block.memory_module(i)
             if module is not None:
                 h, w = -(-height // 2**level), -(-width // 2**level)
-                yield from module.sums(feature, h, w, frames)
+                yield from module.sums(feature, h, w, frames, rows)
 
     def memory_numbers(self, height: int, width: int) -> int:
         """How many numbers `memory_sums` gives per batch row at this latent size."""
@@ -192,66 +220,140 @@ class DiffusionNet(nn.Module):
                 total += module.num_memory_layers * tokens * dim * (dim // heads + 1)
         return total
 
-    def forward(
+    def prepare(
+        self,
+        *,
+        reference: list[Tensor],
+        face_tokens: Tensor,
+        audio_tokens: Tensor | None,
+        emotion: Tensor | None,
+        frames: int,
+    ) -> WindowConditions:
+        """Computes what does not change between the steps of a window: keys and values of the portrait and of the face
+        tokens, the emotion's shifts and scales, what the first audio module makes of the sound. Arguments as for
+        `predict`."""
+        dtype = face_tokens.dtype
+        layers = []
+        for (block, i, _), feature in zip(self.layers(), reference):
+            spatial = feeling = None
+            if hasattr(block, "attentions"):
+                sets = feature if feature.ndim == 4 else feature[:, None]
+                spatial = block.attentions[i].prepare(sets, face_tokens)
+                if emotion is not None:
+                    feeling = block.audio_modules[i].feel(emotion, dtype)
+            layers.append(LayerConditions(spatial, feeling))
+        audio = None
+        if audio_tokens is not None:
+            first = next(n for n, given in enumerate(layers) if given.feeling is not None)
+            block, i, _ = list(self.layers())[first]
+            audio = block.audio_modules[i].listen(audio_tokens.flatten(0, 1), layers[first].feeling)
+        return WindowConditions(layers, audio, frames)
+
+    def time_shifts(self, timestep: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """What the time embedding [T] of timesteps 0 (clean) to 1000 (noise) adds in every residual block, [T, C]."""
+        time = self.time_embedding(timestep, dtype)
+        return [resnet.shift(time) for resnet in self._resnets()]
+
+    def _resnets(self) -> Iterator[ResnetBlock]:
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield from block.resnets
+
+    def predict(
         self,
         latents: Tensor,
         timestep: Tensor,
         *,
         reference: list[Tensor],
-        memory: list[Memory] | None,
+        memory: list[LazyMemory] | None,
         face_tokens: Tensor,
         audio_tokens: Tensor | None,
         emotion: Tensor | None,
-        unconditional: int = 0,
     ) -> Tensor:
-        """
+        """One step, and all that `prepare` and `time_shifts` compute for it.
+
         Args:
             latents: [B, 4, F, h, w] noisy latents.
             timestep: [B] or [1], or [B * F] for one per frame, 0 (clean) to 1000 (noise).
-            reference: Reference Net features of the portrait per layer: [B - unconditional, N, C], or
-                [(B - unconditional) * F, N, C] for one per frame.
+            reference: Reference Net features of the portrait per layer, [S, N, C], or [S, K, N, C] for K sets that the
+                frames see in turn. The first B - S rows of the batch do not see the reference.
             memory: as `memory_sums` gives them, or None for a window without a past.
             face_tokens: [B, tokens, cross_attention_dim].
             audio_tokens: [B, F, tokens, audio_attention_dim].
             emotion: int labels 0..9, [B] for one per window or [B * F] for one per frame, or floating class weights
                 [B, 10] or [B * F, 10], rows summing to 1. None, with audio_tokens None, leaves out multi-modal
                 attention and memory: each frame by itself, as the first stage of training has it.
-            unconditional: the first rows of the batch do not see the reference.
 
         Returns:
             Velocity [B, 4, F, h, w].
         """
-        batch, _, frames, height, width = latents.shape
-        rows = (batch - unconditional) * frames
-        time = self.time_embedding(timestep, latents.dtype)
-        context = _Context(
-            time=time,
-            face_tokens=face_tokens.repeat_interleave(frames, dim=0),
+        given = self.prepare(
+            reference=reference,
+            face_tokens=face_tokens,
+            audio_tokens=audio_tokens,
             emotion=emotion,
-            reference=[
-                feature if len(feature) == rows else feature.repeat_interleave(rows // max(len(feature), 1), dim=0)
-                for feature in reference
-            ],
-            memory=memory,
-            frames=frames,
-            unconditional_rows=unconditional * frames,
+            frames=latents.shape[2],
         )
-        audio = None if audio_tokens is None else audio_tokens.flatten(0, 1)
+        return self(latents, self.time_shifts(timestep, latents.dtype), given, memory)
+
+    def forward(
+        self,
+        latents: Tensor,
+        shifts: list[Tensor],
+        given: WindowConditions,
+        memory: list[LazyMemory] | None,
+        cache: StepCache | None = None,
+    ) -> Tensor:
+        """One step under prepared conditions.
+
+        Args:
+            latents: [B, 4, F, h, w] noisy latents; or those of B / 2 videos, which then stand for both halves of the
+                batch (guidance) and are computed once as far as the halves do not differ.
+            shifts: of `time_shifts`, for one timestep, or one per row or frame.
+            given: from `prepare`.
+            memory: as for `predict`.
+            cache: may spare all layers but the first.
+
+        Returns:
+            Velocity [B, 4, F, h, w].
+        """
+        frames = given.frames
+        shift, layers = iter(shifts), iter(given.layers)
+        sums = None if memory is None else iter(memory)
+        audio: Tensor | Heard | None = given.audio
+
+        def layer(block: _Block, i: int, x: Tensor, audio: Tensor | Heard | None) -> tuple[Tensor, Any]:
+            module = None if given.audio is None else block.memory_module(i)
+            mine = None
+            if module is not None:
+                mine = [] if sums is None else [next(sums) for _ in range(module.num_memory_layers)]
+            return block.layer(i, x, audio, next(shift), next(layers), mine, frames)
+
         x = self.conv_in(latents.transpose(1, 2).flatten(0, 1))
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x, audio = block.layer(i, x, audio, context)
+                x, audio = layer(block, i, x, audio)
                 skips.append(x)
+                if cache is not None and len(skips) == 2:
+                    rest = cache.rest(x)
+                    if rest is not None:
+                        return self._velocity(x + rest, frames)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
                 skips.append(x)
-        x, audio = self.mid_block.layer(0, x, audio, context)
-        x = self.mid_block.resnets[1](x, time)
+        first = skips[1]
+        x, audio = layer(self.mid_block, 0, x, audio)
+        x = self.mid_block.resnets[1](x, next(shift))
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x, audio = block.layer(i, torch.cat([x, skips.pop()], dim=1), audio, context)
+                skip = _of_every_row(skips.pop(), len(x))
+                x, audio = layer(block, i, torch.cat([x, skip], dim=1), audio)
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, skips[-1].shape[2:])
+        if cache is not None:
+            cache.keep(first, x)
+        return self._velocity(x, frames)
+
+    def _velocity(self, x: Tensor, frames: int) -> Tensor:
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return x.unflatten(0, (batch, frames)).transpose(1, 2)
+        return x.unflatten(0, (-1, frames)).transpose(1, 2)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, H * D] -> [B, H, N, D]."""
-    batch, tokens, _ = x.shape
-    return x.view(batch, tokens, heads, -1).transpose(1, 2)
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def join_heads(x: Tensor) -> Tensor:
@@ -26,8 +25,11 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(batch, tokens, heads * dim)
 
 
+KeysValues = tuple[Tensor, Tensor]  # [B, H, M, D] each
+
+
 class Attention(nn.Module):
-    """Multi-head attention of [B, N, query_dim] over [B, M, context_dim]; head width is inner_dim / heads."""
+    """Multi-head attention of [B, N, query_dim] tokens; head width is inner_dim / heads."""
 
     def __init__(self, query_dim: int, inner_dim: int, heads: int, context_dim: int | None = None, ops: Any = nn):
         super().__init__()
@@ -38,12 +40,21 @@ class Attention(nn.Module):
         self.to_v = ops.Linear(context_dim, inner_dim, bias=False)
         self.to_out = nn.ModuleList([ops.Linear(inner_dim, query_dim)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Of tokens [B, M, context_dim]; what does not change between steps is projected once and handed to `cross`."""
+        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
+
+    def cross(self, x: Tensor, given: KeysValues) -> Tensor:
+        """Attention of x to the given keys and values alone, x [B, N, query_dim]."""
         query = split_heads(self.to_q(x), self.heads)
-        key = split_heads(self.to_k(context), self.heads)
-        value = split_heads(self.to_v(context), self.heads)
-        return self.to_out[0](join_heads(F.scaled_dot_product_attention(query, key, value)))
+        return self.to_out[0](join_heads(F.scaled_dot_product_attention(query, *given)))
+
+    def forward(self, x: Tensor, more: KeysValues | None = None) -> Tensor:
+        """Self-attention of x [B, N, query_dim], also to `more` keys and values."""
+        given = self.keys_values(x)
+        if more is not None:
+            given = tuple(torch.cat(pair, dim=2) for pair in zip(given, more))
+        return self.cross(x, given)
 
 
 class GEGLU(nn.Module):
@@ -90,7 +101,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions on [R, C, h, w], the time embedding [B, T] added between them, R = B * F; residual."""
+    """Two 3x3 convolutions on [R, C, h, w], shifted by the time embedding in between; residual."""
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int, eps: float, ops: Any = nn):
         super().__init__()
@@ -102,11 +113,16 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = ops.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def shift(self, time: Tensor) -> Tensor:
+        """What the time embedding [T, time_dim] adds between the convolutions, [T, out_channels]."""
+        return self.time_emb_proj(F.silu(time))
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        """x [R, C, h, w]; shift [S, out_channels], S dividing R: row r is shifted by the one numbered r // (R / S)."""
         hidden = self.conv1(F.silu(self.norm1(x)))
-        time = self.time_emb_proj(F.silu(time))
-        hidden = hidden + time.repeat_interleave(hidden.shape[0] // time.shape[0], dim=0)[:, :, None, None]
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        if len(shift) > 1:
+            shift = shift.repeat_interleave(len(hidden) // len(shift), dim=0)
+        hidden = self.conv2(F.silu(self.norm2(hidden + shift[:, :, None, None])))
         shortcut = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
         return shortcut + hidden
 
@@ -134,10 +150,10 @@ class Upsample(nn.Module):
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """[R, C, h, w] -> [R, h * w, C]."""
-    return x.flatten(2).transpose(1, 2)
+    """[R, C, h, w] -> [R, h * w, C], contiguous: every layer that follows would copy what is not."""
+    return x.flatten(2).transpose(1, 2).contiguous()
 
 
 def to_maps(x: Tensor, height: int, width: int) -> Tensor:
-    """[R, h * w, C] -> [R, C, h, w]."""
-    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
+    """[R, h * w, C] -> [R, C, h, w], a view (channels last in memory)."""
+    return x.transpose(1, 2).unflatten(2, (height, width))

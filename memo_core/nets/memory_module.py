@@ -5,6 +5,7 @@ The module holds no state: sums of past frames are computed by `sums`, carried b
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from .. import kernels
 from .layers import FeedForward, to_maps, to_tokens
 
 Memory = tuple[Tensor, Tensor]  # kv [B, N, H, D, D], z [B, N, H, D] of one memory layer
+LazyMemory = Memory | Callable[[], Memory]  # or a function that brings it when its layer is reached
 
 
 class MemoryAttention(nn.Module):
@@ -30,11 +32,15 @@ class MemoryAttention(nn.Module):
         """[B * F, N, C] -> [B, F, N, H, D]."""
         return x.view(-1, frames, x.shape[1], self.heads, x.shape[2] // self.heads)
 
-    def sums(self, past: Tensor, frames: int) -> Memory:
-        """What past frames [B * F, N, C] add to the memory."""
-        return kernels.memory_sums(self._split(self.to_k(past), frames), self._split(self.to_v(past), frames))
+    def sums(self, past: Tensor, frames: int, rows: Tensor | None = None) -> Memory:
+        """What past frames [B * F, N, C] add to the memory; `rows` as for `MemoryModule.sums`."""
+        key, value = self.to_k(past), self.to_v(past)
+        if rows is not None:
+            key, value = key[rows], value[rows]
+        return kernels.memory_sums(self._split(key, frames), self._split(value, frames))
 
-    def forward(self, x: Tensor, memory: Memory | None, frames: int) -> Tensor:
+    def forward(self, x: Tensor, memory: LazyMemory | None, frames: int) -> Tensor:
+        memory = memory() if callable(memory) else memory
         query, key, value = (self._split(to(x), frames) for to in (self.to_q, self.to_k, self.to_v))
         return self.to_out[0](kernels.memory_attention(query, key, value, memory).reshape(x.shape))
 
@@ -65,24 +71,25 @@ class MemoryModule(nn.Module):
         self.num_memory_layers, self.width = blocks * layers, dim
         self.temporal_transformer = _TemporalTransformer(dim, heads, blocks, layers, groups, ops)
 
-    def sums(self, past: Tensor, height: int, width: int, frames: int) -> list[Memory]:
-        """What Reference Net features of past frames add to the memory of each layer.
+    def sums(
+        self, past: Tensor, height: int, width: int, frames: int, rows: Tensor | None = None
+    ) -> Iterator[Memory]:
+        """What Reference Net features of past frames add to the memory of each layer, one after the other.
 
         Args:
             past: [B * F, N, C], frames oldest first.
             height, width: N = height * width.
             frames: F.
+            rows: [B * F] numbers of rows of `past`, where some frames are alike and `past` holds each only once.
         """
         # Past frames take the same path as the window's frames, but only up to keys and values.
         transformer = self.temporal_transformer
         past = transformer.proj_in(to_tokens(transformer.norm(to_maps(past, height, width))))
-        return [
-            attention.sums(norm(past), frames)
-            for block in transformer.transformer_blocks
-            for attention, norm in zip(block.attention_blocks, block.norms)
-        ]
+        for block in transformer.transformer_blocks:
+            for attention, norm in zip(block.attention_blocks, block.norms):
+                yield attention.sums(norm(past), frames, rows)
 
-    def forward(self, x: Tensor, memory: list[Memory] | None, frames: int) -> Tensor:
+    def forward(self, x: Tensor, memory: list[LazyMemory] | None, frames: int) -> Tensor:
         """x [B * F, C, h, w]; memory: one (kv, z) per layer, or None to look at the window alone."""
         transformer = self.temporal_transformer
         hidden = transformer.proj_in(to_tokens(transformer.norm(x)))

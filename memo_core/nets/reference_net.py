@@ -29,7 +29,7 @@ class _TransformerBlock(nn.Module):
         if not hasattr(self, "attn1"):
             return None, feature
         x = x + self.attn1(feature)
-        x = x + self.attn2(self.norm2(x), face_tokens)
+        x = x + self.attn2.cross(self.norm2(x), self.attn2.keys_values(face_tokens))
         return x + self.ff(self.norm3(x)), feature
 
 
@@ -78,7 +78,7 @@ class _Block(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(widths[-1][1], ops)])
 
     def layer(self, i: int, x: Tensor, time: Tensor, face_tokens: Tensor) -> tuple[Tensor | None, Tensor]:
-        x = self.resnets[i](x, time)
+        x = self.resnets[i](x, self.resnets[i].shift(time))
         return self.attentions[i](x, face_tokens) if hasattr(self, "attentions") else (x, to_tokens(x))
 
 
@@ -92,8 +92,9 @@ class _MidBlock(nn.Module):
         self.attentions = nn.ModuleList([_Transformer(dim, config, ops=ops)])
 
     def forward(self, x: Tensor, time: Tensor, face_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        x, feature = self.attentions[0](self.resnets[0](x, time), face_tokens)
-        return self.resnets[1](x, time), feature
+        before, after = self.resnets
+        x, feature = self.attentions[0](before(x, before.shift(time)), face_tokens)
+        return after(x, after.shift(time)), feature
 
 
 def down_widths(config: NetConfig) -> list[list[tuple[int, int]]]:

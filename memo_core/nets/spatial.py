@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .config import NetConfig
-from .layers import Attention, FeedForward, to_maps, to_tokens
+from .layers import Attention, FeedForward, KeysValues, to_maps, to_tokens
+
+
+class SpatialConditions(NamedTuple):
+    """What a layer attends to besides its own frame; the same at every step.
+
+    reference: keys and values of the portrait, [S, K, H, N, D] for S batch rows that see it: K sets, which the frames
+    see in turn. face: those of the face tokens, [B, H, tokens, D].
+    """
+
+    reference: KeysValues
+    face: KeysValues
 
 
 class _SpatialBlock(nn.Module):
@@ -21,16 +32,20 @@ class _SpatialBlock(nn.Module):
         self.norm3 = ops.LayerNorm(dim)
         self.ff = FeedForward(dim, ops)
 
-    def forward(self, x: Tensor, face_tokens: Tensor, reference: Tensor, unconditional_rows: int) -> Tensor:
+    def forward(self, x: Tensor, given: SpatialConditions) -> Tensor:
+        rows, tokens, dim = x.shape
+        batch, (seeing, sets) = len(given.face[0]), given.reference[0].shape[:2]
+        frames = rows // batch
+        blind = (batch - seeing) * frames  # rows without a reference
         normed = self.norm1(x)
-        split = unconditional_rows
-        attended = []
-        if split:
-            attended.append(self.attn1(normed[:split]))
-        if split < len(x):
-            attended.append(self.attn1(normed[split:], torch.cat([normed[split:], reference], dim=1)))
-        x = x + torch.cat(attended)
-        x = x + self.attn2(self.norm2(x), face_tokens)
+        attended = [self.attn1(normed[:blind])] if blind else []
+        if seeing:
+            # All frames of a batch row, then the next row's; set k for frames k, k + K, ...
+            reference = tuple(kv.repeat(1, frames // sets, 1, 1, 1).flatten(0, 1) for kv in given.reference)
+            attended.append(self.attn1(normed[blind:], reference))
+        x = x + (torch.cat(attended) if len(attended) > 1 else attended[0])
+        # The face tokens are a batch row's, whatever the frame: its frames' tokens ask together.
+        x = x + self.attn2.cross(self.norm2(x).view(batch, frames * tokens, dim), given.face).view(x.shape)
         return x + self.ff(self.norm3(x))
 
 
@@ -44,17 +59,14 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([_SpatialBlock(dim, config, ops)])
         self.proj_out = ops.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, face_tokens: Tensor, reference: Tensor, unconditional_rows: int) -> Tensor:
-        """
-        Args:
-            x: [B * F, C, h, w].
-            face_tokens: [B * F, tokens, cross_attention_dim].
-            reference: [B * F - unconditional_rows, N, C] Reference Net features of the portrait, one set per frame.
-            unconditional_rows: the first rows of x, which do not see the reference (classifier-free guidance).
+    def prepare(self, reference: Tensor, face_tokens: Tensor) -> SpatialConditions:
+        """Keys and values of the portrait's features [S, K, N, C] and of the face tokens [B, tokens, C]."""
+        block = self.transformer_blocks[0]
+        sets = block.attn1.keys_values(reference.flatten(0, 1))
+        sets = tuple(kv.unflatten(0, reference.shape[:2]) for kv in sets)
+        return SpatialConditions(sets, block.attn2.keys_values(face_tokens))
 
-        Returns:
-            [B * F, C, h, w].
-        """
-        hidden = to_tokens(self.proj_in(self.norm(x)))
-        hidden = self.transformer_blocks[0](hidden, face_tokens, reference, unconditional_rows)
+    def forward(self, x: Tensor, given: SpatialConditions) -> Tensor:
+        """x [B * F, C, h, w]; the first of its B rows are those that see no reference."""
+        hidden = self.transformer_blocks[0](to_tokens(self.proj_in(self.norm(x))), given)
         return x + self.proj_out(to_maps(hidden, *x.shape[2:]))

@@ -1,0 +1,85 @@
+"""Speed presets: named bundles of approximations, and what they are made of. `exact` approximates nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .errors import SamplingError
+from .solvers import SOLVERS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """What may be approximated; the defaults do not.
+
+    Attributes:
+        max_steps: sampling takes at most so many steps, however many are asked for; None: as many as asked for.
+        solver: of the flow's equation, one of `solvers.SOLVERS`.
+        guidance: sigmas (lowest, highest) between which guidance is computed; outside, the conditional row alone is,
+            in half the time ("Applying guidance in a limited interval", arXiv 2404.07724).
+        reuse: steps whose first layer's output changed by less than this share since the last whole step take the rest
+            of that step's net again (first-block caching, as in ParaAttention); 0: no step does. It asks the device
+            for that share once a step, so the host waits for it.
+        fp8_sums: keeps the memory's sums in 8-bit floats: half the memory of bf16.
+    """
+
+    max_steps: int | None = None
+    solver: str = "euler"
+    guidance: tuple[float, float] = (0.0, 1.0)
+    reuse: float = 0.0
+    fp8_sums: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance
+        if self.solver not in SOLVERS:
+            raise SamplingError(f"solver must be one of {', '.join(SOLVERS)}, received {self.solver!r}")
+        if not 0 <= low <= high <= 1:
+            raise SamplingError(f"guidance must be (lowest, highest) sigma within 0 to 1, received {self.guidance!r}")
+        if not 0 <= self.reuse < 1:
+            raise SamplingError(f"reuse must be at least 0 and below 1, received {self.reuse!r}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise SamplingError(f"max_steps must be at least 1, received {self.max_steps!r}")
+
+
+# What a name means is part of every stored window's address, and tests hold it.
+PRESETS = {
+    "exact": Speed(),
+    "balanced": Speed(guidance=(0.2, 1.0), reuse=0.05, fp8_sums=True),
+    "draft": Speed(max_steps=8, solver="ab2", guidance=(0.3, 1.0), reuse=0.1, fp8_sums=True),
+}
+
+
+def speed_named(name: str) -> Speed:
+    """The preset of that name; SamplingError names those there are."""
+    if name not in PRESETS:
+        raise SamplingError(f"speed must be one of {', '.join(PRESETS)}, received {name!r}")
+    return PRESETS[name]
+
+
+class StepCache:
+    """Remembers what a whole pass of the net added to its first layer's output (`Speed.reuse`).
+
+    Args:
+        threshold: the largest relative change of that output (mean absolute values) that counts as none.
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self.reused = 0
+        self._first: Tensor | None = None
+        self._rest: Tensor | None = None
+
+    def rest(self, first: Tensor) -> Tensor | None:
+        """What to add to the first layer's output; None if that has changed too much for the remembered one."""
+        if self._first is None:
+            return None
+        change = (first - self._first).abs().mean() / self._first.abs().mean()
+        if change >= self.threshold:
+            return None
+        self.reused += 1
+        return self._rest
+
+    def keep(self, first: Tensor, last: Tensor) -> None:
+        self._first, self._rest = first, last - first
