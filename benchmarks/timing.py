@@ -1,4 +1,4 @@
-"""Clocks: seconds by named part on the device's own clock, and candidates measured in turn."""
+"""Clocks: seconds by named part on the device's own clock, seconds of a call, of a very short one, too."""
 
 from __future__ import annotations
 
@@ -90,20 +90,6 @@ def seconds_of(run: Callable[[], object], device: torch.device | str = "cpu") ->
     run()
     synchronize(device)
     return time.perf_counter() - start
-
-
-def in_turn(
-    runs: dict[str, Callable[[], object]], repeats: int, device: torch.device | str = "cpu", warm_up: bool = True
-) -> dict[str, list[float]]:
-    """Seconds of every call of every run, measured A B A B ..., so that a slow minute of the machine hits all alike."""
-    if warm_up:
-        for run in runs.values():
-            run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            seconds[name].append(seconds_of(run, device))
-    return seconds
 
 
 def per_call(run: Callable[[], object], device: torch.device | str = "cpu", least: float = 0.2) -> float:

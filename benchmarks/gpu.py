@@ -1,0 +1,221 @@
+"""What memo_core costs on a GPU at the released size: `python -m benchmarks.gpu`, under ten minutes on an H200.
+
+Random weights in bf16 at 512 x 512. Parts come in the order of their weight; each is written to gpu.json as soon as it
+is measured, what fails is noted there and does not stop the rest, and another call goes on with what is missing. A
+chart goes to gpu.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memo_core import MemoPipeline
+from memo_core.checkpoint import Networks
+from memo_core.clips import WINDOW
+from memo_core.kernels import fused, naive
+
+from . import chart, measures, networks, released
+from .measures import END_TO_END, EXACT, RELEASED
+from .results import Results, rounded
+from .timing import Parts, per_call, seconds_of
+
+LIMIT = 540  # seconds after which no further part is begun
+GB = 1e9
+
+
+class Bench:
+    """The parts, each a method that returns its figures.
+
+    Args:
+        device: "cuda"; "cpu" is for trying the program.
+        tiny: small networks at 64 x 64, for the same.
+    """
+
+    def __init__(self, device: str = "cuda", tiny: bool = False):
+        self.device, self.tiny = torch.device(device), tiny
+        self.size, self.steps, self.repeats = (64, 2, 1) if tiny else (512, 20, 2)
+
+    @cached_property
+    def nets(self) -> Networks:
+        return (networks.tiny if self.tiny else networks.full_size)(self.device, torch.bfloat16)
+
+    @cached_property
+    def card(self) -> dict[str, float]:
+        """Bytes a second of a large copy, operations a second of a large bf16 product."""
+        source = torch.empty(2**22 if self.tiny else 2**32, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        side = 256 if self.tiny else 8192
+        a, b = (torch.randn(side, side, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        return {
+            "copy, bytes a second": 2 * source.nbytes / per_call(lambda: target.copy_(source), self.device),
+            "bf16 product, operations a second": 2 * side**3 / per_call(lambda: a @ b, self.device),
+        }
+
+    @property
+    def parts(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """By name, the most important first."""
+        return {
+            "card": lambda: self.card,
+            "window": self.window,
+            "kernels": self.kernels,
+            "roofline": self.roofline,
+            "growth with pixels": self.growth_with_pixels,
+            "growth with portraits": self.growth_with_portraits,
+        }
+
+    def window(self) -> dict[str, Any]:
+        """A video's second window by the released schedule and by preset, with the peak of allocated memory."""
+        job = networks.clip(MemoPipeline(self.nets), self.size, 2, steps=self.steps)
+        found = measures.compare(self.nets, job, [RELEASED, *measures.presets()], self.repeats, only_last=True)
+        found["seconds a frame"] = {how: parts[END_TO_END] / WINDOW for how, parts in found["median"].items()}
+        found["frames a second"] = {how: 1 / seconds for how, seconds in found["seconds a frame"].items()}
+        return found
+
+    def kernels(self) -> dict[str, Any]:
+        """Every kernel at the released widths, and how near it comes to the bandwidth of a copy."""
+        versions = {"naive": naive, "fused": fused}
+        if self.device.type == "cuda":
+            from memo_core.kernels import triton  # absent: the part says so
+
+            versions["triton"] = triton
+        levels = {8: 16} if self.tiny else {40: 4096, 80: 1024, 160: 256}
+        bandwidth = self.card["copy, bytes a second"]
+        return measures.kernels(levels, self.device, torch.bfloat16, versions, bandwidth, least=0.05)
+
+    def roofline(self) -> dict[str, Any]:
+        """Operations and seconds of one step of the Diffusion Net, by part, against the card's peak.
+
+        What Triton kernels do is not among the counted operations; it is little.
+        """
+        from torch.utils.flop_counter import FlopCounterMode
+
+        pipe, peak = MemoPipeline(self.nets), self.card["bf16 product, operations a second"]
+        steps = 2 if self.tiny else 5
+        job = networks.clip(pipe, self.size, 1, steps=steps)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            list(pipe.sample_windows(networks.clip(pipe, self.size, 1, steps=1)))
+        # By the modules' names, as the counter has them: DiffusionNet.down_blocks.0.resnets.0
+        count = {name: sum(by.values()) for name, by in counter.get_flop_counts().items()}
+        net = type(self.nets.diffusion_net).__name__
+        operations = {released.DIFFUSION_STEP: count[net]}
+        for part, how in measures.MODULES.items():
+            operations[part] = sum(n for name, n in count.items() if re.fullmatch(rf"{net}\.{how}", name))
+        parts = Parts(self.device)
+        with measures.watched(self.nets, parts):
+            list(MemoPipeline(self.nets).sample_windows(job))
+        seconds = {part: value / steps for part, value in parts.seconds().items()}
+        found = {}
+        for part, number in operations.items():
+            if part in seconds:
+                rate = number / seconds[part]
+                found[part] = {
+                    "operations a step": number,
+                    "seconds a step": seconds[part],
+                    "TFLOP/s": rate / 1e12,
+                    "share of peak": rate / peak,
+                }
+        return found
+
+    def growth_with_pixels(self) -> dict[str, Any]:
+        sizes = [64, 128] if self.tiny else [256, 512, 768, 1024]
+        return measures.over_pixels(self.nets, sizes, 1, steps=2)
+
+    def growth_with_portraits(self) -> dict[str, Any]:
+        counts = [1, 2] if self.tiny else [1, 2, 3, 4]
+        return measures.over_portraits(self.nets, self.size, counts, 1, steps=2)
+
+
+def table(part: str, found: dict[str, Any]) -> str:
+    """A part's figures in a few lines."""
+    if "error" in found:
+        return f"{part}: failed: {found['error']}"
+    if part == "window":
+        peak = found.get("peak allocated, bytes", {})
+        lines = [f"{how}: failed: {error}" for how, error in found.get("failed", {}).items()]
+        for how, seconds in found["seconds a frame"].items():
+            ratio = found["median"][RELEASED][END_TO_END] / found["median"][how][END_TO_END]
+            error = found.get("relative error of latents against " + EXACT, {}).get(how, 0.0)
+            lines.append(
+                f"{how}: {seconds:.4f} s a frame, {ratio:.2f}x, error against exact {error:.1e}, "
+                f"peak {peak.get(how, 0) / GB:.2f} GB"
+            )
+        return "\n".join(lines)
+    return "\n".join(f"{name}: {rounded(row, 3)}" for name, row in found.items())
+
+
+def picture(results: Results, path: Path) -> None:
+    measured = {name: found for name, found in results.measured.items() if "error" not in found}
+    panels: list[chart.Bars | chart.Curves] = []
+    window = measured.get("window")
+    if window:
+        first = window["median"][RELEASED][END_TO_END]
+        errors = window.get("relative error of latents against " + EXACT, {})
+        labels = {how: f"{how}\nerror {errors[how]:.1e}" if how in errors else how for how in window["median"]}
+        ratios = {labels[how]: first / by[END_TO_END] for how, by in window["median"].items()}
+        panels.append(chart.Bars("times faster than the released schedule", {"": ratios}, "x", line=1))
+        speed = {"": {labels[how]: fps for how, fps in window["frames a second"].items()}}
+        panels.append(chart.Bars("frames a second (line: real time at 25)", speed, line=25))
+        peak = {how: count / GB for how, count in window.get("peak allocated, bytes", {}).items()}
+        panels.append(chart.Bars("peak allocated, GB", {"": peak}))
+    share = ", share of copy bandwidth"
+    versions = {key.removesuffix(share) for row in measured.get("kernels", {}).values() for key in row if share in key}
+    bandwidth = {
+        version: {name: row[version + share] for name, row in measured["kernels"].items() if version + share in row}
+        for version in sorted(versions, key=["naive", "fused", "triton"].index)
+    }
+    panels.append(chart.Bars("kernels: share of the bandwidth of a copy (line: goal)", bandwidth, line=0.6))
+    roofline = {part: row["share of peak"] for part, row in measured.get("roofline", {}).items()}
+    panels.append(chart.Bars("share of the bf16 peak by part (line: goal)", {"exact": roofline}, line=0.35))
+    pixels = {int(n): row["seconds"] for n, row in measured.get("growth with pixels", {}).items()}
+    panels.append(chart.Curves("seconds of a window of 2 steps by its side", {"seconds": pixels}, "pixels"))
+    portraits = {int(n): row["seconds a portrait"] for n, row in measured.get("growth with portraits", {}).items()}
+    panels.append(chart.Curves("seconds a portrait by portraits in a batch", {"seconds": portraits}, "portraits"))
+    h = results.hardware
+    chart.draw(path, f"{h.get('gpu', h['cpu'])}, torch {h['torch']}, triton {h.get('triton')}, {h['date']}", panels)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    names = list(Bench().parts)
+    parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}")
+    parser.add_argument("--again", action="store_true", help="measure what is in gpu.json already, too")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the results (%(default)s)")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which no part begins (%(default)s)")
+    parser.add_argument("--device", default="cuda", help="cpu is for trying this program out (%(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks, for the same")
+    args = parser.parse_args(arguments)
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit("error: no CUDA device here: run this where there is one (--device cpu --tiny tries it out)")
+    start = time.perf_counter()
+    bench, results = Bench(args.device, args.tiny), Results(args.out / "gpu.json", args.device)
+    for name in args.only or names:
+        spent = time.perf_counter() - start
+        if results.has(name) and not args.again:
+            print(f"{name}: measured already")
+            continue
+        if spent > args.limit:
+            print(f"{name}: not begun after {spent:.0f} s; call again to go on")
+            continue
+        print(f"{name} ...", flush=True)
+        found: dict[str, Any] = {}
+
+        def measure() -> dict[str, Any]:
+            return rounded(bench.parts[name]())
+
+        took = seconds_of(lambda: found.update(results.add(name, measure)), args.device)
+        print(f"{table(name, found)}\n  ({took:.0f} s)", flush=True)
+        measures.forget_peak(bench.device)
+    picture(results, args.out / "gpu.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""The measurements both benchmarks make: windows against the released schedule, presets, kernels, growing cost."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import statistics
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memo_core import MemoPipeline
+from memo_core.checkpoint import Networks
+from memo_core.clips import WINDOW
+from memo_core.job import Job
+from memo_core.kernels import fused, naive
+from memo_core.memory import SumsCache
+from memo_core.sampling import Sampler, Window, sample_window
+from memo_core.speed import PRESETS
+
+from . import networks, released
+from .results import described
+from .timing import Parts, per_call, seconds_of, unmeasured
+
+RELEASED, EXACT = "released schedule", "exact"
+END_TO_END = "end to end"
+CONDITIONS = "window conditions"  # memo_core's alone: what it computes once per window
+
+# Which of memo_core's modules do what, by the names the checkpoint gives them.
+MODULES = {
+    released.RESIDUAL: r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.resnets\.\d+",
+    released.SPATIAL: r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+",
+    released.AUDIO: r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.audio_modules\.\d+",
+    released.MEMORY: r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.motion_modules\.\d+",
+}
+
+
+def relative_error(actual: Tensor, wanted: Tensor) -> float:
+    """Relative L2 distance."""
+    return float((actual.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+# --- Windows ----------------------------------------------------------------------------------------------------------
+
+
+def step_modules(net: nn.Module) -> dict[str, list[nn.Module]]:
+    """The Diffusion Net's modules by part."""
+    named = dict(net.named_modules())
+    return {part: [m for name, m in named.items() if re.fullmatch(how, name)] for part, how in MODULES.items()}
+
+
+@contextmanager
+def watched(nets: Networks, parts: Parts) -> Iterator[None]:
+    """Measures memo_core's own parts under the released schedule's names."""
+    net = nets.diffusion_net
+    modules = {
+        **step_modules(net),
+        released.REFERENCE_NET: [nets.reference_net],
+        released.DIFFUSION_STEP: [net],
+        released.VAE_ENCODE: [nets.vae.encoder],
+        released.VAE_DECODE: [nets.vae.decoder],
+    }
+    with ExitStack() as stack:
+        stack.enter_context(parts.watching(modules))
+        stack.enter_context(_calls(net, "memory_sums", released.MEMORY_INPUTS, parts, generator=True))
+        for method in ("prepare", "time_shifts"):
+            stack.enter_context(_calls(net, method, CONDITIONS, parts))
+        yield
+
+
+@contextmanager
+def _calls(module: nn.Module, method: str, name: str, parts: Parts, generator: bool = False) -> Iterator[None]:
+    """Measures the calls of a module's method, where it has one."""
+    original = getattr(module, method, None)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with parts(name):
+            return original(*args, **kwargs)
+
+    def generated(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        made = original(*args, **kwargs)
+        while True:
+            with parts(name):
+                value = next(made, None)
+            if value is None:
+                return
+            yield value
+
+    if original is not None:
+        object.__setattr__(module, method, generated if generator else called)
+    try:
+        yield
+    finally:
+        if original is not None:
+            object.__delattr__(module, method)
+
+
+def windows_of(nets: Networks, job: Job, how: str, parts: Parts | None = None) -> Iterator[Tensor]:
+    """Latents [4, F, h, w] of a job's windows, by the released schedule or by memo_core with nothing kept from before;
+    the latter with the preset that `how` names."""
+    if how == RELEASED:
+        for window in released.sample_released(nets, job, unmeasured if parts is None else parts):
+            yield window.latents
+        return
+    job = replace(job, settings=replace(job.settings, speed=how))
+    with ExitStack() as stack:
+        if parts is not None:
+            stack.enter_context(watched(nets, parts))
+        for window in MemoPipeline(nets).sample_windows(job):
+            yield window.latents
+
+
+def compare(nets: Networks, job: Job, hows: list[str], repeats: int, only_last: bool = False) -> dict[str, Any]:
+    """Samples a job in several ways in turn, A B A B.
+
+    Args:
+        hows: the released schedule and names of presets; the first is what the others are compared with.
+        only_last: measures only the last window, without parts, which only a video's first one differs from.
+
+    Returns:
+        Seconds of every run and medians, end to end and by part, their ratio to the first, the latents' relative error
+        against it and against `exact`, how the job was, and what failed: only the first one's failure is raised.
+    """
+    device = nets.device
+    warm_up = replace(job, settings=replace(job.settings, steps=2), num_frames=WINDOW, noise=None)
+    failed: dict[str, str] = {}
+    for how in hows:
+        try:
+            list(windows_of(nets, warm_up, how))
+        except Exception as error:
+            if how == hows[0]:
+                raise
+            traceback.print_exc()  # the others are worth measuring all the same
+            failed[how] = described(error)
+            forget_peak(device)
+    hows = [how for how in hows if how not in failed]
+    seconds: dict[str, dict[str, list[float]]] = {how: {} for how in hows}
+    latents: dict[str, Tensor] = {}
+    peak: dict[str, int] = {}
+    for _ in range(repeats):
+        for how in hows:
+            parts = None if only_last else Parts(device)
+            windows, found = windows_of(nets, job, how, parts), []
+            forget_peak(device)
+
+            def rest() -> None:
+                found.extend(windows)
+
+            if only_last:
+                found += [next(windows) for _ in range(job.windows - 1)]
+            took = {END_TO_END: seconds_of(rest, device), **({} if parts is None else parts.seconds())}
+            for part, value in took.items():
+                seconds[how].setdefault(part, []).append(value)
+            latents[how] = torch.cat(found, dim=1)
+            if device.type == "cuda":
+                peak[how] = max(peak.get(how, 0), torch.cuda.max_memory_allocated())
+    medians = {how: {part: statistics.median(by[part]) for part in _ordered(by)} for how, by in seconds.items()}
+    first, *others = hows
+    ratios = {
+        how: {part: medians[first][part] / value for part, value in medians[how].items() if part in medians[first]}
+        for how in others
+    }
+    result = {
+        "size": 8 * job.reference.latents.shape[-1],
+        "windows": 1 if only_last else job.windows,
+        "steps": job.settings.steps,
+        "seconds": seconds,
+        "median": medians,
+        "times faster than " + first: ratios,
+    }
+    for reference in dict.fromkeys((first, EXACT)):
+        if reference in hows:
+            result["relative error of latents against " + reference] = {
+                how: relative_error(latents[how], latents[reference]) for how in hows if how != reference
+            }
+    if failed:
+        result["failed"] = failed
+    if peak:
+        result["peak allocated, bytes"] = peak
+    return result
+
+
+def forget_peak(device: torch.device) -> None:
+    """Starts the count of `torch.cuda.max_memory_allocated` anew, with what is garbage gone."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _ordered(parts: Iterable[str]) -> list[str]:
+    order = (END_TO_END, released.DIFFUSION_STEP, released.RESIDUAL, released.SPATIAL, released.AUDIO, released.MEMORY)
+    order += (released.MEMORY_INPUTS, CONDITIONS, released.REFERENCE_NET, released.VAE_ENCODE, released.VAE_DECODE)
+    return sorted(parts, key=order.index)
+
+
+def presets() -> list[str]:
+    """Names of the speed presets, `exact` first."""
+    return list(PRESETS)
+
+
+# --- Kernels ----------------------------------------------------------------------------------------------------------
+
+
+def kernel_inputs(
+    dim: int, locations: int, device: torch.device | str, dtype: torch.dtype, heads: int = 8
+) -> dict[str, tuple]:
+    """Random arguments of every kernel at one level of the net: guidance's two rows of one window."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    query, key, value = (draw(2, WINDOW, locations, heads, dim) for _ in range(3))
+    kv, z = draw(2, locations, heads, dim, dim), draw(2, locations, heads, dim).abs() + 1
+    x, shift, scale = draw(2 * WINDOW, locations, heads * dim), draw(2, heads * dim), draw(2, heads * dim)
+    return {
+        "memory_attention": (query, key, value, (kv, z)),
+        "memory_sums": (key, value),
+        "update_memory": ((kv.clone(), z.clone()), naive.DECAY**WINDOW, key, value),
+        "modulated_norm": (x, shift, scale),
+    }
+
+
+def kernel_bytes(name: str, given: tuple) -> int:
+    """Bytes that a kernel has to read and to write at least: each tensor once."""
+    if name == "memory_attention":
+        query, key, value, (kv, z) = given
+        return 2 * query.nbytes + key.nbytes + value.nbytes + kv.nbytes + z.nbytes
+    if name == "memory_sums":
+        key, value = given
+        z = key.nbytes // key.shape[1]
+        return key.nbytes + value.nbytes + z * (1 + key.shape[-1])
+    if name == "update_memory":
+        (kv, z), _, key, value = given
+        return key.nbytes + value.nbytes + 2 * (kv.nbytes + z.nbytes)
+    return 2 * given[0].nbytes
+
+
+def kernels(
+    levels: dict[int, int],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    versions: dict[str, Any] | None = None,
+    bandwidth: float | None = None,
+    least: float = 0.2,
+) -> dict[str, Any]:
+    """Seconds of each kernel in each version (`naive` first), by level.
+
+    Args:
+        levels: head width -> locations.
+        versions: modules; naive and fused alone if None.
+        bandwidth: bytes a second that the device copies at; then each kernel's share of it is given, too.
+        least: seconds that a measurement should last.
+    """
+    versions = {"naive": naive, "fused": fused} if versions is None else versions
+    found: dict[str, Any] = {}
+    for dim, locations in levels.items():
+        for name, given in kernel_inputs(dim, locations, device, dtype).items():
+            row: dict[str, Any] = {"locations": locations, "bytes": kernel_bytes(name, given)}
+            for version, module in versions.items():
+                kernel = getattr(module, name, None)
+                if kernel is not None:
+                    row[version] = per_call(lambda: kernel(*given), device, least)
+            for version in list(row)[2:]:
+                if version != "naive":
+                    row[f"{version}, times faster than naive"] = row["naive"] / row[version]
+                if bandwidth is not None:
+                    row[f"{version}, share of copy bandwidth"] = row["bytes"] / row[version] / bandwidth
+            found[f"{name}, D {dim}"] = row
+    return found
+
+
+# --- How cost grows ---------------------------------------------------------------------------------------------------
+
+
+def resident_bytes() -> int:
+    """What this process holds of the machine's memory now; 0 where nobody says."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError, ValueError):
+        return 0
+
+
+def over_windows(nets: Networks, size: int, counts: list[int], **settings: Any) -> dict[str, Any]:
+    """One clip of max(counts) windows: seconds a window and the most host memory so far, at each count."""
+    pipe = MemoPipeline(nets)
+    list(pipe.sample_windows(networks.clip(pipe, size, 1, **settings)))
+    job = networks.clip(pipe, size, max(counts), **settings)
+    found: dict[str, Any] = {"size": size, "steps": job.settings.steps, "windows": {}}
+    most, took = 0, []
+    windows = pipe.sample_windows(job)
+    for count in range(1, max(counts) + 1):
+        last: list[Window] = []
+        took.append(seconds_of(lambda: last.append(next(windows)), nets.device))
+        most = max(most, resident_bytes())
+        if count in counts:
+            recent = took[-min(count, 100) :]  # of the last hundred: how long the clip has become
+            found["windows"][count] = {
+                "seconds a window": statistics.median(recent),
+                "host memory, MB": most / 1e6,
+                "memory state, bytes": last[0].memory.nbytes,
+            }
+    return found
+
+
+def over_pixels(nets: Networks, sizes: list[int], repeats: int, **settings: Any) -> dict[str, Any]:
+    """Seconds of one window by its side in pixels."""
+    found: dict[str, Any] = {}
+    for size in sizes:
+        pipe = MemoPipeline(nets)
+        job = networks.clip(pipe, size, 1, **settings)
+
+        def run() -> None:
+            list(MemoPipeline(nets).sample_windows(job))
+
+        row = {"seconds": _measured(run, repeats, nets.device, found, size)}
+        row["nanoseconds a pixel of video"] = 1e9 * row["seconds"] / (size * size * WINDOW)
+        found[str(size)] = row
+    return found
+
+
+def over_portraits(nets: Networks, size: int, counts: list[int], repeats: int, **settings: Any) -> dict[str, Any]:
+    """Seconds of the denoising of one window for several portraits in one batch, and a portrait."""
+    found: dict[str, Any] = {}
+    pipe = MemoPipeline(nets)
+    audio, emotion = networks.voice(nets, 1)
+    jobs = [pipe.job(networks.portrait(nets, size, seed), audio, emotion, **settings) for seed in range(max(counts))]
+    with torch.no_grad():
+        conditions = [_conditions(nets, job) for job in jobs]
+    for count in counts:
+        given = _joined(conditions[:count])
+        noise = torch.randn(count, 4, WINDOW, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
+        noise = noise.to(nets.device)
+
+        @torch.no_grad()
+        def run() -> None:
+            latents = sample_window(nets, noise, given, jobs[0].settings)
+            if latents.shape != noise.shape:
+                raise ValueError(f"{count} portraits gave latents {list(latents.shape)}")
+
+        seconds = _measured(run, repeats, nets.device, found, count)
+        found[str(count)] = {"seconds": seconds, "seconds a portrait": seconds / count}
+    return found
+
+
+def _measured(run: Callable[[], None], repeats: int, device: torch.device, found: dict, key: object) -> float:
+    run()
+    return statistics.median(seconds_of(run, device) for _ in range(repeats))
+
+
+def _conditions(nets: Networks, job: Job) -> Any:
+    sampler = Sampler(nets, job.reference, job.settings, SumsCache())
+    return sampler.conditions(job.inputs(0, job.entering(nets)))
+
+
+def _joined(conditions: list[Any]) -> Any:
+    """Conditions of several portraits in one batch: first all unconditional rows, then all conditional ones."""
+
+    def rows(tensors: list[Tensor]) -> Tensor:
+        halves = [tensor.chunk(2) for tensor in tensors]
+        return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
+
+    memory = []
+    for pairs in zip(*(list(given.memory) for given in conditions)):
+        pairs = [pair() if callable(pair) else pair for pair in pairs]
+        memory.append(tuple(rows(list(part)) for part in zip(*pairs)))
+    return replace(
+        conditions[0],
+        reference=[torch.cat(features) for features in zip(*(given.reference for given in conditions))],
+        memory=memory,
+        face_tokens=rows([given.face_tokens for given in conditions]),
+        audio_tokens=rows([given.audio_tokens for given in conditions]),
+        emotion=rows([given.emotion for given in conditions]),
+    )
