@@ -1,4 +1,4 @@
-"""Memory-guided linear attention: the stated equations, and the fused kernel against them."""
+"""The kernels: the stated equations, and the fused versions against them."""
 
 from __future__ import annotations
 
@@ -70,6 +70,56 @@ def test_fused_sums_equal_naive(shape: tuple[int, ...], dtype: torch.dtype) -> N
     for mine, wanted in zip(fused.memory_sums(key, value), naive.memory_sums(key.float(), value.float())):
         assert mine.dtype == dtype and mine.shape == wanted.shape
         assert relative_l2(mine, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kernel", [naive, fused], ids=["naive", "fused"])
+@pytest.mark.parametrize("memory_dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_an_update_fades_the_memory_and_adds_the_window(kernel, dtype: torch.dtype, memory_dtype: torch.dtype) -> None:
+    key, value, past_key, past_value, _ = inputs((2, 16, 9, 4, 8), dtype)
+    memory = tuple(part.to(memory_dtype) for part in naive.memory_sums(past_key.float(), past_value.float()))
+    sums = naive.memory_sums(key.float(), value.float())
+    wanted = [0.5 * part.float() + window for part, window in zip(memory, sums)]
+    before = key.clone(), value.clone()
+    assert kernel.update_memory(memory, 0.5, key, value) is memory
+    for mine, part in zip(memory, wanted):
+        assert mine.dtype == memory_dtype
+        assert relative_l2(mine, part) < max(TOLERANCE[dtype], TOLERANCE[memory_dtype])
+    assert torch.equal(key, before[0]) and torch.equal(value, before[1])
+    # A memory that is a part of something larger is written where it lies.
+    both = tuple(torch.cat([part, part], dim=1) for part in memory)
+    kernel.update_memory(tuple(part[:, :9] for part in both), 0.5, key, value)
+    kernel.update_memory(memory, 0.5, key, value)
+    for part, mine in zip(both, memory):
+        assert relative_l2(part[:, :9], mine) < TOLERANCE[memory_dtype] and not torch.equal(part[:, 9:], part[:, :9])
+
+
+def test_norm_follows_the_equations() -> None:
+    """Two rows of one token of two channels: normalised to -1 and 1; each row has its own shift and scale."""
+    x = torch.tensor([[[1.0, 3.0]], [[8.0, 4.0]]])
+    shift, scale = torch.tensor([[10.0, 20.0], [0.0, 1.0]]), torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+    wanted = torch.tensor([[[10.0 - 2, 20.0 + 3]], [[1.0, 1.0]]])
+    torch.testing.assert_close(naive.modulated_norm(x, shift, scale), wanted)
+    # One row of both serves all rows, in order: rows 0 and 1 the first, rows 2 and 3 the second.
+    repeated = naive.modulated_norm(x.repeat_interleave(2, dim=0), shift, scale)
+    torch.testing.assert_close(repeated, wanted.repeat_interleave(2, dim=0))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("samples", [1, 2, 3, 6])
+def test_fused_norm_equals_naive(samples: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 40, 7, generator=generator).transpose(1, 2)  # [6, 7, 40], channels apart, as maps are
+    shift, scale = torch.randn(samples, 80, generator=generator).chunk(2, dim=-1)
+    given = [tensor.to(dtype).requires_grad_() for tensor in (x, shift, scale)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    out, wanted = fused.modulated_norm(*given), naive.modulated_norm(*exact)
+    assert out.dtype == dtype and relative_l2(out.detach(), wanted.detach()) < TOLERANCE[dtype]
+    upstream = torch.randn(wanted.shape, generator=generator)
+    out.backward(upstream.to(dtype))
+    wanted.backward(upstream.double())
+    for mine, truth in zip(given, exact):
+        assert relative_l2(mine.grad, truth.grad) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("with_memory", [False, True], ids=["alone", "memory"])

@@ -1,12 +1,12 @@
-"""Memory-guided linear attention in a few batched matrix products: the default without Triton, on any device.
+"""The kernels in a few batched matrix products: the default without Triton, on any device.
 
-Same functions and shapes as `naive`. A window has fewer frames than a head has channels at released sizes, so the
-window's own part is cheaper as (q k^T) v than through a D x D sum.
+Same functions and shapes as `naive`. Softmaxes run where the frames lie; only matrix products need them by location.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .naive import DECAY, MIN_NORMALISER
@@ -17,14 +17,36 @@ def _by_location(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1, 4).reshape(-1, x.shape[1], x.shape[4])
 
 
+def _weighted(key: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Keys [B, F, N, H, D] after the softmax as they enter z, and as they enter kv."""
+    frames = key.shape[1]
+    age = torch.arange(frames - 1, -1, -1, device=key.device, dtype=torch.float32)
+    weight = (decay**age).to(key.dtype).view(frames, 1, 1, 1)
+    key = torch.softmax(key, dim=1) * weight
+    return key, key * weight  # kv holds the weight of key and value both
+
+
 def memory_sums(key: Tensor, value: Tensor, decay: float = DECAY) -> tuple[Tensor, Tensor]:
     """As `naive.memory_sums`."""
-    batch, frames, locations, heads, dim = key.shape
-    age = torch.arange(frames - 1, -1, -1, device=key.device, dtype=torch.float32)
-    weight = (decay**age).to(key.dtype).view(1, frames, 1)
-    key = torch.softmax(_by_location(key), dim=1) * weight
-    kv = key.transpose(1, 2) @ (_by_location(value) * weight)
-    return kv.view(batch, locations, heads, dim, dim), key.sum(dim=1).view(batch, locations, heads, dim)
+    batch, _, locations, heads, dim = key.shape
+    key, key_of_kv = _weighted(key, decay)
+    kv = _by_location(key_of_kv).transpose(1, 2) @ _by_location(value)
+    return kv.view(batch, locations, heads, dim, dim), key.sum(dim=1)
+
+
+def update_memory(
+    memory: tuple[Tensor, Tensor], factor: float, key: Tensor, value: Tensor, decay: float = DECAY
+) -> tuple[Tensor, Tensor]:
+    """As `naive.update_memory`."""
+    kv, z = memory
+    if not kv.is_contiguous() or kv.dtype != key.dtype:
+        for part, window in zip(memory, memory_sums(key, value, decay)):
+            part.mul_(factor).add_(window)
+        return memory
+    key, key_of_kv = _weighted(key, decay)
+    kv.view(-1, *kv.shape[-2:]).baddbmm_(_by_location(key_of_kv).transpose(1, 2), _by_location(value), beta=factor)
+    z.mul_(factor).add_(key.sum(dim=1))
+    return memory
 
 
 def memory_attention(
@@ -32,15 +54,35 @@ def memory_attention(
 ) -> Tensor:
     """As `naive.memory_attention`."""
     batch, frames, locations, heads, dim = query.shape
-    query = torch.softmax(_by_location(query), dim=-1)
-    key = torch.softmax(_by_location(key), dim=1)
-    scores = query @ key.transpose(1, 2)
-    numerator = scores @ _by_location(value)
-    denominator = scores.sum(dim=-1, keepdim=True)
+    query = torch.softmax(query, dim=-1)
     if memory is not None:
-        kv, z = memory
-        numerator = torch.baddbmm(numerator, query, kv.reshape(-1, dim, dim), alpha=decay)
-        denominator = torch.baddbmm(denominator, query, z.reshape(-1, dim, 1), alpha=decay)
-    # The scale D^-0.5 on queries cancels in the quotient except at the floor, which keeps its released value.
-    out = numerator / denominator.clamp_min(MIN_NORMALISER * dim**0.5)
-    return out.view(batch, locations, heads, frames, dim).permute(0, 3, 1, 2, 4)
+        kv, z = memory[0].reshape(-1, dim, dim), memory[1]
+        # Keys sum to 1 over the window, queries over the width: so does the window's part of the normaliser.
+        # The scale D^-0.5 on queries cancels in the quotient except at the floor, which keeps its released value.
+        normaliser = 1 + decay * (query * z[:, None]).sum(dim=-1, keepdim=True)
+        normaliser = normaliser.clamp_min(MIN_NORMALISER * dim**0.5)
+    query, key, value = (
+        _by_location(query),
+        _by_location(torch.softmax(key, dim=1)).transpose(1, 2),
+        _by_location(value),
+    )
+    if dim < frames:
+        total = key @ value
+        out = query @ (total if memory is None else torch.add(total, kv, alpha=decay))
+    else:  # as at released sizes: cheaper than through a D x D sum
+        out = query @ key @ value
+        if memory is not None:
+            out = torch.baddbmm(out, query, kv, alpha=decay)
+    out = out.view(batch, locations, heads, frames, dim).permute(0, 3, 1, 2, 4)
+    return out if memory is None else out / normaliser
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
+    """As `naive.modulated_norm`."""
+    samples, width = shift.shape
+    weight = 1 + scale
+    if samples <= 2:  # as with one label per row of guidance
+        parts = zip(x.chunk(samples), weight, shift)
+        return torch.cat([F.layer_norm(part, (width,), w, bias, eps) for part, w, bias in parts])
+    normed = F.layer_norm(x, (width,), eps=eps).reshape(samples, -1, width)
+    return torch.addcmul(shift[:, None], normed, weight[:, None]).view(x.shape)

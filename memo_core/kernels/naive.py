@@ -1,4 +1,4 @@
-"""Memory-guided linear attention, written as in the paper: the ground truth every other kernel is compared with.
+"""The kernels written as in the paper: the ground truth that every other version is compared with.
 
 Shapes: B batch rows, F frames, N spatial locations, H heads, D head dim. Queries, keys and values are [B, F, N, H, D];
 each location attends over time only. A memory is the pair (kv [B, N, H, D, D], z [B, N, H, D]).
@@ -7,6 +7,7 @@ each location attends over time only. A memory is the pair (kv [B, N, H, D, D], 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DECAY = 0.9  # gamma of the released model, per frame
@@ -30,6 +31,24 @@ def memory_sums(key: Tensor, value: Tensor, decay: float = DECAY) -> tuple[Tenso
     key = torch.softmax(key, dim=1) * weight
     kv = torch.einsum("bfnhd,bfnhe->bnhde", key, value * weight)
     return kv, key.sum(dim=1)
+
+
+def update_memory(
+    memory: tuple[Tensor, Tensor], factor: float, key: Tensor, value: Tensor, decay: float = DECAY
+) -> tuple[Tensor, Tensor]:
+    """Carries a memory on by one window, in place: M <- factor M + sums (MEMO section 3.2, equations 3 and 4).
+
+    Args:
+        memory: (kv, z), overwritten.
+        factor: what the memory fades by meanwhile: `decay` to the window's number of frames, as released.
+        key, value, decay: as for `memory_sums`.
+
+    Returns:
+        `memory`.
+    """
+    for part, window in zip(memory, memory_sums(key, value, decay)):
+        part.mul_(factor).add_(window)
+    return memory
 
 
 def memory_attention(
@@ -56,3 +75,18 @@ def memory_attention(
     numerator = torch.einsum("bfnhd,bnhde->bfnhe", query, kv)
     denominator = torch.einsum("bfnhd,bnhd->bfnh", query, z).clamp_min(MIN_NORMALISER)
     return numerator / denominator.unsqueeze(-1)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
+    """Layer norm whose shift and scale come from outside (MEMO section 3.3, emotion-adaptive layer norm).
+
+    Args:
+        x: [R, N, C].
+        shift, scale: [S, C], S a divisor of R; row r of x takes row r // (R // S).
+        eps: added to the variance.
+
+    Returns:
+        [R, N, C]: normalised over C, times (1 + scale), plus shift.
+    """
+    shift, scale = (part.repeat_interleave(x.shape[0] // part.shape[0], dim=0)[:, None] for part in (shift, scale))
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift

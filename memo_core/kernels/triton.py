@@ -1,0 +1,576 @@
+"""The kernels in Triton, forward and backward: one pass over what each of them reads and writes.
+
+Same functions and shapes as `naive`, in fp32, fp16 or bf16 with fp32 accumulation (products of fp32 are full fp32).
+Inputs may be any strided views; outputs are contiguous. A program of the attention handles one location and head, so
+that queries, keys, values and memory are each read once and nothing is transposed in memory. Frames and head width are
+padded to powers of two inside a tile; the D x D memory passes through in blocks of columns, as all of it would not fit.
+
+The operators are registered with torch (`torch.ops.memo`), so that `torch.compile` keeps them as nodes of its graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .naive import DECAY, MIN_NORMALISER
+
+MAX_TILE_BYTES = 10 * 1024  # of frames x head width; much more spills, and consumer cards have no room for it
+INTERPRETED = not isinstance(tl.sum, triton.JITFunction)  # TRITON_INTERPRET=1 when Triton was first imported
+_WIDEN = tl.constexpr(INTERPRETED)
+
+
+def supports(x: Tensor) -> bool:
+    """Whether windows like x [B, F, N, H, D] fit: at D 160, 16 frames in fp32 and 32 in bf16; at D 80 twice as many."""
+    return x.dtype != torch.float64 and x.shape[1] * x.shape[4] * x.element_size() <= MAX_TILE_BYTES
+
+
+def _tune(*configs: tuple[int, int, int], key: list[str], fits: Any, **options: Any) -> Any:
+    """Decorator: of (BLOCK, warps, stages), the fastest that `fits(block, warps, given arguments)`, per `key`."""
+    if INTERPRETED:
+
+        def first(given: dict[str, Any]) -> int:
+            return next(block for block, warps, _ in configs if fits(block, warps, given))
+
+        return triton.heuristics({"BLOCK": first})
+
+    def prune(candidates: list[triton.Config], named: dict[str, Any], **given: Any) -> list[triton.Config]:
+        return [c for c in candidates if fits(c.kwargs["BLOCK"], c.num_warps, {**named, **given})]
+
+    if "cache_results" in inspect.signature(triton.autotune).parameters:
+        options["cache_results"] = True  # on disk: another process makes the same choice, hence the same bits
+    return triton.autotune(
+        [triton.Config({"BLOCK": block}, num_warps=warps, num_stages=stages) for block, warps, stages in configs],
+        key=key,
+        prune_configs_by={"early_config_prune": prune},
+        **options,
+    )
+
+
+def _columns_fit(block: int, warps: int, given: dict[str, Any]) -> bool:
+    """Blocks no wider than the padded head, and registers for a tile of frames x padded head."""
+    numbers = given["FP"] * given["DP"] * given["key"].element_size() // 2  # products of fp32 take twice the registers
+    return block <= given["DP"] and warps * 1024 >= min(numbers, 16 * 1024)
+
+
+@triton.jit
+def _offsets(rows, columns, row_stride, column_stride):
+    return rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * column_stride
+
+
+@triton.jit
+def _inside(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return (rows[:, None] < ROWS) & (columns[None, :] < COLUMNS)
+
+
+@triton.jit
+def _softmax(x, valid, AXIS: tl.constexpr):
+    x = tl.where(valid, x.to(tl.float32), float("-inf"))
+    x = tl.exp(x - tl.max(x, axis=AXIS, keep_dims=True))
+    return x / tl.sum(x, axis=AXIS, keep_dims=True)
+
+
+@triton.jit
+def _dot(a, b):
+    if _WIDEN:  # the interpreter would multiply the bits of bf16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@_tune(
+    (32, 1, 2), (64, 1, 1), (16, 1, 1), (32, 2, 2), (64, 2, 2), (128, 2, 1), (32, 4, 2), (64, 4, 2), (64, 4, 3),
+    (16, 4, 1), (32, 8, 2), (64, 8, 2), (64, 16, 1),
+    key=["D", "F", "MEMORY"], fits=_columns_fit,
+)  # fmt: skip
+@triton.jit
+def _attention_kernel(
+    query, key, value, kv, z, out, decay, floor, N, H,
+    q_b, q_f, q_n, k_b, k_f, k_n, v_b, v_f, v_n, m_b, m_n, z_b, z_n,
+    q_h: tl.constexpr, q_d: tl.constexpr, k_h: tl.constexpr, k_d: tl.constexpr, v_h: tl.constexpr, v_d: tl.constexpr,
+    m_h: tl.constexpr, m_d: tl.constexpr, m_e: tl.constexpr, z_h: tl.constexpr, z_d: tl.constexpr,
+    F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MEMORY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    b, n, h = program // H // N, program // H % N, program % H
+    frames, dims = tl.arange(0, FP), tl.arange(0, DP)
+    whole = _inside(frames, dims, F, D)
+    q = tl.load(query + b * q_b + n * q_n + h * q_h + _offsets(frames, dims, q_f, q_d), mask=whole, other=0.0)
+    k = tl.load(key + b * k_b + n * k_n + h * k_h + _offsets(frames, dims, k_f, k_d), mask=whole, other=0.0)
+    q_softmax = _softmax(q, dims[None, :] < D, 1)
+    p = q_softmax.to(q.dtype)
+    scores = _dot(p, tl.trans(_softmax(k, frames[:, None] < F, 0).to(q.dtype))).to(q.dtype)
+    if MEMORY:
+        # Keys sum to 1 over the window, queries over the width: so does the window's part of the normaliser.
+        z_row = tl.load(z + b * z_b + n * z_n + h * z_h + dims * z_d, mask=dims < D, other=0.0).to(tl.float32)
+        normaliser = tl.maximum(1 + decay * tl.sum(q_softmax * z_row[None, :], axis=1), floor)
+    value += b * v_b + n * v_n + h * v_h
+    kv += b * m_b + n * m_n + h * m_h
+    out += (b * F * N + n) * H * D + h * D
+    for start in range(0, D, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = _inside(frames, columns, F, D)
+        v = tl.load(value + _offsets(frames, columns, v_f, v_d), mask=inside, other=0.0).to(q.dtype)
+        numerator = _dot(scores, v)
+        if MEMORY:
+            m = tl.load(kv + _offsets(dims, columns, m_d, m_e), mask=_inside(dims, columns, D, D), other=0.0)
+            numerator = (numerator + decay * _dot(p, m.to(q.dtype))) / normaliser[:, None]
+        tl.store(out + _offsets(frames, columns, N * H * D, 1), numerator.to(out.dtype.element_ty), mask=inside)
+
+
+@_tune(
+    (32, 1, 1), (16, 1, 1), (32, 2, 1), (32, 4, 1), (64, 4, 1), (16, 4, 1), (32, 8, 1), (16, 8, 1), (32, 16, 1),
+    key=["D", "F", "MEMORY", "MEMORY_GRADS"], fits=_columns_fit,
+)  # fmt: skip
+@triton.jit
+def _attention_backward_kernel(
+    grad, query, key, value, kv, z, d_query, d_key, d_value, d_kv, d_z, decay, floor, N, H,
+    q_b, q_f, q_n, k_b, k_f, k_n, v_b, v_f, v_n, m_b, m_n, z_b, z_n,
+    q_h: tl.constexpr, q_d: tl.constexpr, k_h: tl.constexpr, k_d: tl.constexpr, v_h: tl.constexpr, v_d: tl.constexpr,
+    m_h: tl.constexpr, m_d: tl.constexpr, m_e: tl.constexpr, z_h: tl.constexpr, z_d: tl.constexpr,
+    F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    MEMORY: tl.constexpr, MEMORY_GRADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    b, n, h = program // H // N, program // H % N, program % H
+    frames, dims = tl.arange(0, FP), tl.arange(0, DP)
+    whole = _inside(frames, dims, F, D)
+    q = tl.load(query + b * q_b + n * q_n + h * q_h + _offsets(frames, dims, q_f, q_d), mask=whole, other=0.0)
+    k = tl.load(key + b * k_b + n * k_n + h * k_h + _offsets(frames, dims, k_f, k_d), mask=whole, other=0.0)
+    q_softmax, k_softmax = _softmax(q, dims[None, :] < D, 1), _softmax(k, frames[:, None] < F, 0)
+    p, s = q_softmax.to(q.dtype), k_softmax.to(q.dtype)
+    scores = _dot(p, tl.trans(s)).to(q.dtype)
+    d_p, d_scores = tl.zeros([FP, DP], tl.float32), tl.zeros([FP, FP], tl.float32)
+    if MEMORY:
+        z_row = tl.load(z + b * z_b + n * z_n + h * z_h + dims * z_d, mask=dims < D, other=0.0).to(tl.float32)
+        raw = 1 + decay * tl.sum(q_softmax * z_row[None, :], axis=1)
+        normaliser = tl.maximum(raw, floor)
+        d_normaliser = tl.zeros([FP], tl.float32)
+    value += b * v_b + n * v_n + h * v_h
+    kv += b * m_b + n * m_n + h * m_h
+    window = (b * F * N + n) * H * D + h * D  # where this location and head start in [B, F, N, H, D]
+    for start in range(0, D, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = _inside(frames, columns, F, D)
+        at = window + _offsets(frames, columns, N * H * D, 1)
+        v = tl.load(value + _offsets(frames, columns, v_f, v_d), mask=inside, other=0.0).to(q.dtype)
+        d_numerator = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        if MEMORY:
+            d_numerator = d_numerator / normaliser[:, None]
+        g = d_numerator.to(q.dtype)
+        d_scores += _dot(g, tl.trans(v))
+        tl.store(d_value + at, _dot(tl.trans(scores), g).to(d_value.dtype.element_ty), mask=inside)
+        if MEMORY:
+            square = _inside(dims, columns, D, D)
+            m = tl.load(kv + _offsets(dims, columns, m_d, m_e), mask=square, other=0.0).to(q.dtype)
+            numerator = _dot(scores, v) + decay * _dot(p, m)
+            d_normaliser -= tl.sum(d_numerator * numerator, axis=1) / normaliser
+            d_p += decay * _dot(g, tl.trans(m))
+            if MEMORY_GRADS:
+                d_m = decay * _dot(tl.trans(p), g)
+                d_m_at = d_kv + program * D * D + _offsets(dims, columns, D, 1)
+                tl.store(d_m_at, d_m.to(d_kv.dtype.element_ty), mask=square)
+    d_scores = d_scores.to(q.dtype)
+    d_p += _dot(d_scores, s)
+    if MEMORY:
+        d_normaliser = tl.where(raw >= floor, d_normaliser, 0.0)
+        d_p += decay * d_normaliser[:, None] * z_row[None, :]
+        if MEMORY_GRADS:
+            d_z_row = decay * tl.sum(q_softmax * d_normaliser[:, None], axis=0)
+            tl.store(d_z + program * D + dims, d_z_row.to(d_z.dtype.element_ty), mask=dims < D)
+    whole_at = window + _offsets(frames, dims, N * H * D, 1)
+    d_q = q_softmax * (d_p - tl.sum(q_softmax * d_p, axis=1, keep_dims=True))
+    tl.store(d_query + whole_at, d_q.to(d_query.dtype.element_ty), mask=whole)
+    d_s = _dot(tl.trans(d_scores), p)
+    d_k = k_softmax * (d_s - tl.sum(k_softmax * d_s, axis=0, keep_dims=True))
+    tl.store(d_key + whole_at, d_k.to(d_key.dtype.element_ty), mask=whole)
+
+
+_SUMS_CONFIGS = (
+    (32, 1, 1), (16, 1, 1), (64, 1, 1), (32, 2, 1), (64, 2, 1), (32, 4, 1), (64, 4, 1), (128, 4, 1), (16, 4, 1),
+    (32, 8, 1), (64, 8, 1), (32, 16, 1),
+)  # fmt: skip
+
+
+@triton.jit
+def _sums_kernel(
+    key, value, kv, z, log2_decay, factor, N, H,
+    k_b, k_f, k_n, v_b, v_f, v_n, m_b, m_n, z_b, z_n,
+    k_h: tl.constexpr, k_d: tl.constexpr, v_h: tl.constexpr, v_d: tl.constexpr,
+    m_h: tl.constexpr, m_d: tl.constexpr, m_e: tl.constexpr, z_h: tl.constexpr, z_d: tl.constexpr,
+    F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, UPDATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    b, n, h = program // H // N, program // H % N, program % H
+    frames, dims = tl.arange(0, FP), tl.arange(0, DP)
+    whole = _inside(frames, dims, F, D)
+    k = tl.load(key + b * k_b + n * k_n + h * k_h + _offsets(frames, dims, k_f, k_d), mask=whole, other=0.0)
+    weight = tl.exp2(log2_decay * (F - 1 - frames).to(tl.float32))[:, None]
+    s = _softmax(k, frames[:, None] < F, 0) * tl.where(frames[:, None] < F, weight, 0.0)
+    z_at = z + b * z_b + n * z_n + h * z_h + dims * z_d
+    z_row = tl.sum(s, axis=0)
+    if UPDATE:
+        z_row += factor * tl.load(z_at, mask=dims < D, other=0.0).to(tl.float32)
+    tl.store(z_at, z_row.to(z.dtype.element_ty), mask=dims < D)
+    s = tl.trans((s * weight).to(k.dtype))  # kv holds the weight of key and value both
+    value += b * v_b + n * v_n + h * v_h
+    kv += b * m_b + n * m_n + h * m_h
+    for start in range(0, D, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = _inside(frames, columns, F, D)
+        v = tl.load(value + _offsets(frames, columns, v_f, v_d), mask=inside, other=0.0).to(k.dtype)
+        m = _dot(s, v)
+        m_at = kv + _offsets(dims, columns, m_d, m_e)
+        square = _inside(dims, columns, D, D)
+        if UPDATE:
+            m += factor * tl.load(m_at, mask=square, other=0.0).to(tl.float32)
+        tl.store(m_at, m.to(kv.dtype.element_ty), mask=square)
+
+
+# Twice the same kernel: only what writes over its input has to be given a copy while it is tuned.
+_sums = _tune(*_SUMS_CONFIGS, key=["D", "F"], fits=_columns_fit)(_sums_kernel)
+_update = _tune(*_SUMS_CONFIGS, key=["D", "F"], fits=_columns_fit, restore_value=["kv", "z"])(_sums_kernel)
+
+
+@_tune(*_SUMS_CONFIGS, key=["D", "F"], fits=_columns_fit)
+@triton.jit
+def _sums_backward_kernel(
+    g_kv, g_z, key, value, d_key, d_value, log2_decay, N, H,
+    k_b, k_f, k_n, v_b, v_f, v_n,
+    k_h: tl.constexpr, k_d: tl.constexpr, v_h: tl.constexpr, v_d: tl.constexpr,
+    F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    b, n, h = program // H // N, program // H % N, program % H
+    frames, dims = tl.arange(0, FP), tl.arange(0, DP)
+    whole = _inside(frames, dims, F, D)
+    k = tl.load(key + b * k_b + n * k_n + h * k_h + _offsets(frames, dims, k_f, k_d), mask=whole, other=0.0)
+    weight = tl.where(frames < F, tl.exp2(log2_decay * (F - 1 - frames).to(tl.float32)), 0.0)[:, None]
+    k_softmax = _softmax(k, frames[:, None] < F, 0)
+    s = (k_softmax * weight * weight).to(k.dtype)
+    d_s = tl.zeros([FP, DP], tl.float32)
+    value += b * v_b + n * v_n + h * v_h
+    window = (b * F * N + n) * H * D + h * D
+    for start in range(0, D, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = _inside(frames, columns, F, D)
+        v = tl.load(value + _offsets(frames, columns, v_f, v_d), mask=inside, other=0.0).to(k.dtype)
+        g_at = g_kv + program * D * D + _offsets(dims, columns, D, 1)
+        g = tl.load(g_at, mask=_inside(dims, columns, D, D), other=0.0).to(k.dtype)
+        at = window + _offsets(frames, columns, N * H * D, 1)
+        tl.store(d_value + at, _dot(s, g).to(d_value.dtype.element_ty), mask=inside)
+        d_s += _dot(v, tl.trans(g))
+    g_row = tl.load(g_z + program * D + dims, mask=dims < D, other=0.0).to(tl.float32)
+    d_s = weight * (weight * d_s + g_row[None, :])
+    d_k = k_softmax * (d_s - tl.sum(k_softmax * d_s, axis=0, keep_dims=True))
+    tl.store(d_key + window + _offsets(frames, dims, N * H * D, 1), d_k.to(d_key.dtype.element_ty), mask=whole)
+
+
+@_tune((4, 1, 1), (1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 4, 1), (1, 4, 1), (1, 8, 1), key=["C"], fits=lambda *_: True)
+@triton.jit
+def _norm_kernel(
+    x, shift, scale, out, eps, N, rows,
+    x_r, x_n, shift_s, scale_s, x_c: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    s, columns = tl.program_id(1).to(tl.int64), tl.arange(0, CP)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of those that share a shift and a scale
+    inside = (row[:, None] < rows) & (columns[None, :] < C)
+    row = s * rows + row
+    at = x + (row // N)[:, None] * x_r + (row % N)[:, None] * x_n + columns[None, :] * x_c
+    centred = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.where(inside, centred - tl.sum(centred, axis=1, keep_dims=True) / C, 0.0)
+    normed = centred / tl.sqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / C + eps)
+    weight = 1 + tl.load(scale + s * scale_s + columns, mask=columns < C, other=0.0).to(tl.float32)
+    bias = tl.load(shift + s * shift_s + columns, mask=columns < C, other=0.0).to(tl.float32)
+    out_at = out + row[:, None] * C + columns[None, :]
+    tl.store(out_at, (normed * weight[None, :] + bias[None, :]).to(out.dtype.element_ty), mask=inside)
+
+
+@_tune((4, 1, 1), (1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 4, 1), (1, 4, 1), (2, 8, 1), key=["C"], fits=lambda *_: True)
+@triton.jit
+def _norm_backward_kernel(
+    grad, x, scale, d_x, d_shift, d_scale, eps, N, rows, x_r, x_n, scale_s,
+    x_c: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    s, columns = tl.program_id(1).to(tl.int64), tl.arange(0, CP)
+    weight = 1 + tl.load(scale + s * scale_s + columns, mask=columns < C, other=0.0).to(tl.float32)
+    shift_sum, scale_sum = tl.zeros([CP], tl.float32), tl.zeros([CP], tl.float32)
+    for start in range(0, CHUNK, BLOCK):
+        row = tl.program_id(0) * CHUNK + start + tl.arange(0, BLOCK)
+        inside = (row[:, None] < rows) & (columns[None, :] < C)
+        row = s * rows + row
+        at = x + (row // N)[:, None] * x_r + (row % N)[:, None] * x_n + columns[None, :] * x_c
+        centred = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.where(inside, centred - tl.sum(centred, axis=1, keep_dims=True) / C, 0.0)
+        deviation = tl.sqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / C + eps)
+        normed = centred / deviation
+        out_at = row[:, None] * C + columns[None, :]
+        g = tl.load(grad + out_at, mask=inside, other=0.0).to(tl.float32)
+        shift_sum += tl.sum(g, axis=0)
+        scale_sum += tl.sum(g * normed, axis=0)
+        g = g * weight[None, :]
+        along = tl.sum(g * normed, axis=1, keep_dims=True) / C
+        d = (g - tl.sum(g, axis=1, keep_dims=True) / C - normed * along) / deviation
+        tl.store(d_x + out_at, d.to(d_x.dtype.element_ty), mask=inside)
+    part = (s * tl.num_programs(0) + tl.program_id(0)) * C + columns
+    tl.store(d_shift + part, shift_sum, mask=columns < C)
+    tl.store(d_scale + part, scale_sum, mask=columns < C)
+
+
+def _operator(schema: str, mutates: tuple[str, ...] = ()) -> Any:
+    name, arguments = schema.split("(", 1)
+    return torch.library.custom_op(f"memo::{name}", mutates_args=mutates, schema=f"({arguments}")
+
+
+def _strides(**tensors: Tensor | None) -> dict[str, int]:
+    """By axis: of windows [B, F, N, H, D], of `m` [B, N, H, D, D], of `z` [B, N, H, D]; zeros where there is none."""
+    axes = {"m": "bnhde", "z": "bnhd"}
+    return {
+        f"{name}_{axis}": 0 if tensor is None else tensor.stride(i)
+        for name, tensor in tensors.items()
+        for i, axis in enumerate(axes.get(name, "bfnhd"))
+    }
+
+
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _sizes(x: Tensor) -> dict[str, int]:
+    """Of x [B, F, N, H, D], as it is and padded as products of tiles require."""
+    _, frames, locations, heads, dim = x.shape
+    return {"N": locations, "H": heads, "F": frames, "FP": _padded(frames), "D": dim, "DP": _padded(dim)}
+
+
+def _grid(x: Tensor) -> tuple[int]:
+    return (x.shape[0] * x.shape[2] * x.shape[3],)
+
+
+def _log2(decay: float) -> float:
+    return math.log2(max(decay, 1e-30))  # 0 to the power 0 is 1
+
+
+def _floor(x: Tensor) -> float:
+    # The scale D^-0.5 on queries cancels in the quotient except at the floor, which keeps its released value.
+    return MIN_NORMALISER * x.shape[-1] ** 0.5
+
+
+@_operator("memory_attention(Tensor query, Tensor key, Tensor value, Tensor? kv, Tensor? z, float decay) -> Tensor")
+def _attention(query, key, value, kv, z, decay):
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    memory = (query, query) if kv is None else (kv, z)  # a pointer that nothing reads, where there is no memory
+    with torch.cuda.device_of(query):
+        _attention_kernel[_grid(query)](
+            query, key, value, *memory, out, decay, _floor(query),
+            **_strides(q=query, k=key, v=value, m=kv, z=z), **_sizes(query), MEMORY=kv is not None,
+        )  # fmt: skip
+    return out
+
+
+@_attention.register_fake
+def _(query, key, value, kv, z, decay):
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+
+@_operator(
+    "memory_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? kv, Tensor? z, float decay,"
+    " bool memory_grads) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _attention_backward(grad, query, key, value, kv, z, decay, memory_grads):
+    grads = _empty_gradients(grad, query, key, value, kv, z, decay, memory_grads)
+    memory = (query, query) if kv is None else (kv, z)
+    with torch.cuda.device_of(query):
+        _attention_backward_kernel[_grid(query)](
+            grad.contiguous(), query, key, value, *memory, *grads, decay, _floor(query),
+            **_strides(q=query, k=key, v=value, m=kv, z=z), **_sizes(query),
+            MEMORY=kv is not None, MEMORY_GRADS=memory_grads,
+        )  # fmt: skip
+    return grads
+
+
+@_attention_backward.register_fake
+def _empty_gradients(grad, query, key, value, kv, z, decay, memory_grads):
+    window = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    given = (kv, z) if memory_grads else (query[:0], query[:0])
+    return *window, *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given)
+
+
+def _save_attention(ctx, inputs, output):
+    *tensors, ctx.decay = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _attention_gradients(ctx, grad):
+    memory_grads = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    *window, kv, z = _attention_backward(grad, *ctx.saved_tensors, ctx.decay, memory_grads)
+    return *window, *((kv, z) if memory_grads else (None, None)), None
+
+
+_attention.register_autograd(_attention_gradients, setup_context=_save_attention)
+
+
+@_operator("memory_sums(Tensor key, Tensor value, float decay) -> (Tensor, Tensor)")
+def _window_sums(key, value, decay):
+    kv, z = _empty_sums(key, value, decay)
+    with torch.cuda.device_of(key):
+        _sums[_grid(key)](
+            key, value, kv, z, _log2(decay), 0.0, **_strides(k=key, v=value, m=kv, z=z), **_sizes(key), UPDATE=False
+        )
+    return kv, z
+
+
+@_window_sums.register_fake
+def _empty_sums(key, value, decay):
+    batch, _, locations, heads, dim = key.shape
+    shape = (batch, locations, heads, dim)
+    return tuple(torch.empty(x, dtype=key.dtype, device=key.device) for x in ((*shape, dim), shape))
+
+
+@_operator("memory_sums_backward(Tensor g_kv, Tensor g_z, Tensor key, Tensor value, float decay) -> (Tensor, Tensor)")
+def _window_sums_backward(g_kv, g_z, key, value, decay):
+    grads = _empty_sums_gradients(g_kv, g_z, key, value, decay)
+    with torch.cuda.device_of(key):
+        _sums_backward_kernel[_grid(key)](
+            g_kv.contiguous(), g_z.contiguous(), key, value, *grads, _log2(decay),
+            **_strides(k=key, v=value), **_sizes(key),
+        )  # fmt: skip
+    return grads
+
+
+@_window_sums_backward.register_fake
+def _empty_sums_gradients(g_kv, g_z, key, value, decay):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
+
+
+def _save_sums(ctx, inputs, output):
+    key, value, ctx.decay = inputs
+    ctx.save_for_backward(key, value)
+
+
+def _sums_gradients(ctx, g_kv, g_z):
+    return *_window_sums_backward(g_kv, g_z, *ctx.saved_tensors, ctx.decay), None
+
+
+_window_sums.register_autograd(_sums_gradients, setup_context=_save_sums)
+
+
+@_operator(
+    "update_memory(Tensor(a!) kv, Tensor(b!) z, float factor, Tensor key, Tensor value, float decay) -> ()", ("kv", "z")
+)
+def _carry(kv, z, factor, key, value, decay):
+    with torch.cuda.device_of(key):
+        _update[_grid(key)](
+            key, value, kv, z, _log2(decay), factor, **_strides(k=key, v=value, m=kv, z=z), **_sizes(key), UPDATE=True
+        )
+
+
+@_carry.register_fake
+def _(kv, z, factor, key, value, decay):
+    return None
+
+
+@_operator("modulated_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor")
+def _norm(x, shift, scale, eps):
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    samples, rows, width = shift.shape[0], x.shape[0] // shift.shape[0] * x.shape[1], x.shape[2]
+    with torch.cuda.device_of(x):
+        _norm_kernel[lambda given: (triton.cdiv(rows, given["BLOCK"]), samples)](
+            x, shift, scale, out, eps, x.shape[1], rows,
+            x_r=x.stride(0), x_n=x.stride(1), shift_s=shift.stride(0), scale_s=scale.stride(0), x_c=x.stride(2),
+            C=width, CP=triton.next_power_of_2(width),
+        )  # fmt: skip
+    return out
+
+
+@_norm.register_fake
+def _(x, shift, scale, eps):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@_operator(
+    "modulated_norm_backward(Tensor grad, Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)"
+)
+def _norm_backward(grad, x, shift, scale, eps):
+    samples, rows, width = shift.shape[0], x.shape[0] // shift.shape[0] * x.shape[1], x.shape[2]
+    chunk = 64  # rows whose sums one program takes; the programs' sums are added in a fixed order
+    parts = (samples, triton.cdiv(rows, chunk), width)
+    d_shift, d_scale = (torch.empty(parts, dtype=torch.float32, device=x.device) for _ in range(2))
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        _norm_backward_kernel[parts[1::-1]](
+            grad.contiguous(), x, scale, d_x, d_shift, d_scale, eps, x.shape[1], rows,
+            x_r=x.stride(0), x_n=x.stride(1), scale_s=scale.stride(0), x_c=x.stride(2),
+            C=width, CP=triton.next_power_of_2(width), CHUNK=chunk,
+        )  # fmt: skip
+    return d_x, d_shift.sum(dim=1).to(shift.dtype), d_scale.sum(dim=1).to(scale.dtype)
+
+
+@_norm_backward.register_fake
+def _(grad, x, shift, scale, eps):
+    return tuple(torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (x, shift, scale))
+
+
+def _save_norm(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _norm_gradients(ctx, grad):
+    return *_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+_norm.register_autograd(_norm_gradients, setup_context=_save_norm)
+
+
+def _check_window(*window: Tensor) -> None:
+    if len({x.shape for x in window}) > 1:
+        raise ValueError(f"query, key and value must have one shape, not {[tuple(x.shape) for x in window]}")
+
+
+def memory_attention(
+    query: Tensor, key: Tensor, value: Tensor, memory: tuple[Tensor, Tensor] | None, decay: float = DECAY
+) -> Tensor:
+    """As `naive.memory_attention`, for what `supports` allows. The memory may have a dtype of its own."""
+    _check_window(query, key, value)
+    if memory is None:
+        return _attention(query, key, value, None, None, decay)
+    batch, _, locations, heads, dim = query.shape
+    kv, z = memory
+    kv, z = kv.expand(batch, locations, heads, dim, dim), z.expand(batch, locations, heads, dim)
+    return _attention(query, key, value, kv, z, decay)
+
+
+def memory_sums(key: Tensor, value: Tensor, decay: float = DECAY) -> tuple[Tensor, Tensor]:
+    """As `naive.memory_sums`, for what `supports` allows."""
+    _check_window(key, value)
+    return _window_sums(key, value, decay)
+
+
+def update_memory(
+    memory: tuple[Tensor, Tensor], factor: float, key: Tensor, value: Tensor, decay: float = DECAY
+) -> tuple[Tensor, Tensor]:
+    """As `naive.update_memory`, for what `supports` allows. The memory may have a dtype of its own."""
+    _check_window(key, value)
+    kv, z = memory
+    if kv.shape != (*z.shape, z.shape[-1]) or z.shape != key[:, 0].shape:
+        raise ValueError(f"a memory of {tuple(kv.shape)} and {tuple(z.shape)} for keys of {tuple(key.shape)}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (kv, z, key, value)):
+        for part, window in zip(memory, memory_sums(key, value, decay)):
+            part.mul_(factor).add_(window)
+    else:
+        _carry(kv, z, factor, key, value, decay)
+    return memory
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
+    """As `naive.modulated_norm`."""
+    if x.shape[0] % shift.shape[0] or shift.shape != scale.shape or shift.shape[1:] != x.shape[2:]:
+        shapes = [tuple(part.shape) for part in (x, shift, scale)]
+        raise ValueError(f"x, shift and scale are {shapes}; wanted [R, N, C] and twice [a divisor of R, C]")
+    shift, scale = (part if part.stride(1) == 1 else part.contiguous() for part in (shift, scale))
+    return _norm(x, shift, scale, eps)

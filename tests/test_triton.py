@@ -1,0 +1,327 @@
+"""The Triton kernels against the stated equations: interpreted on the CPU, compiled where there is CUDA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from memo_core import kernels
+from memo_core.kernels import fused, naive
+
+pytest.importorskip("triton")
+triton = pytest.importorskip("memo_core.kernels.triton")
+if not (triton.INTERPRETED or torch.cuda.is_available()):
+    pytest.skip("Triton was imported before TRITON_INTERPRET=1 was set, and there is no GPU", allow_module_level=True)
+
+DEVICE = "cpu" if triton.INTERPRETED else "cuda"
+# batch, frames, locations, heads, head width: usual; a single frame; released widths; many frames; the most frames
+SHAPES = [(2, 16, 3, 2, 8), (1, 1, 3, 2, 5), (1, 4, 3, 2, 40), (1, 16, 1, 2, 80), (1, 16, 1, 1, 160), (2, 48, 1, 1, 24)]
+SHAPES += [(1, 64, 1, 1, 16)]
+# rows, rows of shift and scale, tokens, channels: one for all; one per sample; one per row; more than a program takes
+NORMS = [(4, 1, 3, 5), (6, 2, 7, 40), (3, 3, 1, 64), (2, 2, 70, 24)]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=name)
+norms = pytest.mark.parametrize("norm", NORMS, ids=name)
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+with_or_without_memory = pytest.mark.parametrize("with_memory", [False, True], ids=["alone", "memory"])
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel has to fill holds NaN before."""
+    empty = torch.empty
+
+    def poisoned(*args, **options) -> Tensor:
+        out = empty(*args, **options)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def draw(*tensors: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in tensors]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """Query, key and value, and a memory of two more windows."""
+    *window, key, value = draw(*[shape] * 5, dtype=dtype)
+    return [2 * x for x in window], naive.memory_sums(key, value)
+
+
+def norm_inputs(norm: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    rows, samples, tokens, channels = norm
+    return draw((rows, tokens, channels), (samples, channels), (samples, channels), dtype=dtype)
+
+
+def exact(*tensors: Tensor) -> list[Tensor]:
+    return [x.detach().double() for x in tensors]
+
+
+def gradients(function, given: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
+    given = [x.detach().clone().requires_grad_() for x in given]
+    out = function(*given)
+    torch.autograd.backward(out, upstream)
+    return [x.grad for x in given]
+
+
+def assert_close(mine: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(exact(*mine), exact(*wanted), strict=True):
+        assert a.shape == b.shape
+        # Along a single frame the softmax over frames is constant: no gradient reaches the keys.
+        assert (a - b).norm() <= tolerance * max(float(b.norm()), 0.1)
+
+
+@dtypes
+@with_or_without_memory
+@shapes
+def test_attention_equals_naive(shape: tuple[int, ...], with_memory: bool, dtype: torch.dtype) -> None:
+    window, memory = inputs(shape, dtype)
+    memory = memory if with_memory else None
+    out = triton.memory_attention(*window, memory)
+    assert out.dtype == dtype and out.is_contiguous()
+    wanted = naive.memory_attention(*exact(*window), tuple(exact(*memory)) if with_memory else None)
+    assert_close([out], [wanted], TOLERANCE[dtype])
+
+
+@dtypes
+@shapes
+def test_sums_equal_naive(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    _, key, value = inputs(shape, dtype)[0]
+    mine = triton.memory_sums(key, value)
+    assert all(part.dtype == dtype for part in mine)
+    assert_close(mine, naive.memory_sums(*exact(key, value)), TOLERANCE[dtype])
+
+
+@dtypes
+@shapes
+def test_update_writes_over_the_memory_only(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    (_, key, value), memory = inputs(shape, dtype)
+    wanted = naive.update_memory(tuple(exact(*memory)), 0.9**16, *exact(key, value))
+    before = key.clone(), value.clone()
+    assert triton.update_memory(memory, 0.9**16, key, value) is memory
+    assert_close(memory, wanted, TOLERANCE[dtype])
+    assert torch.equal(key, before[0]) and torch.equal(value, before[1])
+
+
+@with_or_without_memory
+@shapes
+def test_attention_gradients_equal_naive(shape: tuple[int, ...], with_memory: bool) -> None:
+    window, memory = inputs(shape)
+    given = [*window, *memory] if with_memory else window
+    upstream = draw(shape, seed=1)
+
+    def run(kernel):
+        return lambda query, key, value, *memory: kernel.memory_attention(query, key, value, memory or None)
+
+    wanted = gradients(run(naive), exact(*given), exact(*upstream))
+    assert_close(gradients(run(triton), given, upstream), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_in_half_precision(dtype: torch.dtype) -> None:
+    window, memory = inputs((1, 16, 2, 1, 40), dtype)
+    upstream = draw((1, 16, 2, 1, 40), dtype=dtype, seed=1)
+    wanted, mine = (
+        gradients(lambda q, k, v, kv, z: kernel.memory_attention(q, k, v, (kv, z)), given, upstream)
+        for kernel, given, upstream in (
+            (naive, exact(*window, *memory), exact(*upstream)),
+            (triton, [*window, *memory], upstream),
+        )
+    )
+    assert all(x.dtype == dtype for x in mine)
+    assert_close(mine, wanted, 2 * TOLERANCE[dtype])
+
+
+def test_a_memory_without_gradient_gets_none() -> None:
+    window, memory = inputs((1, 4, 2, 1, 8))
+    window = [x.requires_grad_() for x in window]
+    triton.memory_attention(*window, memory).sum().backward()
+    wanted = gradients(lambda q, k, v: naive.memory_attention(q, k, v, memory), window, [torch.ones_like(window[0])])
+    assert_close([x.grad for x in window], wanted, 1e-5)
+    assert all(part.grad is None for part in memory)
+
+
+@shapes
+def test_sums_gradients_equal_naive(shape: tuple[int, ...]) -> None:
+    _, key, value = inputs(shape)[0]
+    upstream = draw((*shape[:1], *shape[2:], shape[-1]), (*shape[:1], *shape[2:]), seed=1)
+    wanted = gradients(naive.memory_sums, exact(key, value), exact(*upstream))
+    assert_close(gradients(triton.memory_sums, [key, value], upstream), wanted, 1e-5)
+
+
+def test_update_carries_gradients() -> None:
+    (_, key, value), memory = inputs((1, 4, 2, 1, 8))
+    upstream = draw(*[part.shape for part in memory], seed=1)
+
+    def run(kernel):
+        return lambda kv, z, key, value: kernel.update_memory((kv * 1, z * 1), 0.5, key, value)
+
+    wanted = gradients(run(naive), exact(*memory, key, value), exact(*upstream))
+    assert_close(gradients(run(triton), [*memory, key, value], upstream), wanted, 1e-5)
+
+
+@dtypes
+@norms
+def test_norm_equals_naive(norm: tuple[int, ...], dtype: torch.dtype) -> None:
+    given = norm_inputs(norm, dtype)
+    out = triton.modulated_norm(*given)
+    assert out.dtype == dtype
+    assert_close([out], [naive.modulated_norm(*exact(*given))], TOLERANCE[dtype])
+
+
+@norms
+def test_norm_gradients_equal_naive(norm: tuple[int, ...]) -> None:
+    given = norm_inputs(norm)
+    upstream = draw(given[0].shape, seed=1)
+    wanted = gradients(naive.modulated_norm, exact(*given), exact(*upstream))
+    assert_close(gradients(triton.modulated_norm, given, upstream), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["fused", "frames-innermost", "sliced"])
+def test_strided_views_give_the_same(layout: str) -> None:
+    shape = (2, 4, 2, 2, 8)
+    batch, frames, locations, heads, dim = shape
+    (query, key, value), memory = inputs(shape)
+    window = [query, key, value]
+    if layout == "fused":  # views of one projection [B * F, N, 3 * H * D], as a fused one makes them
+        joint = torch.cat([x.reshape(batch * frames, locations, heads * dim) for x in window], dim=-1)
+        window = [x.view(shape) for x in joint.chunk(3, dim=-1)]
+    elif layout == "frames-innermost":
+        window = [x.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3) for x in window]
+        memory = tuple(part.transpose(0, -1).contiguous().transpose(0, -1) for part in memory)
+    else:
+        window = [torch.cat([x, x], dim=-1)[..., :dim] for x in window]
+        memory = tuple(torch.cat([part, part], dim=1)[:, :locations] for part in memory)
+    assert not any(x.is_contiguous() for x in window)
+    upstream = draw(shape, seed=1)
+
+    def all_of(q, k, v, kv, z):
+        return triton.memory_attention(q, k, v, (kv, z)), *triton.memory_sums(k, v)
+
+    given = [query, key, value, *(part.contiguous() for part in memory)]
+    views = [x.requires_grad_() for x in (*(x.detach() for x in window), *memory)]
+    outs = all_of(*views), all_of(*given)
+    assert_close(outs[0], outs[1], 1e-6)
+    mine = torch.autograd.grad(outs[0][0], views, upstream)
+    assert_close(mine, gradients(lambda *x: all_of(*x)[0], given, upstream), 1e-6)
+    memory = tuple(part.detach() for part in memory)
+    wanted = triton.update_memory(
+        tuple(part.clone(memory_format=torch.contiguous_format) for part in memory), 0.5, key, value
+    )
+    assert_close(triton.update_memory(memory, 0.5, *(x.detach() for x in views[1:3])), wanted, 1e-6)
+
+
+def test_a_norm_reads_views() -> None:
+    x, shift, scale = norm_inputs((4, 2, 6, 10))
+    modulation = torch.stack([shift, scale], dim=-1)
+    maps = x.transpose(1, 2).contiguous().transpose(1, 2)
+    for parts in (torch.cat([shift, scale], dim=-1).chunk(2, dim=-1), modulation.unbind(-1)):
+        assert_close([triton.modulated_norm(maps, *parts)], [naive.modulated_norm(x, shift, scale)], 2e-6)
+
+
+def test_inputs_are_left_as_they_are() -> None:
+    window, memory = inputs((1, 16, 2, 1, 8))
+    norm = norm_inputs((4, 2, 3, 8))
+    given = [*window, *memory, *norm]
+    before = [x.clone() for x in given]
+    triton.memory_attention(
+        *[x.requires_grad_() for x in window], tuple(x.requires_grad_() for x in memory)
+    ).sum().backward()
+    sum(part.sum() for part in triton.memory_sums(*window[1:])).backward()
+    triton.modulated_norm(*[x.requires_grad_() for x in norm]).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(given, before))
+
+
+def test_a_vanishing_normaliser_is_held_at_its_floor() -> None:
+    """At least 1e-10, as released, and no gradient flows through what is held."""
+    window, _ = inputs((1, 4, 1, 1, 4))
+    kv, z = torch.zeros(1, 1, 1, 4, 4), torch.full((1, 1, 1, 4), -10.0)
+    given = [*window, kv.to(DEVICE), z.to(DEVICE)]
+
+    def run(kernel):
+        return lambda q, k, v, kv, z: kernel.memory_attention(q, k, v, (kv, z))
+
+    with torch.no_grad():
+        assert_close([run(triton)(*given)], [run(naive)(*exact(*given))], 1e-5)
+    upstream = draw(window[0].shape, seed=1)
+    wanted = gradients(run(naive), exact(*given), exact(*upstream))
+    assert wanted[4].norm() == 0
+    assert_close(gradients(run(triton), given, upstream), wanted, 1e-5)
+
+
+def test_a_memory_keeps_a_dtype_of_its_own() -> None:
+    """Sums in fp32 for a net in bf16: they gather many windows."""
+    (query, key, value), _ = inputs((1, 16, 2, 1, 8), torch.bfloat16)
+    memory = inputs((1, 16, 2, 1, 8))[1]
+    out = triton.memory_attention(query, key, value, memory)
+    assert out.dtype == torch.bfloat16
+    assert_close([out], [naive.memory_attention(*exact(query, key, value), tuple(exact(*memory)))], 2e-2)
+    wanted = naive.update_memory(tuple(exact(*memory)), 0.5, *exact(key, value))
+    assert_close(triton.update_memory(memory, 0.5, key, value), wanted, 1e-2)
+    assert memory[0].dtype == memory[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_kept(mode) -> None:
+    window, memory = inputs((1, 4, 2, 1, 8))
+    x, shift, scale = norm_inputs((4, 2, 3, 8))
+    kept = []
+    with mode(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda _: None):
+        query = window[0].clone().requires_grad_()
+        outs = [triton.memory_attention(query, *window[1:], memory), triton.modulated_norm(x, shift, scale)]
+        outs += [*triton.memory_sums(*window[1:]), *triton.update_memory(memory, 0.5, *window[1:])]
+    assert not kept and not any(out.requires_grad for out in outs)
+    assert all(out.isfinite().all() for out in outs)
+
+
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch.compile is not to be had")
+def test_compiled_code_keeps_them_in_one_graph() -> None:
+    window, memory = inputs((1, 4, 2, 1, 8))
+    x, shift, scale = norm_inputs((4, 2, 3, 8))
+    upstream = draw((1, 4, 2, 1, 8), (4, 3, 8), seed=1)
+
+    def work(q, k, v, kv, z, x, shift, scale):
+        kv, z = triton.update_memory((kv * 1, z * 1), 0.5, k, v)
+        past_kv, past_z = triton.memory_sums(k, v)
+        out = triton.memory_attention(q * 2, k, v, (kv + past_kv, z + past_z))
+        return out, triton.modulated_norm(x, shift, scale)
+
+    given = [*window, *memory, x, shift, scale]
+    compiled = torch.compile(work, backend="aot_eager", fullgraph=True)
+    assert_close(gradients(compiled, given, upstream), gradients(work, given, upstream), 1e-5)
+    with torch.no_grad():
+        assert_close(compiled(*given), work(*given), 1e-6)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    window, (kv, z) = inputs((2, 4, 2, 1, 8))
+    with pytest.raises(ValueError, match="one shape"):
+        triton.memory_attention(window[0], window[1][:, :2], window[2], None)
+    with pytest.raises(ValueError, match=r"\(3, 2, 1, 8\)"):
+        triton.update_memory((kv, torch.zeros(3, 2, 1, 8)), 0.5, *window[1:])
+    with pytest.raises(ValueError, match=r"\[R, N, C\]"):
+        triton.modulated_norm(*draw((5, 2, 8), (2, 8), (2, 8)))
+    # One memory serves every row of a batch, as in the equations.
+    one = triton.memory_attention(*window, (kv[:1], z[:1]))
+    assert_close([one], [naive.memory_attention(*window, (kv[:1], z[:1]))], 1e-5)
+
+
+def test_only_what_is_on_cuda_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    window, memory = inputs((1, 4, 2, 1, 8))
+    window, memory = [x.cpu() for x in window], tuple(part.cpu() for part in memory)
+    wanted = fused.memory_attention(*window, memory)
+
+    def refuse(*_):
+        raise AssertionError("went to Triton")
+
+    monkeypatch.setattr(kernels, "_triton", triton)
+    monkeypatch.setattr(triton, "memory_attention", refuse)
+    assert torch.equal(kernels.memory_attention(*window, memory), wanted)
