@@ -22,6 +22,7 @@ from .job import Job, Settings
 from .memory import MemoryState, SumsCache
 from .reference import Reference
 from .sampling import Window, count_stored, decode, encode, sample_windows
+from .speed import Speed
 from .store import WindowStore
 
 
@@ -232,6 +233,7 @@ class MemoPipeline:
         noise: Tensor | None = None,
         emotion_per: Literal["window", "frame"] = "window",
         face_token_rows: Literal["released", "grouped"] = "released",
+        speed: str | Speed = "exact",
         store: WindowStore | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -242,7 +244,8 @@ class MemoPipeline:
             ref, audio, emotion: from the three calls above; without an emotion track the null emotion is used.
             memory: what came before; None is a new video.
             start, num_frames: in frames; None for up to the audio's end.
-            steps, guidance_scale, seed, emotion_per, face_token_rows: see `sampling.Settings`.
+            steps, guidance_scale, seed, emotion_per, face_token_rows: see `job.Settings`.
+            speed: "exact", "balanced" or "draft", or a bundle of one's own; see `speed.Speed`.
             noise: [windows, 4, 16, h, w] instead of the seeded noise.
             store: where finished windows are kept, so that none is sampled twice.
             on_progress: called as (steps done, steps in all).
@@ -267,6 +270,7 @@ class MemoPipeline:
             seed=seed,
             emotion_per=emotion_per,
             face_token_rows=face_token_rows,
+            speed=speed,
         )
         windows = self.sample_windows(job, store=store, on_progress=on_progress, should_stop=should_stop)
         return self.collect(job, windows)

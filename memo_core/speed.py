@@ -81,5 +81,6 @@ class StepCache:
         self.reused += 1
         return self._rest
 
-    def keep(self, first: Tensor, last: Tensor) -> None:
-        self._first, self._rest = first, last - first
+    def keep(self, first: Tensor, rest: Tensor) -> None:
+        """The first layer's output, and what all others made of it less itself."""
+        self._first, self._rest = first, rest

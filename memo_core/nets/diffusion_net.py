@@ -335,13 +335,13 @@ class DiffusionNet(nn.Module):
                 x, audio = layer(block, i, x, audio)
                 skips.append(x)
                 if cache is not None and len(skips) == 2:
-                    rest = cache.rest(x)
+                    first = x
+                    rest = cache.rest(first)
                     if rest is not None:
-                        return self._velocity(x + rest, frames)
+                        return self._velocity(_of_every_row(first, len(rest)) + rest, frames)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
                 skips.append(x)
-        first = skips[1]
         x, audio = layer(self.mid_block, 0, x, audio)
         x = self.mid_block.resnets[1](x, next(shift))
         for block in self.up_blocks:
@@ -351,7 +351,7 @@ class DiffusionNet(nn.Module):
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, skips[-1].shape[2:])
         if cache is not None:
-            cache.keep(first, x)
+            cache.keep(first, x - _of_every_row(first, len(x)))
         return self._velocity(x, frames)
 
     def _velocity(self, x: Tensor, frames: int) -> Tensor:
