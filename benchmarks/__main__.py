@@ -20,7 +20,7 @@ from . import chart, measures, networks
 from .measures import EXACT, RELEASED
 from .results import Results, rounded
 
-COUNTS, FEW_COUNTS = [1, 10, 100, 1000], [1, 10]
+COUNTS, FEW_COUNTS = [1, 10, 100, 1000], [1, 5]
 SIZES, FEW_SIZES = [256, 512, 768, 1024], [64, 128]
 
 
@@ -36,8 +36,8 @@ def parts(quick: bool) -> dict[str, Any]:
     if quick:
         return {
             "growth with windows": lambda: measures.over_windows(tiny, 64, FEW_COUNTS, steps=1),
-            "tiny": lambda: against(tiny, 64, 2, 2, 2, [RELEASED, EXACT]),
-            "tiny, presets": lambda: against(tiny, 64, 1, 4, 1, names),
+            "tiny": lambda: against(tiny, 64, 1, 2, 2, [RELEASED, EXACT]),
+            "tiny, presets": lambda: against(tiny, 64, 1, 3, 1, names),
             "kernels": lambda: measures.kernels({16: 16, 32: 16}, "cpu", torch.float32, least=0.02),
             "growth with pixels": lambda: measures.over_pixels(tiny, FEW_SIZES, 1, steps=1),
             "growth with portraits": lambda: measures.over_portraits(tiny, 64, [1, 2], 1, steps=1),
@@ -45,7 +45,7 @@ def parts(quick: bool) -> dict[str, Any]:
     return {
         "growth with windows": lambda: measures.over_windows(tiny, 64, COUNTS, steps=1, guidance_scale=1),
         "toon": lambda: against(networks.toon(), 128, 2, 10, 3, [RELEASED, EXACT]),
-        "mid-size": lambda: against(networks.mid_size(), 128, 2, 4, 2, [RELEASED, EXACT]),
+        "mid-size": lambda: against(networks.mid_size(), 128, 1, 4, 2, [RELEASED, EXACT]),
         "toon, presets": lambda: against(networks.toon(), 128, 1, 20, 2, names),
         # The widths and locations of the released levels at 256 x 256 pixels.
         "kernels": lambda: measures.kernels({40: 1024, 80: 256, 160: 64}, "cpu", torch.float32),
@@ -129,7 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny networks and few repeats: a first look in a minute")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the results (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone; the others keep their figures")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
     args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
     results = Results(args.out / "cpu.json")
     todo = parts(args.quick)
     unknown = [name for name in args.only or () if name not in todo]

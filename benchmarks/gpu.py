@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from memo_core import MemoPipeline
+from memo_core import MemoPipeline, budget
 from memo_core.checkpoint import Networks
 from memo_core.clips import WINDOW
 from memo_core.kernels import fused, naive
@@ -28,6 +28,7 @@ from .results import Results, rounded
 from .timing import Parts, per_call, seconds_of
 
 LIMIT = 540  # seconds after which no further part is begun
+CARDS = {"exact": 12, "balanced": 8, "draft": 8}  # GiB of memory of the cards that presets are for
 GB = 1e9
 
 
@@ -65,6 +66,7 @@ class Bench:
         return {
             "card": lambda: self.card,
             "window": self.window,
+            "budget": self.budget,
             "kernels": self.kernels,
             "roofline": self.roofline,
             "growth with pixels": self.growth_with_pixels,
@@ -79,6 +81,34 @@ class Bench:
         found["frames a second"] = {how: 1 / seconds for how, seconds in found["seconds a frame"].items()}
         return found
 
+    def budget(self) -> dict[str, Any]:
+        """A video's second window by preset on the card it is meant for: what was allowed, planned and taken."""
+        found = {}
+        for speed, card in CARDS.items():
+            pipe = MemoPipeline(self.nets)
+            job = networks.clip(pipe, self.size, 2, steps=self.steps, speed=speed)
+            allowed = None if self.tiny else card * budget.GIB - budget.DRIVER
+            plan = budget.plan(self.nets, self.size, self.size, job.settings, allowed)
+            measures.forget_peak(self.device)
+            windows = pipe.sample_windows(job, plan=plan)
+            try:
+                next(windows)
+                seconds = seconds_of(lambda: next(windows), self.device)
+            finally:  # a network may wait in host memory
+                for net in (self.nets.reference_net, self.nets.diffusion_net):
+                    net.to(self.device)
+            found[speed] = {
+                "card, GiB": card,
+                "allowed, bytes": allowed,
+                "planned, bytes": plan.peak,
+                "peak allocated, bytes": self._peak(),
+                "seconds a frame": seconds / WINDOW,
+            }
+        return found
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+
     def kernels(self) -> dict[str, Any]:
         """Every kernel at the released widths, and how near it comes to the bandwidth of a copy."""
         versions = {"naive": naive, "fused": fused}
@@ -88,7 +118,7 @@ class Bench:
             versions["triton"] = triton
         levels = {8: 16} if self.tiny else {40: 4096, 80: 1024, 160: 256}
         bandwidth = self.card["copy, bytes a second"]
-        return measures.kernels(levels, self.device, torch.bfloat16, versions, bandwidth, least=0.05)
+        return measures.kernels(levels, self.device, torch.bfloat16, versions, bandwidth, 0.05, gradients=True)
 
     def roofline(self) -> dict[str, Any]:
         """Operations and seconds of one step of the Diffusion Net, by part, against the card's peak.
@@ -166,6 +196,13 @@ def picture(results: Results, path: Path) -> None:
         panels.append(chart.Bars("frames a second (line: real time at 25)", speed, line=25))
         peak = {how: count / GB for how, count in window.get("peak allocated, bytes", {}).items()}
         panels.append(chart.Bars("peak allocated, GB", {"": peak}))
+    taken = measured.get("budget", {})
+    within = {f"{speed}, {row['card, GiB']} GiB": row for speed, row in taken.items()}
+    bytes_of = {
+        name: {label: (row[key] or 0) / budget.GIB for label, row in within.items()}
+        for name, key in (("planned", "planned, bytes"), ("taken", "peak allocated, bytes"))
+    }
+    panels.append(chart.Bars("memory within a card's budget, GiB", bytes_of))
     share = ", share of copy bandwidth"
     versions = {key.removesuffix(share) for row in measured.get("kernels", {}).values() for key in row if share in key}
     bandwidth = {

@@ -251,6 +251,7 @@ def kernels(
     versions: dict[str, Any] | None = None,
     bandwidth: float | None = None,
     least: float = 0.2,
+    gradients: bool = False,
 ) -> dict[str, Any]:
     """Seconds of each kernel in each version (`naive` first), by level.
 
@@ -259,6 +260,7 @@ def kernels(
         versions: modules; naive and fused alone if None.
         bandwidth: bytes a second that the device copies at; then each kernel's share of it is given, too.
         least: seconds that a measurement should last.
+        gradients: measures each with its gradients, too, as training needs them.
     """
     versions = {"naive": naive, "fused": fused} if versions is None else versions
     found: dict[str, Any] = {}
@@ -269,13 +271,35 @@ def kernels(
                 kernel = getattr(module, name, None)
                 if kernel is not None:
                     row[version] = per_call(lambda: kernel(*given), device, least)
-            for version in list(row)[2:]:
+            measured = list(row)[2:]
+            for version in measured:
                 if version != "naive":
                     row[f"{version}, times faster than naive"] = row["naive"] / row[version]
                 if bandwidth is not None:
                     row[f"{version}, share of copy bandwidth"] = row["bytes"] / row[version] / bandwidth
+            if gradients and name != "update_memory":  # which writes in place
+                for version in measured:
+                    run = with_gradients(getattr(versions[version], name), given)
+                    row[f"{version}, with gradients"] = per_call(run, device, least)
             found[f"{name}, D {dim}"] = row
     return found
+
+
+def with_gradients(kernel: Callable, given: tuple) -> Callable[[], None]:
+    """A call of a kernel that computes the gradients of all its tensors, too."""
+    flat = [part.detach().clone().requires_grad_() for value in given for part in _parts(value)]
+    leaves = iter(flat)
+    given = tuple(tuple(next(leaves) for _ in value) if isinstance(value, tuple) else next(leaves) for value in given)
+    grads = [torch.ones_like(part) for part in _parts(kernel(*given))]
+
+    def run() -> None:
+        torch.autograd.grad(_parts(kernel(*given)), flat, grads)
+
+    return run
+
+
+def _parts(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 # --- How cost grows ---------------------------------------------------------------------------------------------------
@@ -296,7 +320,8 @@ def over_windows(nets: Networks, size: int, counts: list[int], **settings: Any) 
     job = networks.clip(pipe, size, max(counts), **settings)
     found: dict[str, Any] = {"size": size, "steps": job.settings.steps, "windows": {}}
     most, took = 0, []
-    windows = pipe.sample_windows(job)
+    windows, threads = pipe.sample_windows(job), torch.get_num_threads()
+    torch.set_num_threads(1)  # so small, layers take longer to share than to compute
     for count in range(1, max(counts) + 1):
         last: list[Window] = []
         took.append(seconds_of(lambda: last.append(next(windows)), nets.device))
@@ -308,6 +333,7 @@ def over_windows(nets: Networks, size: int, counts: list[int], **settings: Any) 
                 "host memory, MB": most / 1e6,
                 "memory state, bytes": last[0].memory.nbytes,
             }
+    torch.set_num_threads(threads)
     return found
 
 

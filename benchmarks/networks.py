@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference, checkpoint
 from memo_core.checkpoint import Networks
@@ -64,8 +63,9 @@ def random_networks(
     """
     from diffusers import AutoencoderKL
 
-    before, levels = torch.get_rng_state(), len(vae_widths)
+    state, default, levels = torch.get_rng_state(), torch.get_default_dtype(), len(vae_widths)
     torch.manual_seed(seed)
+    torch.set_default_dtype(dtype)  # drawn as they will be: in float32 first they would take twice the memory
     try:
         with torch.device(device):
             modules = dict(
@@ -84,9 +84,10 @@ def random_networks(
                 ),
             )
     finally:
-        torch.set_rng_state(before)
+        torch.set_default_dtype(default)
+        torch.set_rng_state(state)
     return Networks(
-        **{name: nn.Module.to(module, dtype=dtype).eval().requires_grad_(False) for name, module in modules.items()},
+        **{name: module.eval().requires_grad_(False) for name, module in modules.items()},
         speech_encoder=None,  # type: ignore[arg-type]
         emotion_encoder=None,  # type: ignore[arg-type]
         emotion_head=None,  # type: ignore[arg-type]
