@@ -127,6 +127,12 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     add("--steps", "sampling steps per window of 16 frames (default: %(default)s)", type=int, default=20)
     add("--guidance", "guidance scale; 1 is none, in half the time (default: %(default)s)", type=float, default=3.5)
     add("--seed", "of the noise (default: %(default)s)", type=int, default=42)
+    add(
+        "--speed",
+        "balanced renders faster and draft fastest, in at most 8 steps, with less exact frames (default: %(default)s)",
+        choices=("exact", "balanced", "draft"),
+        default="exact",
+    )
     add("--emotion", "detect, null (none), or one by name: happy, sad, ... (default: %(default)s)", default="detect")
     add("--size", "pixels, multiples of 64 (default: as trained)", type=_size, metavar="N|WxH")
     add("--crop", "around the face, or the middle (default: %(default)s)", choices=("face", "none"), default="face")
@@ -186,7 +192,7 @@ def generate(args: argparse.Namespace) -> int:
     from .video import VideoWriter
 
     # What can be found wrong without the networks, before they are loaded.
-    settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed)
+    settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed, speed=args.speed)
     if args.emotion == "none":  # as the nodes call it
         args.emotion = "null"
     if args.emotion not in ("detect", "null"):
@@ -216,10 +222,12 @@ def generate(args: argparse.Namespace) -> int:
     about = {
         "model": pipe.nets.title,
         "seed": args.seed,
-        "steps": args.steps,
+        "steps": settings.steps,
         "guidance": args.guidance,
         "emotion": args.emotion,
     }
+    if args.speed != "exact":
+        about["speed"] = args.speed
     with VideoWriter(output, width, height, FPS, rate, about) as writer:
         sound = waveform[:, round(start * rate / FPS) : round((start + count) * rate / FPS)]
         writer.write_audio(sound)
@@ -244,6 +252,7 @@ def generate(args: argparse.Namespace) -> int:
                 steps=settings.steps,
                 guidance_scale=settings.guidance_scale,
                 seed=settings.seed,
+                speed=settings.speed,
             )
             windows = pipe.sample_windows(job, store=store, on_progress=bar.steps)
             memory, stopped, stored = _write(windows, writer, memory)

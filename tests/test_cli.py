@@ -19,6 +19,7 @@ from PIL import Image
 
 from memo_core import MemoryState, cli, memory, sampling
 from memo_core.errors import MemoError
+from memo_core.speed import PRESETS
 from memo_core.video import probe, read_video
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,21 @@ def test_generate_makes_a_video_with_the_sound_of_the_voice_and_says_that_it_is_
     statement = about.metadata["description"]
     assert "made by AI" in statement and "memo_tiny" in statement and "seed 7" in statement
     assert "24 frames" in capsys.readouterr().out
+
+
+def test_a_draft_takes_few_steps_and_its_video_says_so(here, generate):
+    short = ("--duration", "0.3", "--emotion", "null")
+    assert generate(*short, "--steps", "30", "--speed", "draft", "-o", "draft.mp4") == 0
+    draft = probe("draft.mp4").metadata
+    assert draft["speed"] == "draft" and draft["steps"] == "8"
+    assert generate(*short, "--speed", "exact", "-o", "exact.mp4") == 0
+    assert "speed" not in probe("exact.mp4").metadata
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_named(name):
+    args = cli.build_parser().parse_args(["generate", "a", "b", "--speed", name])
+    assert args.speed == name
 
 
 def test_a_span_of_the_voice_gets_its_own_stretch_of_sound(here, generate):
@@ -181,6 +197,7 @@ def test_a_portrait_or_voice_that_is_none_is_named(here, memo_tiny, capsys, port
         ["generate", "a", "b", "--size", "big"],
         ["generate", "a", "b", "--start", "-1"],
         ["generate", "a", "b", "--horizon", "0"],
+        ["generate", "a", "b", "--speed", "fast"],
     ],
 )
 def test_wrong_usage_exits_with_2(argv, capsys):
@@ -292,6 +309,7 @@ def test_the_command_to_go_on_keeps_every_choice():
     given = (
         "generate 'my face.png' v.wav --steps 7 --guidance 2.0 --size 128x64 --context whole --separate-vocals "
         "--crop none --face 1 --start 1.5 --duration 4 --emotion sad --dtype float16 --device cpu --output o.mp4 "
+        "--speed draft "
         "--lora 'my face.safetensors' --lora b.safetensors:-0.35"
     )
     args = cli.build_parser().parse_args(shlex.split(given))
