@@ -68,6 +68,7 @@ class Bench:
             "window": self.window,
             "budget": self.budget,
             "kernels": self.kernels,
+            "by part": self.by_part,
             "roofline": self.roofline,
             "growth with pixels": self.growth_with_pixels,
             "growth with portraits": self.growth_with_portraits,
@@ -119,6 +120,11 @@ class Bench:
         levels = {8: 16} if self.tiny else {40: 4096, 80: 1024, 160: 256}
         bandwidth = self.card["copy, bytes a second"]
         return measures.kernels(levels, self.device, torch.bfloat16, versions, bandwidth, 0.05, gradients=True)
+
+    def by_part(self) -> dict[str, Any]:
+        """Where the time goes, by the released schedule and by memo_core: two windows of few steps."""
+        job = networks.clip(MemoPipeline(self.nets), self.size, 2, steps=2 if self.tiny else 4)
+        return measures.compare(self.nets, job, [RELEASED, EXACT], 1)
 
     def roofline(self) -> dict[str, Any]:
         """Operations and seconds of one step of the Diffusion Net, by part, against the card's peak.
@@ -179,6 +185,8 @@ def table(part: str, found: dict[str, Any]) -> str:
                 f"peak {peak.get(how, 0) / GB:.2f} GB"
             )
         return "\n".join(lines)
+    if part == "by part":
+        found = {how: found["median"][how] for how in (RELEASED, EXACT)}
     return "\n".join(f"{name}: {rounded(row, 3)}" for name, row in found.items())
 
 
@@ -196,6 +204,8 @@ def picture(results: Results, path: Path) -> None:
         panels.append(chart.Bars("frames a second (line: real time at 25)", speed, line=25))
         peak = {how: count / GB for how, count in window.get("peak allocated, bytes", {}).items()}
         panels.append(chart.Bars("peak allocated, GB", {"": peak}))
+    by_part = measured.get("by part", {}).get("median", {})
+    panels.append(chart.Bars("seconds by part, two windows of few steps", by_part))
     taken = measured.get("budget", {})
     within = {f"{speed}, {row['card, GiB']} GiB": row for speed, row in taken.items()}
     bytes_of = {
