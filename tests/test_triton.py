@@ -100,6 +100,12 @@ def test_sums_equal_naive(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_close(mine, naive.memory_sums(*exact(key, value)), TOLERANCE[dtype])
 
 
+def test_a_decay_of_zero_keeps_the_newest_frame() -> None:
+    _, key, value = inputs((1, 5, 2, 1, 8))[0]
+    mine = triton.memory_sums(key, value, 0.0)
+    assert_close(mine, naive.memory_sums(*exact(key, value), 0.0), 2e-6)
+
+
 @dtypes
 @shapes
 def test_update_writes_over_the_memory_only(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -222,7 +228,7 @@ def test_strided_views_give_the_same(layout: str) -> None:
 def test_a_norm_reads_views() -> None:
     x, shift, scale = norm_inputs((4, 2, 6, 10))
     modulation = torch.stack([shift, scale], dim=-1)
-    maps = x.transpose(1, 2).contiguous().transpose(1, 2)
+    maps = torch.cat([x.transpose(1, 2)] * 2, dim=1).transpose(1, 2)[..., :10]
     for parts in (torch.cat([shift, scale], dim=-1).chunk(2, dim=-1), modulation.unbind(-1)):
         assert_close([triton.modulated_norm(maps, *parts)], [naive.modulated_norm(x, shift, scale)], 2e-6)
 

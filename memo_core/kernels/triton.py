@@ -210,8 +210,8 @@ def _sums_kernel(
     frames, dims = tl.arange(0, FP), tl.arange(0, DP)
     whole = _inside(frames, dims, F, D)
     k = tl.load(key + b * k_b + n * k_n + h * k_h + _offsets(frames, dims, k_f, k_d), mask=whole, other=0.0)
-    weight = tl.exp2(log2_decay * (F - 1 - frames).to(tl.float32))[:, None]
-    s = _softmax(k, frames[:, None] < F, 0) * tl.where(frames[:, None] < F, weight, 0.0)
+    weight = tl.where(frames < F, tl.exp2(log2_decay * (F - 1 - frames).to(tl.float32)), 0.0)[:, None]
+    s = _softmax(k, frames[:, None] < F, 0) * weight
     z_at = z + b * z_b + n * z_n + h * z_h + dims * z_d
     z_row = tl.sum(s, axis=0)
     if UPDATE:
