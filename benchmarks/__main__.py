@@ -67,9 +67,11 @@ def table(measured: dict[str, Any]) -> str:
                 ratios = found["times faster than " + first][how]
                 error = found["relative error of latents against " + first][how]
                 by_part = ", ".join(f"{part} {ratio:.2f}x" for part, ratio in ratios.items() if part != "end to end")
+                processor = found["times less processor time than " + first][how]
                 seconds = [found["median"][h]["end to end"] for h in (first, how)]
                 lines.append(
                     f"{name}: {how} {ratios['end to end']:.2f}x {first} ({seconds[1]:.3g} s for {seconds[0]:.3g} s, "
+                    f"{processor:.2f}x by processor time, "
                     f"error {error:.1e}); {by_part}"
                 )
         elif name == "kernels":

@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import statistics
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -125,8 +126,9 @@ def compare(nets: Networks, job: Job, hows: list[str], repeats: int, only_last: 
         only_last: measures only the last window, without parts, which only a video's first one differs from.
 
     Returns:
-        Seconds of every run and medians, end to end and by part, their ratio to the first, the latents' relative error
-        against it and against `exact`, how the job was, and what failed: only the first one's failure is raised.
+        Seconds of every run and medians, end to end and by part, and their ratio to the first; on the CPU the
+        processor's seconds, too; the latents' relative error against the first and against `exact`; how the job was;
+        and what failed: only the first one's failure is raised.
     """
     device = nets.device
     warm_up = replace(job, settings=replace(job.settings, steps=2), num_frames=WINDOW, noise=None)
@@ -142,6 +144,7 @@ def compare(nets: Networks, job: Job, hows: list[str], repeats: int, only_last: 
             forget_peak(device)
     hows = [how for how in hows if how not in failed]
     seconds: dict[str, dict[str, list[float]]] = {how: {} for how in hows}
+    processor: dict[str, list[float]] = {how: [] for how in hows}
     latents: dict[str, Tensor] = {}
     peak: dict[str, int] = {}
     for _ in range(repeats):
@@ -155,7 +158,9 @@ def compare(nets: Networks, job: Job, hows: list[str], repeats: int, only_last: 
 
             if only_last:
                 found += [next(windows) for _ in range(job.windows - 1)]
+            before = time.process_time()
             took = {END_TO_END: seconds_of(rest, device), **({} if parts is None else parts.seconds())}
+            processor[how].append(time.process_time() - before)
             for part, value in took.items():
                 seconds[how].setdefault(part, []).append(value)
             latents[how] = torch.cat(found, dim=1)
@@ -175,6 +180,10 @@ def compare(nets: Networks, job: Job, hows: list[str], repeats: int, only_last: 
         "median": medians,
         "times faster than " + first: ratios,
     }
+    if device.type == "cpu":  # what other programs on the machine do to the clock they hardly do to this
+        least = {how: min(values) for how, values in processor.items()}
+        result["processor seconds"] = processor
+        result["times less processor time than " + first] = {how: least[first] / least[how] for how in others}
     for reference in dict.fromkeys((first, EXACT)):
         if reference in hows:
             result["relative error of latents against " + reference] = {
