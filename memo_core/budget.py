@@ -1,59 +1,572 @@
-"""What sampling needs: bytes on the device and in host memory, estimated before anything is computed."""
+"""What sampling needs, counted instead of guessed: bytes on the device, and how to get by with fewer.
+
+The networks themselves, at full size, run once on tensors without data (the meta device), and every storage that an
+operation makes is counted for as long as something holds it. So the count follows the code. It cannot see what only
+the device knows: `RESERVE` is an assumption.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .checkpoint import Networks
 from .clips import WINDOW
-from .sampling import vae_batch
+from .errors import SamplingError
+from .job import Settings
+from .memory import FP8
+from .nets.diffusion_net import WindowConditions
+from .sampling import few_frames
+from .speed import PRESETS
 
-# Feature maps of the finest level that are alive at once in the Diffusion Net: skips, the hidden state, the gated
-# feed-forward layer (8 widths and 4 more), queries, keys and values.
-_LIVE_MAPS = 28
-_VAE_MAPS = 17  # maps of the VAE decoder's finest level alive at once: what ComfyUI reserves for Stable Diffusion's
+GIB = 2**30
+RESERVE = 256 * 2**20  # work space of cuBLAS and cuDNN beside the copies counted by `LiveBytes`, and fragmentation
+DRIVER = GIB // 2  # what the driver and torch's context take of a card
+VAE_FRAMES = (16, 8, 4, 2, 1)  # frames that may go through the VAE at once
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Budget:
-    """Bytes on the device.
+def _like_rows(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
-    weights: the four MEMO networks and the VAE. sums: the resident memory. working: what a step or a decoded frame
-    takes besides.
+
+def _like_input(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_aten = torch.ops.aten
+# What these make, said in short: torch takes a millisecond to find it out.
+_SHORT = {
+    _aten.linear.default: _like_rows,
+    _aten.layer_norm.default: _like_input,
+    _aten.group_norm.default: _like_input,
+    _aten.gelu.default: _like_input,
+}
+_CONVOLUTIONS = {_aten.conv2d.default, _aten.convolution.default}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside it, counts the bytes of all storages that operations make and something still holds.
+
+    Counted as on a CUDA device: norms and linear layers copy what is not contiguous, and cuDNN rearranges
+    half-precision maps that are not channels-last, before a convolution and after it.
+
+    Attributes:
+        now, peak: bytes.
     """
 
-    weights: int
-    sums: int
-    working: int
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
 
-    @property
-    def least(self) -> int:
-        """What is needed even when weights wait in host memory."""
-        return self.sums + self.working
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        short = _SHORT.get(func) if args and isinstance(args[0], Tensor) and args[0].is_meta else None
+        result = func(*args, **(kwargs or {})) if short is None else short(*args)
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self._see(value.untyped_storage(), args)
+        if short is not None and not args[0].is_contiguous():
+            self.peak = max(self.peak, self.now + args[0].nbytes)
+        if func in _CONVOLUTIONS and result.itemsize == 2:
+            if not result.is_contiguous(memory_format=torch.channels_last):
+                self.peak = max(self.peak, self.now + args[0].nbytes + result.nbytes)
+        return result
+
+    def _see(self, storage: torch.UntypedStorage, args: tuple[Any, ...]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        # A view of what was there before is not made here.
+        if key in self._known or any(isinstance(a, Tensor) and a.untyped_storage()._cdata == key for a in args):
+            return
+        self._known.add(key)
+        weakref.finalize(storage, self._gone, key, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
 
 
-def sampling_budget(nets: Networks, height: int, width: int, guided: bool = True) -> Budget:
-    """Device memory to sample at height x width pixels; weights as they are, the rest estimated from the sizes."""
-    h, w, rows = height // 8, width // 8, 2 if guided else 1
-    number = nets.diffusion_net.conv_in.weight.element_size()
-    modules = (nets.reference_net, nets.diffusion_net, nets.image_proj, nets.audio_proj, nets.vae)
-    finest = rows * WINDOW * h * w * nets.diffusion_net.conv_in.weight.shape[0] * number
-    return Budget(
-        weights=sum(module_bytes(module) for module in modules),
-        sums=rows * nets.diffusion_net.memory_numbers(h, w) * number,
-        working=max(_LIVE_MAPS * finest, vae_bytes(nets, height, width)),
-    )
+class _FusedAttention(TorchFunctionMode):
+    """Attention as a fused kernel does it: nothing but its output is ever made."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._nn.scaled_dot_product_attention:  # torch's own name: hosts put others under the public one
+            query, value = args[0], args[2]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
-def vae_bytes(nets: Networks, height: int, width: int) -> int:
-    """Bytes that the VAE takes while it codes as many frames at once as it does at this size."""
-    number = nets.vae.decoder.conv_in.weight.element_size()
-    finest = nets.vae.config.block_out_channels[0] * height * width * number
-    return vae_batch(height, width) * _VAE_MAPS * finest
+def peak_of(run: Callable[[], Any]) -> tuple[int, Any]:
+    """Most bytes that `run` makes and holds at once, what it returns among them; and what it returns."""
+    with torch.inference_mode(), LiveBytes() as live, _FusedAttention():
+        result = run()
+    return live.peak, result
 
 
 def module_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def tensor_bytes(*values: Any) -> int:
+    """Bytes of the tensors in these values (tensors, or lists or tuples of such values), each storage counted once."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+
+    visit(values)
+    return sum(storages.values())
+
+
+def without_data(nets: Networks) -> Networks:
+    """The networks that sample, on the meta device: every module as it is, the weights but their shapes."""
+    names = ("reference_net", "diffusion_net", "image_proj", "audio_proj", "vae")
+    return replace(nets, device=torch.device("meta"), **{name: _without_data(getattr(nets, name)) for name in names})
+
+
+def _without_data(module: nn.Module) -> nn.Module:
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()}
+    memo |= {id(buffer): buffer.to("meta") for buffer in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """Bytes that sampling at one size takes, part by part.
+
+    Attributes:
+        reference_net, diffusion_net, others: weights; the others are the two projections and the VAE.
+        layers: the memory's sums per memory layer as they are kept, in execution order.
+        layer: the largest of them as the networks read it.
+        restored: the same where it is kept in another form, else 0.
+        features: what the Reference Net sees in a remembered window's frames.
+        reading: the Reference Net reading them, features among it.
+        summing: making sums of them, layer by layer, besides features and kept sums.
+        conditions: what the steps of a window share.
+        step: one step of the Diffusion Net besides; step_by_row: the same, a batch row at a time.
+        decoding, encoding: the VAE with one frame.
+        pictures: the window's frames in float32.
+    """
+
+    reference_net: int
+    diffusion_net: int
+    others: int
+    layers: tuple[int, ...]
+    layer: int
+    restored: int = 0
+    features: int
+    reading: int
+    summing: int
+    conditions: int
+    step: int
+    step_by_row: int
+    decoding: int
+    encoding: int
+    pictures: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Counted:
+    """What does not depend on the speed preset."""
+
+    needs: Needs
+    sums: tuple[tuple[int, int], ...]  # per layer, numbers in kv and bytes of z
+    cache: int  # bytes of a `StepCache` for all rows
+
+
+_counted_vae: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int], int]] = weakref.WeakKeyDictionary()
+_counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, bool], _Counted]] = weakref.WeakKeyDictionary()
+
+
+def needs(nets: Networks, height: int, width: int, settings: Settings) -> Needs:
+    """Counts what sampling at height x width pixels takes; about a second at the released size, then it is known.
+
+    Args:
+        nets: with or without data.
+        settings: of which guidance and speed matter.
+    """
+    known = _counted.setdefault(nets.diffusion_net, {})
+    key = (height, width, settings.guided)
+    if key not in known:
+        with torch.inference_mode():
+            known[key] = _count(without_data(nets), height, width, 2 if settings.guided else 1)
+    counted, need, speed = known[key], known[key].needs, settings.speed
+    # With guidance in an interval there are caches for both rows and for one alone.
+    caches = (3 if settings.guided else 2) * counted.cache // 2 if speed.reuse else 0
+    return replace(
+        need,
+        layers=tuple(n * FP8.itemsize + z for n, z in counted.sums) if speed.fp8_sums else need.layers,
+        restored=need.layer if speed.fp8_sums else 0,
+        step=need.step + caches,
+        step_by_row=need.step_by_row + caches,
+    )
+
+
+def _count(nets: Networks, height: int, width: int, batch: int) -> _Counted:
+    net, size, dtype = nets.diffusion_net, (height // 8, width // 8), nets.diffusion_net.conv_in.weight.dtype
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def face_tokens(rows: int) -> Tensor:
+        return numbers(rows, nets.image_proj.tokens, net.config.cross_attention_dim)
+
+    def read(rows: int) -> list[Tensor]:
+        return nets.reference_net(numbers(rows, 4, *size), face_tokens(rows))
+
+    def step(given: WindowConditions, memory: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return net(latents, shifts, given, memory)
+
+    reading, past = peak_of(lambda: read(batch * WINDOW))
+    summing, shapes = peak_of(lambda: [(kv.shape, z.shape) for kv, z in net.memory_sums(past, *size, WINDOW)])
+    sums = [(numbers(*kv), numbers(*z)) for kv, z in shapes]
+    portrait = read(2 if batch == 2 else 1)
+    given = net.prepare(
+        reference=[feature[None] for feature in portrait],
+        face_tokens=face_tokens(batch),
+        audio_tokens=numbers(batch, WINDOW, nets.audio_proj.tokens, net.config.audio_attention_dim),
+        emotion=torch.empty(batch, dtype=torch.long, device="meta"),
+        frames=WINDOW,
+    )
+    latents, shifts = numbers(1, 4, WINDOW, *size), net.time_shifts(torch.zeros(1, device="meta"), dtype)
+    whole = peak_of(lambda: step(given, sums))[0]
+    by_row = whole
+    if batch == 2:
+        by_row = peak_of(lambda: step(given.half(1), [(kv[:1], z[:1]) for kv, z in sums]))[0]
+    need = Needs(
+        reference_net=module_bytes(nets.reference_net),
+        diffusion_net=module_bytes(net),
+        others=sum(module_bytes(module) for module in (nets.image_proj, nets.audio_proj, nets.vae)),
+        layers=tuple(kv.nbytes + z.nbytes for kv, z in sums),
+        layer=max((kv.nbytes + z.nbytes for kv, z in sums), default=0),
+        features=tensor_bytes(past),
+        reading=reading,
+        summing=summing,
+        conditions=tensor_bytes(portrait, given),
+        step=whole,
+        step_by_row=by_row,
+        **_count_vae(nets.vae, *size),
+    )
+    kept = tuple((kv.numel(), z.nbytes) for kv, z in sums)
+    # A step cache holds two maps of the finest level, for all rows.
+    maps = numbers(2, batch * WINDOW, net.config.block_out_channels[0], *size).nbytes
+    return _Counted(needs=need, sums=kept, cache=maps)
+
+
+def _count_vae(vae: nn.Module, h: int, w: int) -> dict[str, int]:
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=vae.dtype, device="meta")
+
+    decoding = peak_of(lambda: vae.decode(numbers(1, 4, h, w), return_dict=False)[0])[0]
+    encoding = peak_of(lambda: vae.encode(numbers(1, 3, 8 * h, 8 * w), return_dict=False)[0].mean)[0]
+    return {"decoding": decoding, "encoding": encoding, "pictures": 4 * WINDOW * 3 * 64 * h * w}
+
+
+@torch.inference_mode()
+def vae_bytes(nets: Networks, height: int, width: int) -> int:
+    """Bytes that the VAE takes besides its weights while it codes as many frames at once as it does by itself."""
+    known = _counted_vae.setdefault(nets.vae, {})
+    if (height, width) not in known:
+        need = _count_vae(_without_data(nets.vae), height // 8, width // 8)
+        frame = max(need["decoding"], need["encoding"])
+        known[height, width] = few_frames(height, width) * frame + 3 * need["pictures"] + RESERVE
+    return known[height, width]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How to sample within a budget. Only speed and the last bits depend on it.
+
+    Attributes:
+        row_by_row: the two batch rows of guidance go through the Diffusion Net one after the other.
+        sums_on_device: how many memory layers, in execution order, keep their sums on the device.
+        sums_on_host: how many, the rest, keep them in host memory.
+        reference_net_stays: otherwise the Reference Net and the Diffusion Net take turns on the device, and the other
+            one waits in host memory.
+        vae_frames: how many frames go through the VAE at once.
+        peak: bytes on the device when most is there, weights and `RESERVE` among them.
+        weights, sums, features, working: what the peak is made of.
+        on_host: bytes that wait in host memory.
+        phase: what is being done at the peak.
+    """
+
+    row_by_row: bool
+    sums_on_device: int
+    sums_on_host: int
+    reference_net_stays: bool
+    vae_frames: int
+    peak: int
+    weights: int
+    sums: int
+    features: int
+    working: int
+    on_host: int
+    phase: str
+
+    def describe(self) -> str:
+        """What it does to save memory, in words."""
+        words = []
+        if not self.reference_net_stays:
+            words.append("the two nets take turns")
+        if self.sums_on_host:
+            words.append(f"sums of {self.sums_on_host} of {self.sums_on_host + self.sums_on_device} layers on the host")
+        if self.row_by_row:
+            words.append("row by row")
+        words.append(f"VAE {self.vae_frames} frame{'s' * (self.vae_frames > 1)} at once")
+        return ", ".join(words)
+
+    @classmethod
+    def of(
+        cls,
+        need: Needs,
+        *,
+        row_by_row: bool = False,
+        sums_on_device: int | None = None,
+        reference_net_stays: bool = True,
+        vae_frames: int = 1,
+        streamed: bool = False,
+    ) -> Plan:
+        """What these choices lead to.
+
+        Args:
+            sums_on_device: None for all.
+            streamed: the weights are not on the device, or someone else's affair.
+        """
+        count = len(need.layers) if sums_on_device is None else sums_on_device
+        kept, gone = need.layers[:count], need.layers[count:]
+        # Two buffers for what comes from the host, and the layer in use where it was kept in another form.
+        brought = 2 * max(gone, default=0) + need.restored
+        both = need.reference_net + need.diffusion_net
+        reads, denoises = (both, both) if reference_net_stays else (need.reference_net, need.diffusion_net)
+        # Pictures: those decoded so far; for encoding as they are, as the VAE reads them, and in its number format.
+        phases = {
+            "reading past frames": (reads, 0, need.reading),
+            "making sums": (denoises, need.features, need.summing + brought),
+            "a step": (denoises, 0, (need.step_by_row if row_by_row else need.step) + brought),
+            "decoding": (denoises, 0, vae_frames * need.decoding + need.pictures),
+            "encoding": (denoises, 0, vae_frames * need.encoding + 3 * need.pictures),
+        }
+        if streamed:
+            phases = {name: (0, *rest) for name, (_, *rest) in phases.items()}
+        phase = max(phases, key=lambda name: sum(phases[name]))
+        weights, features, working = phases[phase]
+        weights += 0 if streamed else need.others
+        features, working = features + need.conditions, working + RESERVE
+        return cls(
+            row_by_row=row_by_row,
+            sums_on_device=count,
+            sums_on_host=len(gone),
+            reference_net_stays=reference_net_stays,
+            vae_frames=vae_frames,
+            peak=weights + sum(kept) + features + working,
+            weights=weights,
+            sums=sum(kept),
+            features=features,
+            working=working,
+            on_host=sum(gone) + (0 if reference_net_stays else max(need.reference_net, need.diffusion_net)),
+            phase=phase,
+        )
+
+
+def plan(
+    nets: Networks,
+    height: int,
+    width: int,
+    settings: Settings,
+    budget_bytes: int | None = None,
+    host_moves_weights: bool = False,
+) -> Plan:
+    """The fastest way to sample at height x width pixels within a budget.
+
+    What costs least time goes first: fewer frames at once through the VAE; the Reference Net waiting in host memory;
+    memory sums in host memory, from the last layer on; the two rows of guidance one after the other.
+
+    Args:
+        settings: of which guidance and speed matter.
+        budget_bytes: what may be on the device, weights included; None: no limit. On the CPU, where there is no other
+            place to wait, without the weights.
+        host_moves_weights: a host program brings weights by itself, whole or layer by layer, so that they need not fit.
+
+    Raises:
+        SamplingError: not even the last of these fits; it says what would.
+    """
+    need = needs(nets, height, width, settings)
+    if budget_bytes is None:
+        return Plan.of(need, vae_frames=few_frames(height, width))
+    for choices in _choices(nets, need, settings, host_moves_weights):
+        if Plan.of(need, **choices).peak <= budget_bytes:
+            frames = next(n for n in VAE_FRAMES if Plan.of(need, **choices, vae_frames=n).peak <= budget_bytes)
+            return Plan.of(need, **choices, vae_frames=frames)
+    raise SamplingError(_too_large(nets, height, width, settings, budget_bytes, host_moves_weights))
+
+
+def smaller(
+    nets: Networks, height: int, width: int, settings: Settings, than: Plan, host_moves_weights: bool = False
+) -> Plan | None:
+    """The next plan that takes less, felt so: one some MB smaller would fail as well. None after the last."""
+    try:
+        return plan(nets, height, width, settings, int(than.peak * 0.9), host_moves_weights)
+    except SamplingError:
+        last = least(nets, height, width, settings, host_moves_weights)
+        return last if last.peak < than.peak else None
+
+
+def least(nets: Networks, height: int, width: int, settings: Settings, host_moves_weights: bool = False) -> Plan:
+    """The plan that takes least."""
+    need = needs(nets, height, width, settings)
+    return Plan.of(need, **list(_choices(nets, need, settings, host_moves_weights))[-1])
+
+
+def _choices(nets: Networks, need: Needs, settings: Settings, host_moves_weights: bool) -> Iterator[dict[str, Any]]:
+    """What `Plan.of` may be given, fastest first."""
+    ways = (False, True) if settings.guided else (False,)
+    if nets.device.type == "cpu":
+        yield from ({"streamed": True, "row_by_row": row_by_row} for row_by_row in ways)
+        return
+    yield {}
+    weights = {"streamed": True} if host_moves_weights else {"reference_net_stays": False}
+    # A host that streams weights does so at every step: the last resort.
+    for keep in ({}, weights) if host_moves_weights else (weights,):
+        for row_by_row in ways:
+            for count in range(len(need.layers), -1, -1):
+                yield {"sums_on_device": count, "row_by_row": row_by_row, **keep}
+
+
+def _too_large(
+    nets: Networks, height: int, width: int, settings: Settings, budget: int, host_moves_weights: bool
+) -> str:
+    what: list[tuple[int, str]] = []
+    for name, how in (("", settings), (" with guidance 1", replace(settings, guidance_scale=1.0))):
+        smallest = least(nets, height, width, how, host_moves_weights)
+        per_pixel = (smallest.peak - smallest.weights - RESERVE) / (height * width)
+        side = int((max(0, budget - smallest.weights - RESERVE) / per_pixel) ** 0.5) // 64 * 64
+        side = min(side, -(-max(height, width) // 64) * 64)
+        if side and side not in [other for other, _ in what]:
+            what.append((side, name))
+    sizes = " or ".join(f"size {side}{name}" for side, name in what)
+    needed = least(nets, height, width, settings, host_moves_weights).peak
+    return (
+        f"{width}x{height} pixels need at least {needed / GIB:.1f} GB and {budget / GIB:.1f} GB are available. "
+        f"What fits: {sizes or 'nothing'}"
+    )
+
+
+# --- What there is ----------------------------------------------------------------------------------------------------
+
+
+def available_bytes(nets: Networks) -> int | None:
+    """What sampling may have on the networks' device: what is free, and what their weights there take already. None for
+    the CPU, where there is no other place to wait."""
+    free = free_bytes(nets.device)
+    if nets.device.type == "cpu" or free is None:
+        return None
+    modules = (nets.reference_net, nets.diffusion_net, nets.image_proj, nets.audio_proj, nets.vae)
+    tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    return free + sum(t.nbytes for t in tensors if t.device.type == nets.device.type)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a CUDA or MPS device, counting what torch keeps for itself; of the machine for the CPU. None where
+    nobody says."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps":
+        most = getattr(torch.mps, "recommended_max_memory", None)  # torch 2.5
+        return None if most is None else most() - torch.mps.current_allocated_memory()
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return None
+
+
+# --- memo info --budget -----------------------------------------------------------------------------------------------
+
+
+def released(dtype: torch.dtype = torch.bfloat16) -> Networks:
+    """The networks that sample, at the released size and without data: nothing needs to have been downloaded."""
+    from diffusers import AutoencoderKL
+
+    from .audio import NEIGHBOURS
+    from .nets.config import NetConfig
+    from .nets.diffusion_net import DiffusionNet
+    from .nets.projections import AudioProjection, ImageProjection
+    from .nets.reference_net import ReferenceNet
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+        )
+        modules = {
+            "reference_net": ReferenceNet(NetConfig()),
+            "diffusion_net": DiffusionNet(NetConfig()),
+            "image_proj": ImageProjection(),
+            "audio_proj": AudioProjection((2 * NEIGHBOURS + 1) * 12 * 768),
+            "vae": vae,
+        }
+    listeners = dict.fromkeys(("speech_encoder", "emotion_encoder", "emotion_head"))
+    return Networks(
+        # Not the VAE's own `to`, which warns.
+        **{name: nn.Module.to(module, dtype).requires_grad_(False) for name, module in modules.items()},
+        **listeners,
+        folder=Path("released"),
+        device=torch.device("meta"),
+        base_digest="",
+        sample_size=64,
+    )
+
+
+def table(nets: Networks, height: int, width: int, budgets: Sequence[tuple[str, int]]) -> str:
+    """What each speed preset takes, and the plan for each budget, as text.
+
+    Args:
+        budgets: names, and bytes that sampling may take.
+    """
+    ways = {
+        f"{name}{how}": Settings(speed=name, guidance_scale=scale)
+        for name in PRESETS
+        for how, scale in (("", 3.5), (", guidance 1", 1.0))
+    }
+    dtype = str(nets.diffusion_net.conv_in.weight.dtype).removeprefix("torch.")
+    lines = [
+        f"{width}x{height} pixels in {dtype}; GB are 2^30 bytes, at the moment when most is on the device.",
+        "",
+        f"{'all on the device':<22}{'weights':>9}{'sums':>7}{'features':>10}{'working':>9}{'peak':>7}",
+    ]
+    for name, settings in ways.items():
+        whole = Plan.of(needs(nets, height, width, settings))
+        parts = (whole.weights, whole.sums, whole.features, whole.working, whole.peak)
+        lines.append(name.ljust(22) + "".join(f"{p / GIB:>{w}.1f}" for p, w in zip(parts, (9, 7, 10, 9, 7))))
+    for title, room in budgets:
+        lines += ["", f"{title + f' ({room / GIB:.1f} GB)':<31}{'sums':>7}{'on host':>10}{'':9}{'peak':>7}"]
+        for name, settings in ways.items():
+            try:
+                chosen = plan(nets, height, width, settings, room)
+            except SamplingError:
+                fewest = least(nets, height, width, settings).peak
+                lines.append(f"{name:<22}{'':26}{fewest / GIB:>16.1f}   does not fit")
+                continue
+            parts = f"{chosen.sums / GIB:>16.1f}{chosen.on_host / GIB:>10.1f}{chosen.peak / GIB:>16.1f}"
+            lines.append(f"{name:<22}{parts}   {chosen.describe()}")
+    return "\n".join(lines)

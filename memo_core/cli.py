@@ -88,8 +88,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_checkpoint(sub)
 
     sub = command("info", info, "Describe a checkpoint folder, an adapter file or a memory state file.")
-    text = "a folder or an embedded checkpoint's name; a file"
+    text = "a folder or an embedded checkpoint's name; a file; with --budget also `released`, which needs no weights"
     sub.add_argument("target", metavar="CHECKPOINT|LORA|STATE", help=text)
+    text = (
+        "print what sampling takes on a GPU in bfloat16, and how it gets by on a card of so many GB (default: cards of "
+        "12 and 8 GB, and the one in this machine)"
+    )
+    sub.add_argument("--budget", type=_gigabytes, nargs="?", const=0.0, metavar="GB", help=text)
+    text = "pixels, multiples of 64, for --budget (default: as trained)"
+    sub.add_argument("--size", type=_size, metavar="N|WxH", help=text)
 
     sub = command("sheet", sheet, "Draw evenly spaced frames of VIDEO, with their times, as one picture.")
     sub.add_argument("video", metavar="VIDEO")
@@ -453,6 +460,10 @@ def info(args: argparse.Namespace) -> int:
     from . import checkpoint, face, lora
     from .memory import MemoryState
 
+    if args.budget is not None:
+        return _print_budget(args)
+    if args.size is not None:
+        raise MemoError("--size is for --budget")
     if args.target not in checkpoint.EMBEDDED and Path(args.target).is_file():
         if lora.is_adapter(args.target):
             print(lora.read(args.target).describe())
@@ -480,6 +491,27 @@ def info(args: argparse.Namespace) -> int:
     print()
     for name in (*face_models, checkpoint.VOCAL_SEPARATOR):
         print(f"{'there  ' if (nets.folder / name).is_file() else 'missing'}      {name} (optional)")
+    return OK
+
+
+def _print_budget(args: argparse.Namespace) -> int:
+    import torch
+
+    from . import budget, checkpoint
+    from .face import check_size
+
+    if args.target == "released":
+        nets = budget.released()
+    else:
+        nets = checkpoint.load(args.target, "meta", torch.bfloat16)
+    height, width = args.size or (8 * nets.sample_size,) * 2
+    check_size((height, width))
+    budgets = [(f"{size:g} GB card", int(size * budget.GIB) - budget.DRIVER) for size in (args.budget or 12, 8)]
+    if args.budget:
+        budgets = budgets[:1]
+    elif torch.cuda.is_available():
+        budgets.append((torch.cuda.get_device_name(), budget.free_bytes(torch.device("cuda"))))
+    print(budget.table(nets, height, width, budgets))
     return OK
 
 
@@ -569,6 +601,16 @@ def _seconds(text: str) -> float:
         value = -1.0
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes above 0")
     return value
 
 

@@ -12,9 +12,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -295,7 +297,160 @@ def _recent(entries: tuple[MemoryEntry, ...]) -> tuple[MemoryEntry, ...]:
     return entries[first:]
 
 
-Sums = list[tuple[Tensor, Tensor]]
+FP8 = torch.float8_e4m3fn
+
+
+class LayerSums:
+    """The sums of one memory layer where they are kept; what computes with them gets them on the device, in full.
+
+    Args:
+        kv, z: [B, N, H, D, D] and [B, N, H, D] on the device that computes; taken over, not copied.
+        dtype: None keeps kv as it is; float8_e4m3fn takes half the room of bf16 and rounds to 3 bits of mantissa, with
+            a scale per batch row, location and head. z stays as it is.
+        on_host: keep them in host memory, pinned where the device is a CUDA device.
+    """
+
+    def __init__(self, kv: Tensor, z: Tensor, dtype: torch.dtype | None = None, on_host: bool = False):
+        self.device, self.dtype = kv.device, kv.dtype
+        self._stored = kv.dtype if dtype is None else dtype
+        self._scale: Tensor | None = None
+        self.on_host = on_host
+        self._put(kv, z)
+
+    @property
+    def whole(self) -> bool:
+        """Nothing is to be done before use."""
+        return not self.on_host and self._scale is None
+
+    @property
+    def nbytes(self) -> int:
+        return self.kv.nbytes + self.z.nbytes
+
+    def bring(self, rows: slice = slice(None), into: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """kv and z of these batch rows on the device, in full; with `into`, as they are kept, to be given to `restore`.
+        They are the kept tensors themselves if `whole`.
+
+        Args:
+            into: bytes on the device for what comes from the host, as many as `room` says; None makes them.
+        """
+        kv, z = self.kv[rows], self.z[rows]
+        if into is None:
+            return self.restore(kv.to(self.device, non_blocking=True), z.to(self.device, non_blocking=True), rows)
+        views = (
+            into[first : first + part.nbytes].view(part.dtype).view(part.shape)
+            for part, first in ((kv, 0), (z, _aligned(kv.nbytes)))
+        )
+        kv, z = (view.copy_(part, non_blocking=True) for view, part in zip(views, (kv, z)))
+        return kv, z
+
+    def room(self, rows: slice) -> int:
+        return _aligned(self.kv[rows].nbytes) + self.z[rows].nbytes
+
+    def restore(self, kv: Tensor, z: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """What was kept in fp8, in its own dtype again."""
+        return (kv, z) if self._scale is None else (kv.to(self.dtype).mul_(self._scale[rows]), z)
+
+    def update(self, factor: float, new: tuple[Tensor, Tensor] | None = None) -> None:
+        """factor x sums + new, computed on the device wherever they are kept: the same bits."""
+        kept = self.bring()
+        for part, added in zip(kept, new or (None, None)):
+            part.mul_(factor)
+            if added is not None:
+                part.add_(added)
+        self._put(*kept)
+
+    def move(self, on_host: bool) -> None:
+        if on_host != self.on_host:
+            kv, z = self.kv, self.z
+            self.on_host = on_host
+            self.kv, self.z = (self._at_home(part) for part in (kv, z))
+
+    def _put(self, kv: Tensor, z: Tensor) -> None:
+        if self._stored == FP8:
+            largest = torch.linalg.vector_norm(kv, float("inf"), dim=(-2, -1), keepdim=True)
+            self._scale = (largest.float() / torch.finfo(FP8).max).clamp_min(torch.finfo(torch.float32).tiny)
+            kv = kv.div_(self._scale).to(FP8)
+        self.kv, self.z = self._at_home(kv), self._at_home(z)
+
+    def _at_home(self, part: Tensor) -> Tensor:
+        if not self.on_host:
+            return part.to(self.device)
+        home = torch.empty(part.shape, dtype=part.dtype, pin_memory=self.device.type == "cuda")
+        return home.copy_(part)
+
+
+def _aligned(size: int) -> int:
+    """The next multiple of 256: where a kernel reads fastest."""
+    return -(-size // 256) * 256
+
+
+class Sums(Sequence):
+    """The memory that a window sees: per memory layer, in execution order, the pair (kv, z), or, where that takes
+    bringing or restoring, a function of no arguments that does it when the layer is reached.
+
+    On a CUDA device the next layer comes from the host while one is used, into one of two buffers that take turns.
+    """
+
+    def __init__(self, layers: list[LayerSums], rows: slice = slice(None)):
+        self._layers, self._rows = layers, rows
+        self._on_host = [layer for layer in layers if layer.on_host]
+        self._coming: tuple[int, tuple[Tensor, Tensor]] | None = None  # place in _on_host, parts on their way
+        self._ahead = bool(self._on_host) and self._on_host[0].device.type == "cuda"
+
+    def rows(self, rows: slice) -> Sums:
+        """The same memory for these batch rows alone."""
+        return Sums(self._layers, rows)
+
+    def half(self, number: int) -> Sums:
+        """For the batch's first half (0) or its second (1)."""
+        rows = len(self._layers[0].z) // 2
+        return self.rows(slice(number * rows, (number + 1) * rows))
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]]:
+        layer = self._layers[index]
+        if layer.whole:
+            return layer.bring(self._rows)
+        if layer.on_host and self._ahead:
+            return partial(self._take, self._on_host.index(layer))
+        return partial(layer.bring, self._rows)
+
+    @cached_property
+    def _room(self) -> tuple[Tensor, Tensor, torch.cuda.Stream]:
+        size, device = max(layer.room(self._rows) for layer in self._on_host), self._on_host[0].device
+        buffers = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+        return (*buffers, torch.cuda.Stream(device))
+
+    def _start(self, place: int) -> tuple[Tensor, Tensor]:
+        """Begins to bring a layer; the buffer's last use lies on the current stream before this."""
+        *buffers, stream = self._room
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            return self._on_host[place].bring(self._rows, buffers[place % 2])
+
+    def _take(self, place: int) -> tuple[Tensor, Tensor]:
+        expected, parts = self._coming or (-1, None)
+        if expected != place:
+            parts = self._start(place)
+        stream = self._room[-1]
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
+        following = (place + 1) % len(self._on_host)
+        self._coming = (following, self._start(following)) if len(self._on_host) > 1 else None
+        return self._on_host[place].restore(*parts, self._rows)
+
+
+def half_of(memory: Sequence[Any], number: int) -> Sequence[Any]:
+    """Sums for the first half of the batch (0) or the second (1): of `Sums`, or of a list of such items."""
+    if isinstance(memory, Sums):
+        return memory.half(number)
+    return [partial(_half, item, number) if callable(item) else _half(item, number) for item in memory]
+
+
+def _half(item: Any, number: int) -> tuple[Tensor, Tensor]:
+    kv, z = item() if callable(item) else item
+    return kv.chunk(2)[number], z.chunk(2)[number]
 
 
 class SumsCache:
@@ -303,52 +458,66 @@ class SumsCache:
 
     At released sizes they are gigabytes, so there is one copy of them, which each call brings up to date in place. A
     cached result has the same bits as a rebuilt one, because both add the windows in the same order (Horner's scheme).
+
+    Attributes:
+        dtype: what kv is kept in (`LayerSums`); None for the networks' own.
+        on_device: how many memory layers, in execution order, keep theirs on the device, the others in host memory;
+            None for all. It changes no bits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None, on_device: int | None = None) -> None:
+        self.dtype, self.on_device = dtype, on_device
         self._key: tuple[str, ...] = ()
-        self._sums: Sums = []
+        self._layers: list[LayerSums] = []
 
     @property
     def nbytes(self) -> int:
-        return sum(kv.nbytes + z.nbytes for kv, z in self._sums)
+        return sum(layer.nbytes for layer in self._layers)
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(layer.nbytes for layer in self._layers if not layer.on_host)
 
     def clear(self) -> None:
-        self._key, self._sums = (), []
+        self._key, self._layers = (), []
 
     @torch.inference_mode()  # always, so that what was made inside the mode can be updated wherever it is used next
     def sums(
         self, state: MemoryState, context: str, of_entry: Callable[[MemoryEntry], Iterable[tuple[Tensor, Tensor]]]
     ) -> Sums:
-        """The memory of `state`, [(kv, z)] per memory layer; valid until the next call.
+        """The memory of `state`; valid until the next call.
 
         Args:
             context: whatever else the sums depend on (guidance, dtype, device).
             of_entry: sums of one entry at weight 1, layer by layer.
         """
         steps = _horner(state.entries)
-        keys = [context] + [f"{factor:.9g}*+{entry.digest}" for factor, entry in steps]
+        keys = [f"{context}|{self.dtype}"] + [f"{factor:.9g}*+{entry.digest}" for factor, entry in steps]
         done = len(self._key)
         if done > 1 and self._key == tuple(keys[:done]):
-            sums = self._sums
+            layers = self._layers
         else:
-            done, sums = 1, []
+            done, layers = 1, []
         self.clear()  # while they change: an interrupt must not leave half of a sum behind
+        for number, layer in enumerate(layers):
+            layer.move(self._on_host(number))
         for factor, entry in steps[done - 1 :]:
-            if not sums:
-                sums = list(of_entry(entry))
-                continue
-            for (kv, z), (a, b) in zip(sums, of_entry(entry), strict=True):
-                kv.mul_(factor).add_(a)
-                z.mul_(factor).add_(b)
+            fresh = not layers
+            for number, pair in enumerate(of_entry(entry)):
+                if fresh:
+                    layers.append(LayerSums(*pair, self.dtype, self._on_host(number)))
+                else:
+                    layers[number].update(factor, pair)
         last = state.entries[-1].weight
         if last == 1.0:
-            self._key, self._sums = tuple(keys), sums
-            return sums
-        for kv, z in sums:  # in place: there is room for one copy; the next call builds it anew
-            kv.mul_(last)
-            z.mul_(last)
-        return sums
+            self._key, self._layers = tuple(keys), layers
+        else:  # in place: there is room for one copy; the next call builds it anew
+            for layer in layers:
+                layer.update(last)
+        return Sums(layers)
+
+    def _on_host(self, number: int) -> bool:
+        return self.on_device is not None and number >= self.on_device
 
 
 def _horner(entries: tuple[MemoryEntry, ...]) -> list[tuple[float, MemoryEntry]]:

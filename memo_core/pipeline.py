@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import checkpoint, emotion
+from . import budget, checkpoint, emotion, waiting
 from .audio import AudioTrack, encode_audio
+from .budget import Plan
 from .checkpoint import Networks
 from .clips import WINDOW, Clip
 from .emotion import EmotionTrack
@@ -74,6 +75,7 @@ class MemoPipeline:
                 sound around it alone; a number encodes chunks with that many seconds of context on either side; "auto"
                 is None up to 60 s and chunks above.
         """
+        self._listen()
         return encode_audio(
             waveform, sample_rate, self.nets.speech_encoder, fps=fps, context=context, window_frames=WINDOW, **more
         )
@@ -88,6 +90,7 @@ class MemoPipeline:
         smoothing: float = 0.0,
     ) -> EmotionTrack:
         """Emotion label of every video frame; see `emotion.detect_emotion`."""
+        self._listen()
         return emotion.detect_emotion(
             waveform,
             sample_rate,
@@ -98,6 +101,20 @@ class MemoPipeline:
             sensitivity,
             smoothing,
         )
+
+    def _listeners(self) -> list[nn.Module]:
+        nets = (self.nets.speech_encoder, self.nets.emotion_encoder, self.nets.emotion_head)
+        return [net for net in nets if net is not None]
+
+    def _listen(self) -> None:
+        """Has the networks that listen on the device."""
+        for net in self._listeners():
+            waiting.enter(net, self.nets.device)
+
+    def _stop_listening(self) -> None:
+        """Sends them to host memory: while pictures are made nobody needs them."""
+        for net in self._listeners():
+            waiting.leave(net)
 
     @cached_property
     def face_analyzer(self) -> FaceAnalyzer | None:
@@ -196,7 +213,7 @@ class MemoPipeline:
         store: WindowStore | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
-        row_by_row: bool = False,
+        plan: Plan | None = None,
     ) -> Iterator[Window]:
         """Hands over each window of frames as soon as it is finished, in constant memory.
 
@@ -205,8 +222,13 @@ class MemoPipeline:
             store: where finished windows are kept and looked for.
             on_progress: called as (steps done, steps in all).
             should_stop: asked before every step; when true, this ends after the last finished window.
-            row_by_row: less memory, more time; see `sampling.sample_window`.
+            plan: how to get by with the device's memory; None: `self.plan`.
+
+        Raises:
+            SamplingError: the job does not fit; names what would.
         """
+        self._stop_listening()
+        plan = self.plan(job) if plan is None else plan
         return sample_windows(
             self.nets,
             job,
@@ -215,8 +237,20 @@ class MemoPipeline:
             decode_stored=self.decode,
             on_progress=on_progress,
             should_stop=should_stop,
-            row_by_row=row_by_row,
+            plan=plan,
         )
+
+    def plan(self, job: Job) -> Plan | None:
+        """How to sample the job within what is free on the device; None where that is no matter, as on the CPU.
+
+        Raises:
+            SamplingError: it does not fit; names what would.
+        """
+        room = budget.available_bytes(self.nets)
+        if room is None:
+            return None
+        height, width = job.reference.pixels.shape[1:]
+        return budget.plan(self.nets, height, width, job.settings, room + self._sums.device_bytes)
 
     def sample_clip(
         self,

@@ -6,22 +6,26 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import solvers
+from . import solvers, waiting
 from .checkpoint import Networks
 from .clips import WINDOW
 from .errors import SamplingError
 from .job import Job, Settings, WindowInputs
-from .memory import MemoryEntry, MemoryState, Sums, SumsCache
+from .memory import FP8, MemoryEntry, MemoryState, Sums, SumsCache, half_of
 from .nets.audio_module import NULL_EMOTION
 from .nets.diffusion_net import DiffusionNet, WindowConditions
 from .nets.memory_module import LazyMemory
 from .reference import Reference, tensors_digest
 from .speed import StepCache
 from .store import WindowStore
+
+if TYPE_CHECKING:
+    from .budget import Plan
 
 WINDOW_VERSION = 2  # to be raised whenever the same inputs come to give another window: stored ones are then not found
 
@@ -108,18 +112,11 @@ class _Pass:
         self.cache = StepCache(reuse) if reuse else None
 
     def half(self, number: int) -> _Pass:
-        memory = None if self.memory is None else [_half_of(pair, number) for pair in self.memory]
+        memory = None if self.memory is None else half_of(self.memory, number)
         return _Pass(self.net, self.given.half(number), memory, self.reuse)
 
     def __call__(self, latents: Tensor, shift: list[Tensor]) -> Tensor:
         return self.net(latents, shift, self.given, self.memory, self.cache).float()
-
-
-def _half_of(memory: LazyMemory, number: int) -> LazyMemory:
-    if callable(memory):
-        return lambda: _half_of(memory(), number)
-    kv, z = memory
-    return kv.chunk(2)[number], z.chunk(2)[number]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,10 +144,17 @@ class Window:
 
 
 class Sampler:
-    """Samples windows of one portrait with one checkpoint; keeps what does not change between them."""
+    """Samples windows of one portrait with one checkpoint; keeps what does not change between them.
 
-    def __init__(self, nets: Networks, reference: Reference, settings: Settings, cache: SumsCache):
+    Args:
+        take_turns: the Reference Net and the Diffusion Net are not on the device at the same time.
+    """
+
+    def __init__(
+        self, nets: Networks, reference: Reference, settings: Settings, cache: SumsCache, take_turns: bool = False
+    ):
         self.nets, self.reference, self.settings, self.cache = nets, reference, settings, cache
+        self.take_turns = take_turns
         self.device, self.dtype = nets.device, nets.diffusion_net.conv_in.weight.dtype
         self._reference_features: list[Tensor] | None = None
 
@@ -178,8 +182,20 @@ class Sampler:
             alternate = self.settings.guided and self.settings.face_token_rows == "released"
             tokens = self._tokens[[row % 2 for row in (0, 1 + WINDOW)]] if alternate else self._tokens[1:]
             latents = self.reference.latents.to(self.device, self.dtype).expand(len(tokens), -1, -1, -1)
-            self._reference_features = [feature[None] for feature in self.nets.reference_net(latents, tokens)]
+            self._reference_features = [feature[None] for feature in self._look(latents, tokens)]
         return self._reference_features
+
+    def _look(self, latents: Tensor, tokens: Tensor) -> list[Tensor]:
+        """The Reference Net's features of pictures."""
+        if not self.take_turns:
+            return self.nets.reference_net(latents, tokens)
+        waiting.leave(self.nets.diffusion_net)
+        try:
+            waiting.enter(self.nets.reference_net, self.device)
+            return self.nets.reference_net(latents, tokens)
+        finally:
+            waiting.leave(self.nets.reference_net)
+            waiting.enter(self.nets.diffusion_net, self.device)
 
     def entry_sums(self, entry: MemoryEntry) -> Iterator[tuple[Tensor, Tensor]]:
         """What one remembered window adds to the memory, layer by layer, for every batch row."""
@@ -196,7 +212,7 @@ class Sampler:
         if len(distinct) < len(wanted):
             rows = torch.tensor([distinct.index(row) for row in wanted], device=self.device)
         latents = entry.latents[list(which)].to(self.device, self.dtype)
-        features = self.nets.reference_net(latents, self._face_tokens(entry.face_embedding)[list(token_rows)])
+        features = self._look(latents, self._face_tokens(entry.face_embedding)[list(token_rows)])
         return self.nets.diffusion_net.memory_sums(features, height, width, frames, rows)
 
     def conditions(self, inputs: WindowInputs) -> Conditions:
@@ -233,23 +249,25 @@ def _null(emotion: Tensor) -> Tensor:
     return null
 
 
-def vae_batch(height: int, width: int) -> int:
-    """Frames that go through the VAE at once: one at 512 x 512, as released, more where they are small."""
+def few_frames(height: int, width: int) -> int:
+    """Frames that go through the VAE at once where no plan says: one at 512 x 512, as released, more where they are
+    small."""
     return max(1, min(WINDOW, 512 * 512 // (height * width)))
 
 
 @torch.no_grad()
-def decode(vae, latents: Tensor, device: torch.device | None = None) -> Tensor:
-    """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1], computed on `device` (None: where the VAE is)."""
+def decode(vae, latents: Tensor, device: torch.device | None = None, at_once: int | None = None) -> Tensor:
+    """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1], computed on `device` (None: where the VAE is),
+    `at_once` frames at once (None: `few_frames`)."""
     latents = latents.transpose(0, 1).to(device or vae.device, vae.dtype) / vae.config.scaling_factor
-    chunks = latents.split(vae_batch(8 * latents.shape[2], 8 * latents.shape[3]))
+    chunks = latents.split(at_once or few_frames(8 * latents.shape[2], 8 * latents.shape[3]))
     frames = torch.cat([vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
     return (frames.float() / 2 + 0.5).clamp(0, 1)
 
 
-def encode(vae, frames: Tensor, device: torch.device | None = None) -> Tensor:
-    """Frames [F, 3, H, W] in [-1, 1] -> scaled VAE means [F, 4, h, w], float32, computed on `device`."""
-    chunks = frames.to(device or vae.device, vae.dtype).split(vae_batch(*frames.shape[2:]))
+def encode(vae, frames: Tensor, device: torch.device | None = None, at_once: int | None = None) -> Tensor:
+    """Frames [F, 3, H, W] in [-1, 1] -> scaled VAE means [F, 4, h, w], float32, computed as by `decode`."""
+    chunks = frames.to(device or vae.device, vae.dtype).split(at_once or few_frames(*frames.shape[2:]))
     means = torch.cat([vae.encode(chunk, return_dict=False)[0].mean for chunk in chunks])
     return means.float() * vae.config.scaling_factor
 
@@ -304,7 +322,7 @@ def sample_windows(
     decode_stored: Callable[[Tensor], Tensor] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    row_by_row: bool = False,
+    plan: Plan | None = None,
 ) -> Iterator[Window]:
     """Samples the job window by window, handing the memory on.
 
@@ -313,14 +331,20 @@ def sample_windows(
         decode_stored: decodes windows that come from there; None: as those that are sampled.
         on_progress: called as (steps done, steps in all).
         should_stop: asked before every step; when true, ends after the last finished window.
-        row_by_row: see `sample_window`.
+        plan: what waits in host memory and what is done piece by piece; None: nothing is.
 
     Raises:
         SamplingError, MemoryStateError: as `Job.checked`.
     """
     job = job.checked(nets)
     settings, reference, memory = job.settings, job.reference, job.entering(nets)
-    sampler = Sampler(nets, reference, settings, cache)
+    if plan is None or plan.reference_net_stays:
+        for net in (nets.reference_net, nets.diffusion_net):
+            waiting.enter(net, nets.device)
+    cache.dtype = FP8 if settings.speed.fp8_sums else None
+    cache.on_device = None if plan is None else plan.sums_on_device
+    sampler = Sampler(nets, reference, settings, cache, plan is not None and not plan.reference_net_stays)
+    frames_at_once = None if plan is None else plan.vae_frames
     shape = (4, WINDOW, *reference.latents.shape[2:])
     for index in range(job.windows):
         inputs = job.inputs(index, memory)
@@ -341,7 +365,7 @@ def sample_windows(
                 settings,
                 on_step=None if on_progress is None else lambda step: on_progress(done + step, total),
                 should_stop=should_stop,
-                row_by_row=row_by_row,
+                row_by_row=plan is not None and plan.row_by_row,
             )
             if latents is None:
                 return
@@ -350,9 +374,9 @@ def sample_windows(
                     f"the networks gave NaN or infinite values in {sampler.dtype}; run them in float32 or bfloat16"
                 )
             latents = latents[0, :, : inputs.frames].cpu().contiguous()
-            frames = decode(nets.vae, latents, nets.device)
+            frames = decode(nets.vae, latents, nets.device, frames_at_once)
             # What the viewer sees, not the latents themselves, as released.
-            past = encode(nets.vae, frames * 2 - 1, nets.device).cpu()
+            past = encode(nets.vae, frames * 2 - 1, nets.device, frames_at_once).cpu()
         memory = memory.push(past, reference.face_embedding, nets.digest, reference.digest)  # checks it: before keeping
         if store is not None and found is None:
             store.put(key, {"latents": latents, "past": past})

@@ -24,10 +24,10 @@ from comfy_api.v0_0_2 import InputImpl, ui
 from server import PromptServer
 from torch import Tensor, nn
 
-from ..memo_core import checkpoint
-from ..memo_core.budget import vae_bytes
+from ..memo_core import budget, checkpoint
 from ..memo_core.clips import Sound
-from ..memo_core.errors import AudioError, CheckpointError, MemoError, PortraitError
+from ..memo_core.errors import AudioError, CheckpointError, MemoError, PortraitError, SamplingError
+from ..memo_core.job import Job
 from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.store import WindowStore
 
@@ -201,22 +201,35 @@ class HostPipeline(MemoPipeline):
         """Has the host load all that samples and keep `working` bytes free besides."""
         management.load_models_gpu([self.patcher, self.pictures], memory_required=working)
 
-    def encode_audio(self, *args: Any, **more: Any) -> Any:
-        self._listen()
-        return super().encode_audio(*args, **more)
+    def plan(self, job: Job) -> budget.Plan:
+        """How to sample within what is free and what the host can free. Weights need not fit: it streams them.
 
-    def detect_emotion(self, *args: Any, **more: Any) -> Any:
-        self._listen()
-        return super().detect_emotion(*args, **more)
+        Raises:
+            SamplingError: not even the smallest plan fits into all there is.
+        """
+        height, width = job.reference.pixels.shape[1:]
+        device = self.nets.device
+        room = min(free_bytes(device), int(0.95 * total_bytes(device)))
+        try:
+            return budget.plan(self.nets, height, width, job.settings, room, host_moves_weights=True)
+        except SamplingError:  # others may let go of some
+            room = int(0.95 * total_bytes(device))
+            budget.plan(self.nets, height, width, job.settings, room, host_moves_weights=True)
+            return budget.least(self.nets, height, width, job.settings, host_moves_weights=True)
+
+    def smaller_plan(self, job: Job, than: budget.Plan) -> budget.Plan | None:
+        """The next plan that takes less; None after the last."""
+        height, width = job.reference.pixels.shape[1:]
+        return budget.smaller(self.nets, height, width, job.settings, than, host_moves_weights=True)
 
     def encode_reference(self, image: Any, *args: Any, size: Any = None, **more: Any) -> Any:
         side = size if isinstance(size, int) else max(size or self.default_size)
-        management.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, side, side))
+        management.load_models_gpu([self.pictures], memory_required=budget.vae_bytes(self.nets, side, side))
         return super().encode_reference(image, *args, size=size, **more)
 
     def decode(self, latents: Tensor) -> Tensor:
         height, width = (8 * side for side in latents.shape[2:])
-        management.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, height, width))
+        management.load_models_gpu([self.pictures], memory_required=budget.vae_bytes(self.nets, height, width))
         return super().decode(latents).cpu()
 
     def sample_windows(self, *args: Any, **more: Any) -> Iterator[Any]:
@@ -252,6 +265,9 @@ class HostPipeline(MemoPipeline):
 
     def _listen(self) -> None:
         management.load_models_gpu([self.listeners], memory_required=LISTENING_BYTES, force_full_load=True)
+
+    def _stop_listening(self) -> None:
+        """The host sends them off when it needs their room."""
 
 
 def _cast_on_the_fly(module: nn.Module) -> None:

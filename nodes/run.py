@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ..memo_core.budget import sampling_budget
+from ..memo_core.budget import Plan
 from ..memo_core.clips import WINDOW, Clip
 from ..memo_core.emotion import EmotionTrack
 from ..memo_core.errors import SamplingError
@@ -90,21 +90,20 @@ class _Run:
 
             self.detector = CollapseDetector(job.reference.pixels)
         height, width = job.reference.pixels.shape[1:]
-        self.budget = sampling_budget(model.nets, height, width, job.settings.guided)
         self.speed_key = f"{model.nets.digest} {model.nets.device} {height}x{width} {job.settings.guided}"
         self.known_speed = host.SpeedBook().get(self.speed_key)
 
     def windows(self) -> Iterator[Window]:
-        """Samples the job; after running out of memory once more, with the rows of a batch one after the other."""
-        self._preflight()
+        """Samples the job; after running out of memory once more, by a plan that takes less."""
+        plan = self._preflight()
         rest, again = self.job, False
         while True:
             try:
                 if again:
                     self.model.forget()
-                if self.stored < self.job.windows:
-                    self.model.to_device(self.budget.least)
-                for window in self._sample(rest, row_by_row=again):
+                if plan is not None:
+                    self.model.to_device(plan.peak - plan.weights)
+                for window in self._sample(rest, plan):
                     yield window
                     frames = rest.start + rest.num_frames - window.start - window.latents.shape[1]
                     if self._collapsed(window) or not frames:
@@ -112,13 +111,16 @@ class _Run:
                     rest = replace(rest, start=window.start + WINDOW, num_frames=frames, memory=window.memory)
                 return
             except host.OutOfMemory:
-                if again:
+                smaller = None if plan is None else self.model.smaller_plan(self.job, plan)
+                if smaller is None and again:
                     raise
+                plan = smaller or plan
             # Out here the failed step's tensors are gone.
-            host.logger.warning("out of memory: once more, with less working memory and nothing else loaded")
+            how = "as before" if plan is None else plan.describe()
+            host.logger.warning("out of memory: once more, with nothing else loaded, %s", how)
             again = True
 
-    def _sample(self, job: Job, row_by_row: bool) -> Iterator[Window]:
+    def _sample(self, job: Job, plan: Plan | None) -> Iterator[Window]:
         steps, total, base = job.settings.steps, self.job.windows, self.windows_done
 
         def on_progress(done: int, _: int) -> None:
@@ -132,7 +134,7 @@ class _Run:
 
         began = time.monotonic()
         for window in self.model.sample_windows(
-            job, store=self.store, on_progress=on_progress, should_stop=should_stop, row_by_row=row_by_row
+            job, store=self.store, on_progress=on_progress, should_stop=should_stop, plan=plan
         ):
             host.stop_if_interrupted()
             self.windows_done += 1
@@ -156,8 +158,8 @@ class _Run:
             host.logger.warning("stopped at %.2f s: %s", end, reason)
         return reason is not None
 
-    def _preflight(self) -> None:
-        """One line on what is to come; SamplingError for what cannot fit."""
+    def _preflight(self) -> Plan | None:
+        """One line on what is to come; SamplingError for what cannot fit. Returns how to sample, if anything is."""
         job, device = self.job, self.model.nets.device
         faces = job.reference.faces_found
         speed = self.known_speed
@@ -170,15 +172,18 @@ class _Run:
             time_needed = f"about {_duration(speed * job.settings.steps * left)}"
         clip_bytes = 4 * 4 * job.num_frames * job.reference.latents[0, 0].numel()
         ram, gb = host.free_bytes(torch.device("cpu")), 2**30
-        on_device = (
-            ""
-            if device.type == "cpu"
-            else (
-                f"VRAM {(self.budget.weights + self.budget.least) / gb:.1f} GB needed (at least "
-                f"{self.budget.least / gb:.1f}), {host.free_bytes(device) / gb:.1f} free; "
-            )
-        )
-        fixed = self.budget.least if left and device.type == "cpu" else 0
+        plan, on_device, fixed = None, "", 0
+        if left:
+            try:
+                plan = self.model.plan(job)
+            except SamplingError as error:
+                raise SamplingError(f"{error} (MEMO Encode Reference: size)") from error
+            if device.type == "cpu":
+                fixed = plan.peak
+            else:
+                on_device = f"VRAM {plan.peak / gb:.1f} GB needed, {host.free_bytes(device) / gb:.1f} free: "
+                on_device += f"{plan.describe()}; "
+                fixed = plan.on_host
         in_ram = clip_bytes + fixed
         host.logger.info(
             "%.2f s: %d frames in %d windows, %d of them in the store%s; %s; %sRAM %.1f GB needed, %.1f free; faces "
@@ -194,37 +199,18 @@ class _Run:
             ram / gb,
             "not looked for, there are no face models" if faces is None else faces,
         )
-        if left and self.budget.least > 0.95 * host.total_bytes(device):
-            raise SamplingError(self._too_large(host.total_bytes(device)))
-        if left and fixed > 0.95 * ram:
-            raise SamplingError(self._too_large(ram))
         if in_ram > 0.95 * ram:
+            if fixed > 0.9 * ram:
+                raise SamplingError(
+                    f"{fixed / gb:.1f} GB of host memory are needed besides the device's, and {ram / gb:.1f} GB are "
+                    "free: close other programs, or choose a smaller size (MEMO Encode Reference) or guidance 1"
+                )
             seconds = max(1, int(job.num_frames / job.audio.fps * 0.9 * (ram - fixed) / clip_bytes))
             raise SamplingError(
                 f"the clip needs {in_ram / gb:.1f} GB of memory and {ram / gb:.1f} GB are free: make clips of at most "
                 f"{seconds} s (duration), one after the other"
             )
-
-    def _too_large(self, room: int) -> str:
-        height, width = self.job.reference.pixels.shape[1:]
-        fits = [
-            (side, guided)
-            for side in range(64, max(height, width) + 1, 64)
-            for guided in (True, False)
-            if sampling_budget(self.model.nets, side, side, guided).least <= 0.95 * room
-        ]
-        what = [
-            f"size {max(side for side, g in fits if g == guided)}{how}"
-            for guided, how in _WAYS
-            if any(g == guided for _, g in fits)
-        ]
-        return (
-            f"{width}x{height} pixels need {self.budget.least / 2**30:.1f} GB and the device has "
-            f"{room / 2**30:.1f} GB. What fits: {' or '.join(what) or 'nothing'} (MEMO Encode Reference: size)"
-        )
-
-
-_WAYS = ((True, ""), (False, " with guidance 1"))
+        return plan
 
 
 def _duration(seconds: float) -> str:

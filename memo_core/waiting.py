@@ -1,0 +1,36 @@
+"""Networks that wait in host memory, so that another one may have the device."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+_away: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@torch.no_grad()
+def leave(module: nn.Module) -> None:
+    """Moves a network's weights from the device to host memory, pinned for a CUDA device. Nothing for one that is there
+    already, or on the CPU."""
+    tensors = _tensors(module)
+    if not tensors or all(tensor.device.type == "cpu" for tensor in tensors):
+        return
+    for tensor in tensors:
+        tensor.data = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
+    _away.add(module)
+
+
+@torch.no_grad()
+def enter(module: nn.Module, device: torch.device) -> None:
+    """Brings a network back that had left; nothing for any other one, whose place is someone else's affair."""
+    if module not in _away:
+        return
+    for tensor in _tensors(module):
+        tensor.data = tensor.data.to(device, non_blocking=True)
+    _away.discard(module)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

@@ -1,0 +1,278 @@
+"""What sampling needs is counted, what a budget leads to fits it, and where things lie changes no picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import relative_l2
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import networks
+from memo_core import MemoPipeline, MemoryState, budget, cli
+from memo_core.budget import GIB, LiveBytes, Plan
+from memo_core.errors import SamplingError
+from memo_core.job import Settings
+from memo_core.memory import FP8, MemoryEntry, SumsCache
+from memo_core.nets import layers
+from memo_core.speed import Speed
+
+EXACT, BALANCED = Settings(), Settings(speed="balanced")
+
+
+@pytest.fixture(scope="module")
+def full() -> Any:
+    return budget.released()
+
+
+def seen_by_allocator(run: Callable[[], Any]) -> int:
+    """Most bytes that the CPU's allocator had served at once for what `run` makes."""
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = run()
+    del result
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+# --- Counting ---------------------------------------------------------------------------------------------------------
+
+
+def test_live_bytes_are_those_that_something_holds() -> None:
+    with LiveBytes() as live:
+        first = torch.zeros(1000)
+        view = first[10:]
+        second = first + 1
+        assert live.now == 8000
+        del first
+        assert live.now == 8000  # the view holds it
+        del view, second
+        third = torch.zeros(500)
+    assert live.now == 2000 and live.peak == 8000
+    del third
+
+
+def test_what_was_there_before_is_not_counted() -> None:
+    before = torch.zeros(1000)
+    with LiveBytes() as live:
+        before[5:].view(-1).mul_(2)
+    assert live.peak == 0
+
+
+@pytest.mark.parametrize("part", ["reading", "summing", "decoding", "encoding"])
+def test_parts_take_what_the_allocator_says(pipe: MemoPipeline, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """Counted without data, and as the CPU's allocator served the same work with data."""
+    monkeypatch.setitem(layers.FEED_FORWARD_TOKENS, False, layers.FEED_FORWARD_TOKENS[True])  # the CPU's pieces
+    nets, size = pipe.nets, (16, 16)
+    need = budget.needs(nets, 128, 128, EXACT)
+    latents, code, frame = torch.zeros(32, 4, *size), torch.zeros(1, 4, *size), torch.zeros(1, 3, 128, 128)
+    with torch.inference_mode():
+        tokens = torch.zeros(32, nets.image_proj.tokens, nets.diffusion_net.config.cross_attention_dim)
+        past = nets.reference_net(latents, tokens)
+
+    def sum_up() -> None:
+        for _ in nets.diffusion_net.memory_sums(past, *size, 16):
+            pass
+
+    run = {
+        "reading": lambda: nets.reference_net(latents, tokens),
+        "summing": sum_up,
+        "decoding": lambda: nets.vae.decode(code, return_dict=False)[0],
+        "encoding": lambda: nets.vae.encode(frame, return_dict=False)[0].mean,
+    }[part]
+    assert getattr(need, part) == pytest.approx(seen_by_allocator(run), rel=0.1)
+
+
+def test_the_released_size_takes_what_is_known_of_it(full: Any) -> None:
+    need = budget.needs(full, 512, 512, EXACT)
+    assert need.diffusion_net == 2 * sum(p.numel() for p in full.diffusion_net.parameters()) > 2 * 1.67e9
+    assert len(need.layers) == 42 and 6.9e9 < sum(need.layers) < 7.1e9
+    halved = budget.needs(full, 512, 512, BALANCED)
+    assert 0.5 < sum(halved.layers) / sum(need.layers) < 0.52  # z stays as it is
+    alone = budget.needs(full, 512, 512, Settings(guidance_scale=1.0))
+    assert 2 * sum(alone.layers) == sum(need.layers) and alone.step == need.step_by_row < need.step
+    assert need.features == pytest.approx(0.77e9, rel=0.01)
+
+
+def test_counting_leaves_the_networks_alone(pipe: MemoPipeline) -> None:
+    bare = budget.without_data(pipe.nets)
+    assert all(p.is_meta for p in bare.diffusion_net.parameters())
+    assert not any(p.is_meta for p in pipe.nets.diffusion_net.parameters())
+    assert bare.vae.config.scaling_factor == pipe.nets.vae.config.scaling_factor
+
+
+# --- Plans ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [EXACT, BALANCED, Settings(guidance_scale=1.0)], ids=["exact", "balanced", "alone"]
+)
+def test_plans_fit_and_give_up_more_as_budgets_shrink(full: Any, settings: Settings) -> None:
+    plans = [budget.plan(full, 512, 512, settings, room * GIB // 2) for room in range(60, 11, -1)]
+    for room, plan in zip(range(60, 11, -1), plans):
+        assert plan.peak <= room * GIB // 2
+        assert plan.peak == plan.weights + plan.sums + plan.features + plan.working
+    first, last = plans[0], plans[-1]
+    assert first.reference_net_stays and not first.sums_on_host and first.vae_frames == 16 and not first.on_host
+    assert not last.reference_net_stays and last.sums_on_host
+    hosted = [plan.sums_on_host for plan in plans if not plan.row_by_row]
+    assert hosted == sorted(hosted)
+    for plan in plans:  # what costs more time is not given up before what costs less
+        assert plan.reference_net_stays or plan.vae_frames < 16
+        assert not plan.sums_on_host or not plan.reference_net_stays
+        assert not plan.row_by_row or plan.sums_on_host
+
+
+def test_cards_of_artists_are_enough(full: Any) -> None:
+    exact = budget.plan(full, 512, 512, EXACT, 12 * GIB - budget.DRIVER)
+    balanced = budget.plan(full, 512, 512, BALANCED, 8 * GIB - budget.DRIVER)
+    assert not exact.row_by_row and not balanced.row_by_row
+
+
+def test_what_does_not_fit_is_said_with_what_does(full: Any) -> None:
+    with pytest.raises(SamplingError, match=r"512x512 pixels need at least \d\.\d GB and 5\.5 GB are available.*size"):
+        budget.plan(full, 512, 512, EXACT, 11 * GIB // 2)
+    with pytest.raises(SamplingError, match="What fits: nothing"):
+        budget.plan(full, 512, 512, EXACT, GIB)
+    host = budget.plan(full, 512, 512, EXACT, 4 * GIB, host_moves_weights=True)
+    assert host.weights == 0 and host.reference_net_stays
+
+
+def test_after_running_out_of_memory_there_is_a_smaller_plan_until_there_is_none(full: Any) -> None:
+    plan, peaks = budget.plan(full, 512, 512, EXACT), []
+    while plan is not None:
+        peaks.append(plan.peak)
+        plan = budget.smaller(full, 512, 512, EXACT, plan)
+    assert peaks == sorted(set(peaks), reverse=True) and len(peaks) > 3
+    assert peaks[-1] == budget.least(full, 512, 512, EXACT).peak
+
+
+def test_info_prints_the_budget_without_any_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "released", "--budget", "12"]) == 0
+    out = capsys.readouterr().out
+    need = budget.needs(budget.released(), 512, 512, EXACT)
+    rows = [line.split() for line in out.splitlines() if line.startswith("exact ")]
+    assert rows[0][1:3] == [f"{part / GIB:.1f}" for part in (Plan.of(need).weights, sum(need.layers))]
+    assert "12 GB card (11.5 GB)" in out and "layers on the host" in out and "8 GB" not in out
+    for wrong in (
+        ["info", "released"],
+        ["info", "released", "--size", "512"],
+        ["info", "toon", "--budget", "--size", "100"],
+    ):
+        assert cli.main(wrong) == 1
+    assert cli.main(["info", "released", "--budget", "-3"]) == 2
+
+
+# --- Sampling by a plan -----------------------------------------------------------------------------------------------
+
+
+Sample = Callable[..., tuple[Tensor, Plan]]
+FRAMES = 16 * 3 * 64 * 64 * 4  # bytes of a window's pictures
+
+
+@pytest.fixture(scope="module")
+def sample() -> Sample:
+    """Latents of two windows, so that sums are made and carried on, with these choices of a plan."""
+    nets = networks.tiny()
+
+    def run(speed: str | Speed = "exact", **choices: Any) -> tuple[Tensor, Plan]:
+        job = networks.clip(MemoPipeline(nets), 64, 2, steps=1, speed=speed)
+        plan = Plan.of(budget.needs(nets, 64, 64, job.settings), **choices)
+        windows = MemoPipeline(nets).sample_windows(job, plan=plan)
+        return torch.cat([window.latents for window in windows], dim=1), plan
+
+    return run
+
+
+def test_a_plan_changes_no_pictures(sample: Sample) -> None:
+    whole, _ = sample()
+    assert torch.equal(sample(sums_on_device=1)[0], whole)
+    assert relative_l2(sample(row_by_row=True, vae_frames=3, sums_on_device=0)[0], whole) < 1e-5  # rounding
+
+
+def test_fp8_sums_change_pictures_little(sample: Sample) -> None:
+    whole, halved = sample()[0], sample(Speed(fp8_sums=True))[0]
+    assert 0 < relative_l2(halved, whole) < 1e-2
+    assert torch.equal(sample(Speed(fp8_sums=True), sums_on_device=1)[0], halved)
+
+
+@pytest.mark.parametrize("choices", [{}, {"vae_frames": 16}], ids=["step", "vae"])
+def test_a_real_run_takes_what_its_plan_says(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(layers.FEED_FORWARD_TOKENS, True, layers.FEED_FORWARD_TOKENS[False])  # a GPU's pieces
+    plan = sample(**choices)[1]
+    with LiveBytes() as live:
+        sample(**choices)
+    # On the CPU the pictures of the window before are counted, too: they are handed over on the host.
+    counted = plan.peak - plan.weights - budget.RESERVE + FRAMES
+    assert 0.97 * live.peak <= counted <= 1.25 * live.peak
+
+
+# --- Where memory sums lie --------------------------------------------------------------------------------------------
+
+
+def entry(seed: int) -> MemoryEntry:
+    generator = torch.Generator().manual_seed(seed)
+    return MemoryEntry(torch.randn(16, 4, 4, 4, generator=generator), torch.zeros(1, 512))
+
+
+def of_entry(of: MemoryEntry) -> list[tuple[Tensor, Tensor]]:
+    """Sums of three layers, [1, 8, 2, 8, 8] and [1, 8, 2, 8]."""
+    flat = of.latents.flatten()
+    kv, z = flat.view(1, 8, 2, 8, 8), flat[:128].abs()
+    return [(kv * (1 + layer), z.view(1, 8, 2, 8) * (1 + layer)) for layer in range(3)]
+
+
+def state(windows: int) -> MemoryState:
+    memory = MemoryState.empty()
+    for seed in range(windows):
+        made = entry(seed)
+        memory = memory.push(made.latents, made.face_embedding, "model", "reference")
+    return memory
+
+
+def gathered(cache: SumsCache, memory: MemoryState) -> list[Tensor]:
+    pairs = (part() if callable(part) else part for part in cache.sums(memory, "", of_entry))
+    return [part.clone() for pair in pairs for part in pair]
+
+
+@pytest.mark.parametrize("dtype", [None, FP8], ids=["exact", "fp8"])
+def test_where_sums_lie_and_whether_they_were_cached_changes_no_bits(dtype: torch.dtype | None) -> None:
+    caches = [SumsCache(dtype, on_device) for on_device in (None, 0, 1)]
+    for windows in (1, 2, 4):
+        rebuilt = gathered(SumsCache(dtype), state(windows))
+        for cache in caches:
+            for kept, made in zip(gathered(cache, state(windows)), rebuilt):
+                assert torch.equal(kept, made)
+    faded = [gathered(cache, state(4).decayed(0.1)) for cache in caches]
+    assert all(torch.equal(a, b) for others in faded[1:] for a, b in zip(others, faded[0]))
+    caches[0].on_device = 1  # a smaller plan, in the middle of a clip
+    for kept, made in zip(gathered(caches[0], state(5)), gathered(SumsCache(dtype), state(5))):
+        assert torch.equal(kept, made)
+
+
+def test_only_what_must_be_brought_is_brought() -> None:
+    handed = list(SumsCache(None, 2).sums(state(2), "", of_entry))
+    assert [callable(part) for part in handed] == [False, False, True]
+    assert all(callable(part) for part in SumsCache(FP8).sums(state(2), "", of_entry))
+    kv, z = SumsCache(None, 0).sums(state(2), "", of_entry).rows(slice(0, 0))[0]()
+    assert len(kv) == len(z) == 0
+
+
+def test_fp8_halves_the_sums_and_costs_a_few_percent() -> None:
+    exact, halved = SumsCache(), SumsCache(FP8)
+    for mine, wanted in zip(gathered(halved, state(6)), gathered(exact, state(6))):
+        assert relative_l2(mine, wanted) < 0.04  # 3 bits of mantissa: 2.6 % of each number on average
+    assert halved.nbytes < 0.4 * exact.nbytes  # of float32; z stays
+    huge = [(kv * 1e30, z) for kv, z in of_entry(entry(0))]
+    scaled = SumsCache(FP8).sums(state(1), "", lambda _: [(kv.clone(), z) for kv, z in huge])
+    assert relative_l2(scaled[0]()[0], huge[0][0]) < 0.04  # a scale per head: the range of fp8 is no matter
+    nothing = SumsCache(FP8).sums(state(1), "", lambda _: [(torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 2))])
+    assert not nothing[0]()[0].any()
