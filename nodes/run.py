@@ -33,6 +33,7 @@ def sample(
     steps: int,
     guidance: float,
     seed: int,
+    speed: str,
     stop_on_collapse: bool = False,
     node_id: str | None = None,
 ) -> tuple[Clip, MemoryState]:
@@ -64,6 +65,7 @@ def sample(
         steps=steps,
         guidance_scale=guidance,
         seed=seed,
+        speed=speed,
     )
     run = _Run(model, job, host.window_store(), stop_on_collapse, node_id)
     try:
@@ -90,7 +92,8 @@ class _Run:
 
             self.detector = CollapseDetector(job.reference.pixels)
         height, width = job.reference.pixels.shape[1:]
-        self.speed_key = f"{model.nets.digest} {model.nets.device} {height}x{width} {job.settings.guided}"
+        how = f"{job.settings.guided} {job.settings.speed}"
+        self.speed_key = f"{model.nets.digest} {model.nets.device} {height}x{width} {how}"
         self.known_speed = host.SpeedBook().get(self.speed_key)
 
     def windows(self) -> Iterator[Window]:

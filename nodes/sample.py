@@ -8,6 +8,7 @@ from torch import Tensor
 from ..memo_core.emotion import EMOTIONS, EmotionTrack
 from ..memo_core.memory import MemoryState
 from ..memo_core.reference import Reference
+from ..memo_core.speed import PRESETS
 from . import host
 from .clips import write_video
 from .emotion import detect
@@ -16,6 +17,7 @@ from .voice import encode_voice
 from .wires import CATEGORY, MemoAudio, MemoClip, MemoEmotion, MemoMemory, MemoModel, MemoReference, Voice, one_of
 
 FEELINGS = ("detect", "none", *EMOTIONS)  # of a video made in one node
+EXACT = "exact"
 
 
 def _sampling_inputs() -> list[io.Input]:
@@ -38,6 +40,18 @@ def _sampling_inputs() -> list[io.Input]:
             tooltip="Of the noise. While it stays the same, windows that were rendered once are not rendered again.",
         ),
     ]
+
+
+def _speed_input() -> io.Input:
+    # Optional, and the last widget: graphs from before there was a choice still load, and render what they did.
+    return io.Combo.Input(
+        "speed",
+        options=list(PRESETS),
+        default=EXACT,
+        optional=True,
+        tooltip="exact leaves nothing out; balanced renders faster, with slightly other frames; draft is the fastest, "
+        "for a first look, and takes at most 8 steps.",
+    )
 
 
 class SampleClip(io.ComfyNode):
@@ -79,6 +93,7 @@ class SampleClip(io.ComfyNode):
                 ),
                 MemoEmotion.Input("emotion", optional=True, tooltip="From Detect or Edit Emotion; without it, none."),
                 MemoMemory.Input("memory", optional=True, tooltip="What came before; without it, a new video."),
+                _speed_input(),
             ],
             outputs=[
                 MemoClip.Output(display_name="clip", tooltip="The frames, not decoded yet, with their sound."),
@@ -87,6 +102,10 @@ class SampleClip(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, speed: str = EXACT) -> bool | str:
+        return one_of(speed=(speed, PRESETS))
 
     @classmethod
     def execute(
@@ -102,6 +121,7 @@ class SampleClip(io.ComfyNode):
         stop_on_collapse: bool,
         emotion: EmotionTrack | None = None,
         memory: MemoryState | None = None,
+        speed: str = EXACT,
     ) -> io.NodeOutput:
         clip, memory = sample(
             model,
@@ -114,6 +134,7 @@ class SampleClip(io.ComfyNode):
             steps=steps,
             guidance=guidance,
             seed=seed,
+            speed=speed,
             stop_on_collapse=stop_on_collapse,
             node_id=cls.hidden.unique_id,
         )
@@ -141,6 +162,7 @@ class TalkingVideo(io.ComfyNode):
                 ),
                 *_sampling_inputs(),
                 MemoMemory.Input("memory", optional=True, tooltip="Goes on from an earlier video; without it, anew."),
+                _speed_input(),
             ],
             outputs=[
                 io.Video.Output(display_name="video", tooltip="With sound; for Save Video."),
@@ -150,8 +172,8 @@ class TalkingVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, emotion: str = "detect") -> bool | str:
-        return one_of(emotion=(emotion, FEELINGS))
+    def validate_inputs(cls, emotion: str = "detect", speed: str = EXACT) -> bool | str:
+        return one_of(emotion=(emotion, FEELINGS), speed=(speed, PRESETS))
 
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> int:
@@ -168,6 +190,7 @@ class TalkingVideo(io.ComfyNode):
         guidance: float,
         seed: int,
         memory: MemoryState | None = None,
+        speed: str = EXACT,
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
         reference = model.encode_reference(host.one_picture(image), size=model.default_size, crop="face")
@@ -179,6 +202,15 @@ class TalkingVideo(io.ComfyNode):
         else:
             track = EmotionTrack.constant(emotion, voice.track.num_padded_frames, voice.track.fps)
         clip, memory = sample(
-            model, reference, voice, track, memory, steps=steps, guidance=guidance, seed=seed, node_id=node_id
+            model,
+            reference,
+            voice,
+            track,
+            memory,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            speed=speed,
+            node_id=node_id,
         )
         return io.NodeOutput(host.video_of(write_video([clip], node_id=node_id)), memory)

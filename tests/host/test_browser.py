@@ -93,6 +93,21 @@ def test_what_it_queues_is_the_api_file(page: Page, name: str) -> None:
     assert page.run("(await app.graphToPrompt()).output") == api
 
 
+@pytest.mark.parametrize("name", [RUNS, "two_shots_one_memory"])
+def test_a_file_from_before_there_were_speeds_opens_as_exact(page: Page, name: str) -> None:
+    """Its nodes that sample have neither the input nor a value for the widget, which is therefore the last one."""
+    graph = file_of(name)
+    samplers = [node for node in graph["nodes"] if node["type"] in ("MEMO_SampleClip", "MEMO_TalkingVideo")]
+    for node in samplers:
+        assert node["inputs"].pop()["name"] == "speed" and node["widgets_values"].pop() == "exact"
+    assert samplers
+    page.open_workflow(graph)
+    time.sleep(0.3)  # dialogs open a little later
+    assert page.run(RED) == {"nodes": 0, "missing": [], "dialogs": 0, "toasts": []}
+    api = json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    assert page.run("(await app.graphToPrompt()).output") == api
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_its_nodes_lie_apart_and_inside_their_groups(page: Page, name: str) -> None:
     page.open_workflow(file_of(name))

@@ -129,6 +129,40 @@ def test_progress_counts_windows_and_steps_and_shows_frames(host: Host) -> None:
     assert [name for _, name, _ in done.previews].count(node) == 2
 
 
+def test_speed_is_a_choice_and_none_is_exact(host: Host) -> None:
+    """Graphs from before there was the choice lack the input."""
+    write_speech(host, "speed.wav", 0.5)
+    graph, clip, _ = talk("speed.wav", steps=9, guidance=2.0, seed=91)
+    save = graph.pictures([clip, 0])
+    made, said, steps = {}, {}, {}
+    for speed in (None, "exact", "balanced", "draft"):
+        if speed is not None:
+            graph[clip]["inputs"]["speed"] = speed
+        done = run(host, graph)
+        made[speed] = pictures(host, done, save)
+        steps[speed] = {progress.max for progress in done.progress if progress.node == clip}
+        said[speed] = [line for line in host.log().splitlines() if "frames in" in line][-1]
+    assert np.array_equal(made["exact"], made[None]) and "1 of them in the store" in said["exact"]
+    for speed in ("balanced", "draft"):
+        assert not np.array_equal(made[speed], made[None]) and "0 of them in the store" in said[speed]
+    assert steps == {None: {9}, "exact": {9}, "balanced": {9}, "draft": {8}}
+    graph[clip]["inputs"] |= {"speed": "exact", "seed": 92}
+    run(host, graph)
+    again = [line for line in host.log().splitlines() if "frames in" in line][-1]
+    assert "time not known" in said["draft"] and "about" in again, "each has an estimate of its own"
+
+
+def test_the_one_node_knows_speeds_too(host: Host) -> None:
+    write_speech(host, "speed.wav", 0.5)
+    graph = Graph()
+    sound, picture = graph.add("LoadAudio", audio="speed.wav"), graph.add("MEMO_Example", speech="voice")
+    inputs = {"model": graph.model(), "image": [picture, 0], "audio": [sound, 0], "emotion": "none"}
+    talking = graph.add("MEMO_TalkingVideo", **inputs, **(QUICK | {"steps": 9}), speed="draft")
+    graph.add("SaveVideo", video=[talking, 0], filename_prefix="memo/speed", format="auto", codec="auto")
+    most = {progress.max for progress in run(host, graph).progress if progress.node == talking}
+    assert 8 in most and 9 not in most, "some of them are the writing's"
+
+
 # --- The store --------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +323,7 @@ from torch import nn
 def wreck():
     for name, module in list(sys.modules.items()):
         if name.endswith("memo_core.sampling"):
-            module.decode = lambda vae, latents, device=None: latents.new_full(
+            module.decode = lambda vae, latents, device=None, at_once=None: latents.new_full(
                 (latents.shape[1], 3, 8 * latents.shape[2], 8 * latents.shape[3]), 0.5)
 
 class Wreck:
