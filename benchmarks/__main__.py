@@ -39,7 +39,7 @@ def parts(quick: bool) -> dict[str, Any]:
             "tiny": lambda: against(tiny, 64, 1, 2, 2, [RELEASED, EXACT]),
             "tiny, presets": lambda: against(tiny, 64, 1, 3, 1, names),
             "kernels": lambda: measures.kernels({16: 16, 32: 16}, "cpu", torch.float32, least=0.02),
-            "growth with pixels": lambda: measures.over_pixels(tiny, FEW_SIZES, 1, steps=1),
+            "growth with pixels": lambda: measures.over_pixels(tiny, FEW_SIZES, False, steps=1),
             "growth with portraits": lambda: measures.over_portraits(tiny, 64, [1, 2], 1, steps=1),
         }
     return {
@@ -49,7 +49,7 @@ def parts(quick: bool) -> dict[str, Any]:
         "toon, presets": lambda: against(networks.toon(), 128, 1, 20, 2, names),
         # The widths and locations of the released levels at 256 x 256 pixels.
         "kernels": lambda: measures.kernels({40: 1024, 80: 256, 160: 64}, "cpu", torch.float32),
-        "growth with pixels": lambda: measures.over_pixels(tiny, SIZES, 1, steps=1),
+        "growth with pixels": lambda: measures.over_pixels(tiny, SIZES, False, steps=1),
         "growth with portraits": lambda: measures.over_portraits(tiny, 256, [1, 2, 3, 4], 2, steps=2),
     }
 

@@ -163,7 +163,7 @@ class Bench:
 
     def growth_with_pixels(self) -> dict[str, Any]:
         sizes = [64, 128] if self.tiny else [256, 512, 768, 1024]
-        return measures.over_pixels(self.nets, sizes, 1, steps=2)
+        return measures.over_pixels(self.nets, sizes, True, steps=2)
 
     def growth_with_portraits(self) -> dict[str, Any]:
         counts = [1, 2] if self.tiny else [1, 2, 3, 4]

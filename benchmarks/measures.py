@@ -346,8 +346,9 @@ def over_windows(nets: Networks, size: int, counts: list[int], **settings: Any) 
     return found
 
 
-def over_pixels(nets: Networks, sizes: list[int], repeats: int, **settings: Any) -> dict[str, Any]:
-    """Seconds of one window by its side in pixels."""
+def over_pixels(nets: Networks, sizes: list[int], warm_up: bool, **settings: Any) -> dict[str, Any]:
+    """Seconds of one window by its side in pixels; with `warm_up` each size is sampled once before, for what a device
+    finds out about it the first time."""
     found: dict[str, Any] = {}
     for size in sizes:
         pipe = MemoPipeline(nets)
@@ -356,7 +357,9 @@ def over_pixels(nets: Networks, sizes: list[int], repeats: int, **settings: Any)
         def run() -> None:
             list(MemoPipeline(nets).sample_windows(job))
 
-        row = {"seconds": _measured(run, repeats, nets.device, found, size)}
+        if warm_up or not found:
+            run()
+        row = {"seconds": seconds_of(run, nets.device)}
         row["nanoseconds a pixel of video"] = 1e9 * row["seconds"] / (size * size * WINDOW)
         found[str(size)] = row
     return found
@@ -381,14 +384,10 @@ def over_portraits(nets: Networks, size: int, counts: list[int], repeats: int, *
             if latents.shape != noise.shape:
                 raise ValueError(f"{count} portraits gave latents {list(latents.shape)}")
 
-        seconds = _measured(run, repeats, nets.device, found, count)
+        run()
+        seconds = statistics.median(seconds_of(run, nets.device) for _ in range(repeats))
         found[str(count)] = {"seconds": seconds, "seconds a portrait": seconds / count}
     return found
-
-
-def _measured(run: Callable[[], None], repeats: int, device: torch.device, found: dict, key: object) -> float:
-    run()
-    return statistics.median(seconds_of(run, device) for _ in range(repeats))
 
 
 def _conditions(nets: Networks, job: Job) -> Any:
