@@ -340,6 +340,7 @@ class Plan:
         reference_net_stays: bool = True,
         vae_frames: int = 1,
         streamed: bool = False,
+        reserve: int = RESERVE,
     ) -> Plan:
         """What these choices lead to.
 
@@ -366,7 +367,7 @@ class Plan:
         phase = max(phases, key=lambda name: sum(phases[name]))
         weights, features, working = phases[phase]
         weights += 0 if streamed else need.others
-        features, working = features + need.conditions, working + RESERVE
+        features, working = features + need.conditions, working + reserve
         return cls(
             row_by_row=row_by_row,
             sums_on_device=count,
@@ -436,7 +437,7 @@ def _choices(nets: Networks, need: Needs, settings: Settings, host_moves_weights
     """What `Plan.of` may be given, fastest first."""
     ways = (False, True) if settings.guided else (False,)
     if nets.device.type == "cpu":
-        yield from ({"streamed": True, "row_by_row": row_by_row} for row_by_row in ways)
+        yield from ({"streamed": True, "reserve": 0, "row_by_row": row_by_row} for row_by_row in ways)
         return
     yield {}
     weights = {"streamed": True} if host_moves_weights else {"reference_net_stays": False}
@@ -453,8 +454,9 @@ def _too_large(
     what: list[tuple[int, str]] = []
     for name, how in (("", settings), (" with guidance 1", replace(settings, guidance_scale=1.0))):
         smallest = least(nets, height, width, how, host_moves_weights)
-        per_pixel = (smallest.peak - smallest.weights - RESERVE) / (height * width)
-        side = int((max(0, budget - smallest.weights - RESERVE) / per_pixel) ** 0.5) // 64 * 64
+        fixed = smallest.weights + (0 if nets.device.type == "cpu" else RESERVE)
+        per_pixel = (smallest.peak - fixed) / (height * width)
+        side = int((max(0, budget - fixed) / per_pixel) ** 0.5) // 64 * 64
         side = min(side, -(-max(height, width) // 64) * 64)
         if side and side not in [other for other, _ in what]:
             what.append((side, name))
