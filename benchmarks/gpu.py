@@ -11,7 +11,7 @@ import argparse
 import re
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,17 @@ from .timing import Parts, per_call, seconds_of
 
 LIMIT = 540  # seconds after which no further part is begun
 CARDS = {"exact": 12, "balanced": 8, "draft": 8}  # GiB of memory of the cards that presets are for
+# By name: what is on; the rest is off.
+OPTIONS = {
+    "channels-last": ("channels_last",),
+    "fused QKV": ("fuse_qkv",),
+    "CUDA graphs": ("cuda_graphs",),
+    "compiled": ("compile",),
+    "these four": ("channels_last", "fuse_qkv", "cuda_graphs", "compile"),
+    "fp8 weights": ("fp8_weights",),
+}
+OPTION = "option: "  # before their names as parts
+ON_CPU = ("channels-last", "fused QKV", "fp8 weights")  # those that ask for no GPU and no compiler
 GB = 1e9
 
 
@@ -44,9 +55,12 @@ class Bench:
         self.device, self.tiny = torch.device(device), tiny
         self.size, self.steps, self.repeats = (64, 2, 1) if tiny else (512, 20, 2)
 
+    def _build(self) -> Networks:
+        return (networks.tiny if self.tiny else networks.full_size)(self.device, torch.bfloat16)
+
     @cached_property
     def nets(self) -> Networks:
-        return (networks.tiny if self.tiny else networks.full_size)(self.device, torch.bfloat16)
+        return self._build()
 
     @cached_property
     def card(self) -> dict[str, float]:
@@ -72,6 +86,7 @@ class Bench:
             "roofline": self.roofline,
             "growth with pixels": self.growth_with_pixels,
             "growth with portraits": self.growth_with_portraits,
+            **{OPTION + name: partial(self.option, name) for name in (ON_CPU if self.tiny else OPTIONS)},
         }
 
     def window(self) -> dict[str, Any]:
@@ -161,6 +176,37 @@ class Bench:
                 }
         return found
 
+    def option(self, name: str) -> dict[str, Any]:
+        """The same windows by networks that compute in another way: the first, which may have to compile, and the
+        second, against networks without options."""
+        from memo_core.optimise import Options, optimise
+
+        nets, plain = self._build(), self._plain
+        optimise(nets, Options(**{"channels_last": False, "fuse_qkv": False, **dict.fromkeys(OPTIONS[name], True)}))
+        measures.forget_peak(self.device)
+        latents, first, second = self._two_windows(nets)
+        return {
+            "seconds of the first window": first,
+            "seconds of the second window": second,
+            "seconds of the second window without": plain[2],
+            "times faster than without": plain[2] / second,
+            "relative error of latents against without": measures.relative_error(latents, plain[0]),
+            "peak allocated, bytes": self._peak() - (measures.module_bytes(self.nets)),
+        }
+
+    @cached_property
+    def _plain(self) -> tuple[torch.Tensor, float, float]:
+        self._two_windows(self.nets)  # to warm up
+        return self._two_windows(self.nets)
+
+    def _two_windows(self, nets: Networks) -> tuple[torch.Tensor, float, float]:
+        """Latents, and seconds of either."""
+        found: list[torch.Tensor] = []
+        job = networks.clip(MemoPipeline(nets), self.size, 2, steps=self.steps)
+        windows = measures.windows_of(nets, job, EXACT)
+        first, second = (seconds_of(lambda: found.append(next(windows)), self.device) for _ in range(2))
+        return torch.cat(found, dim=1), first, second
+
     def growth_with_pixels(self) -> dict[str, Any]:
         sizes = [64, 128] if self.tiny else [256, 512, 768, 1024]
         return measures.over_pixels(self.nets, sizes, True, steps=2)
@@ -222,6 +268,9 @@ def picture(results: Results, path: Path) -> None:
     panels.append(chart.Bars("kernels: share of the bandwidth of a copy (line: goal)", bandwidth, line=0.6))
     roofline = {part: row["share of peak"] for part, row in measured.get("roofline", {}).items()}
     panels.append(chart.Bars("share of the bf16 peak by part (line: goal)", {"exact": roofline}, line=0.35))
+    options = {name.removeprefix(OPTION): row for name, row in measured.items() if name.startswith(OPTION)}
+    gains = {"": {name: row["times faster than without"] for name, row in options.items()}}
+    panels.append(chart.Bars("options: times faster than without", gains, "x", line=1))
     pixels = {int(n): row["seconds"] for n, row in measured.get("growth with pixels", {}).items()}
     panels.append(chart.Curves("seconds of a window of 2 steps by its side", {"seconds": pixels}, "pixels"))
     portraits = {int(n): row["seconds a portrait"] for n, row in measured.get("growth with portraits", {}).items()}

@@ -48,6 +48,12 @@ def relative_error(actual: Tensor, wanted: Tensor) -> float:
     return float((actual.double() - wanted.double()).norm() / wanted.double().norm())
 
 
+def module_bytes(nets: Networks) -> int:
+    """Bytes of the weights that sampling reads."""
+    modules = (nets.reference_net, nets.diffusion_net, nets.image_proj, nets.audio_proj, nets.vae)
+    return sum(tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers()))
+
+
 # --- Windows ----------------------------------------------------------------------------------------------------------
 
 

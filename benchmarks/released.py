@@ -8,7 +8,8 @@ every step; the first window's memory is reset and summed at every step. Tensors
 between modules, heads in the batch inside attention, with the copies this brings. torch's
 scaled_dot_product_attention stands in for xformers'. It exists to be measured, and is checked to give equal numbers.
 
-Only parameter-holding layers of the networks are called, under the names that the checkpoint gives them.
+Only parameter-holding layers of the networks are called, under the names that the checkpoint gives them: networks whose
+layers were fused (`memo_core.optimise`) have others.
 """
 
 from __future__ import annotations
