@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("error: no CUDA device here: run this where there is one (--device cpu --tiny tries it out)")
     start = time.perf_counter()
     bench, results = Bench(args.device, args.tiny), Results(args.out / "gpu.json", args.device)
-    for name in args.only or names:
+    for name in args.only or bench.parts:
         spent = time.perf_counter() - start
         if results.has(name) and not args.again:
             print(f"{name}: measured already")

@@ -52,7 +52,7 @@ def test_the_gpu_benchmark_can_be_tried_on_the_cpu(
     measured = json.loads((tmp_path / "gpu.json").read_text())["measured"]
     failed = [name for name, found in measured.items() if "error" in found or "failed" in found]
     assert failed == ["growth with pixels"] and "no room" in measured["growth with pixels"]["error"]
-    assert list(measured) == list(gpu.Bench().parts)
+    assert list(measured) == list(gpu.Bench("cpu", tiny=True).parts)
     assert set(measured["window"]["frames a second"]) == {measures.RELEASED, *measures.presets()}
     step = measured["roofline"][released.DIFFUSION_STEP]
     of_parts = [row["operations a step"] for part, row in measured["roofline"].items() if part != "diffusion step"]
@@ -67,7 +67,7 @@ def test_the_gpu_benchmark_can_be_tried_on_the_cpu(
 
 def test_time_that_is_up_begins_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu.main(["--device", "cpu", "--tiny", "--out", str(tmp_path), "--limit", "-1"])
-    assert capsys.readouterr().out.count("call again") == len(gpu.Bench().parts)
+    assert capsys.readouterr().out.count("call again") == len(gpu.Bench("cpu", tiny=True).parts)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
