@@ -136,7 +136,8 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     add("--seed", "of the noise (default: %(default)s)", type=int, default=42)
     add(
         "--speed",
-        "balanced renders faster and draft fastest, in at most 8 steps, with less exact frames (default: %(default)s)",
+        "balanced renders faster, in at most 10 steps, draft fastest, in 6; their frames differ from the exact ones "
+        "(default: %(default)s)",
         choices=("exact", "balanced", "draft"),
         default="exact",
     )

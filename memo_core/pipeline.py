@@ -21,9 +21,10 @@ from .errors import PortraitError
 from .face import EMBEDDING_SIZE, FaceAnalyzer, PortraitImage, prepare_portrait
 from .job import Job, Settings
 from .memory import MemoryState, SumsCache
+from .optimise import Options
 from .reference import Reference
 from .sampling import Window, count_stored, decode, encode, sample_windows
-from .speed import Speed
+from .speed import PRESETS, Speed, name_of
 from .store import WindowStore
 
 
@@ -47,17 +48,20 @@ class MemoPipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         lora: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
+        options: Options = Options(),
     ) -> MemoPipeline:
         """Loads a folder in the released layout, or an embedded checkpoint by name ("toon").
 
         Args:
             lora: adapter files to merge, or pairs of file and strength (1 is as trained); they add up.
+            options: how the networks compute; see `optimise.Options`.
 
         Raises:
-            CheckpointError: names the files, or the first ten keys or layers, that do not fit.
+            CheckpointError: names the files, or the first ten keys or layers, that do not fit; or an option that the
+                device does not allow.
         """
         pairs = [file if isinstance(file, tuple) else (file, 1.0) for file in lora]
-        return cls(checkpoint.load(path, device, dtype, lora=pairs))
+        return cls(checkpoint.load(path, device, dtype, lora=pairs, options=options))
 
     def encode_audio(
         self,
@@ -322,6 +326,8 @@ class MemoPipeline:
             "steps": settings.steps,
             "guidance": settings.guidance_scale,
         }
+        if settings.speed != PRESETS["exact"]:
+            about["speed"] = name_of(settings.speed)
         stopped = done < job.num_frames
         return Clip(latents[:, :done], job.start, job.audio.fps, self.decode, stopped=stopped, about=about), memory
 

@@ -49,8 +49,8 @@ def _speed_input() -> io.Input:
         options=list(PRESETS),
         default=EXACT,
         optional=True,
-        tooltip="exact leaves nothing out; balanced renders faster, with slightly other frames; draft is the fastest, "
-        "for a first look, and takes at most 8 steps.",
+        tooltip="exact leaves nothing out; balanced renders faster, in at most 10 steps, with slightly other frames; "
+        "draft is the fastest, in at most 6, for a first look.",
     )
 
 

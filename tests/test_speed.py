@@ -105,7 +105,7 @@ def test_errors_name_the_value_and_what_is_allowed(make: Callable[[], object], s
 
 
 def test_steps_are_capped_and_progress_counts_what_is_done(pipe: MemoPipeline, sample: Sample) -> None:
-    assert Settings(steps=30, speed="draft").steps == PRESETS["draft"].max_steps == 8
+    assert Settings(steps=30, speed="draft").steps == PRESETS["draft"].max_steps == 6
     assert Settings(steps=5, speed="draft").steps == 5 and Settings(steps=30, speed="balanced").steps == 30
     told: list[tuple[int, int]] = []
     few = dict(steps=9, speed=Speed(max_steps=2), on_progress=lambda done, total: told.append((done, total)))
@@ -247,10 +247,11 @@ def test_no_window_takes_over_from_the_one_before(pipe: MemoPipeline, sample: Sa
 
 def test_presets_stay_near_to_exact(pipe: MemoPipeline, reference: Reference, track: AudioTrack) -> None:
     def sample(speed: str) -> Tensor:
-        return pipe.sample_clip(reference, track, steps=2, guidance_scale=2, speed=speed, **ONE)[0].latents
+        return pipe.sample_clip(reference, track, steps=6, guidance_scale=2, speed=speed, **ONE)[0].latents
 
     exact = sample("exact")
-    assert all(1e-5 < relative_l2(sample(name), exact) < 0.05 for name in ("balanced", "draft"))
+    assert 1e-5 < relative_l2(sample("balanced"), exact) < 0.1
+    assert 1e-5 < relative_l2(sample("draft"), exact) < 0.2
 
 
 @pytest.mark.parametrize("name", ["balanced", "draft"])
