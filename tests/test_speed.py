@@ -242,6 +242,19 @@ def test_no_window_takes_over_from_the_one_before(pipe: MemoPipeline, sample: Sa
     assert whole_passes(pipe, lambda: sample(num_frames=32, steps=2, speed=speed)) == [2, 2]
 
 
+# --- Sums in 8 bits ---------------------------------------------------------------------------------------------------
+
+
+def test_sums_in_8_bits_change_the_latents_a_little(
+    pipe: MemoPipeline, reference: Reference, track: AudioTrack
+) -> None:
+    def sample(fp8_sums: bool) -> Tensor:
+        settings = dict(steps=1, guidance_scale=1, speed=Speed(fp8_sums=fp8_sums))
+        return pipe.sample_clip(reference, track, **ONE, **settings)[0].latents
+
+    assert 1e-6 < relative_l2(sample(True), sample(False)) < 1e-2
+
+
 # --- Together ---------------------------------------------------------------------------------------------------------
 
 
