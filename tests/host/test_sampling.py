@@ -9,6 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from memo_core.speed import PRESETS
+
 from .graphs import QUICK, Graph, pictures, preflights, refused, run, video, write_speech, write_wav
 from .harness import Host
 
@@ -145,7 +147,8 @@ def test_speed_is_a_choice_and_none_is_exact(host: Host) -> None:
     assert np.array_equal(made["exact"], made[None]) and "1 of them in the store" in said["exact"]
     for speed in ("balanced", "draft"):
         assert not np.array_equal(made[speed], made[None]) and "0 of them in the store" in said[speed]
-    assert steps == {None: {9}, "exact": {9}, "balanced": {9}, "draft": {8}}
+    draft = PRESETS["draft"].max_steps
+    assert steps[None] == steps["exact"] == {9} and steps["draft"] == {draft}
     graph[clip]["inputs"] |= {"speed": "exact", "seed": 92}
     run(host, graph)
     again = [line for line in host.log().splitlines() if "frames in" in line][-1]
@@ -160,7 +163,7 @@ def test_the_one_node_knows_speeds_too(host: Host) -> None:
     talking = graph.add("MEMO_TalkingVideo", **inputs, **(QUICK | {"steps": 9}), speed="draft")
     graph.add("SaveVideo", video=[talking, 0], filename_prefix="memo/speed", format="auto", codec="auto")
     most = {progress.max for progress in run(host, graph).progress if progress.node == talking}
-    assert 8 in most and 9 not in most, "some of them are the writing's"
+    assert PRESETS["draft"].max_steps in most and 9 not in most, "some of them are the writing's"
 
 
 # --- The store --------------------------------------------------------------------------------------------------------
