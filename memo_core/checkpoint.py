@@ -30,6 +30,7 @@ from .nets.diffusion_net import DiffusionNet
 from .nets.projections import AudioProjection, ImageProjection
 from .nets.reference_net import ReferenceNet
 from .nets.weights import WEIGHTS, load_strict, read_json, read_tensors
+from .optimise import Options, optimise
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -62,20 +63,25 @@ class Networks:
     base_digest: str  # identifies the four MEMO networks and the VAE as saved, whatever the dtype they run in
     sample_size: int  # latent height and width of training
     adapters: tuple[tuple[str, str, float], ...] = ()  # name, digest, strength of what `lora.apply` merged
+    options: Options | None = None  # what `optimise` did; None: nothing
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether weights are kept rounded to 8 bits."""
+        return self.options is not None and self.options.fp8_weights
 
     @property
     def digest(self) -> str:
-        """Identifies what these networks compute: `base_digest`, or another one with every adapter and strength."""
-        if not self.adapters:
-            return self.base_digest
-        parts = [self.base_digest, *(f"{digest}:{strength!r}" for _, digest, strength in self.adapters)]
-        return _short_hash("|".join(parts))
+        """Identifies what these networks compute: `base_digest`, or another one with every adapter and strength, and
+        where weights are kept in fp8."""
+        parts = [f"{digest}:{strength!r}" for _, digest, strength in self.adapters] + ["fp8 weights"] * self.in_fp8
+        return _short_hash("|".join([self.base_digest, *parts])) if parts else self.base_digest
 
     @property
     def title(self) -> str:
-        """Checkpoint, adapters and digest, as written into videos."""
+        """Checkpoint, adapters, fp8 and digest, as written into videos."""
         names = [self.folder.name, *(f"{name}:{strength:g}" for name, _, strength in self.adapters)]
-        return f"{' + '.join(names)} ({self.digest})"
+        return f"{' + '.join(names + ['fp8 weights'] * self.in_fp8)} ({self.digest})"
 
     @property
     def embedded(self) -> bool:
@@ -171,6 +177,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     ops: Any = nn,
     lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
+    options: Options | None = None,
 ) -> Networks:
     """Loads a checkpoint in the released layout.
 
@@ -180,10 +187,12 @@ def load(
             released.
         ops: namespace of layer classes for the MEMO networks.
         lora: adapters to merge, each a file and its strength (`lora.apply`).
+        options: how the networks compute (`optimise.optimise`); None leaves them as they were saved, to be trained,
+            changed or saved again.
 
     Raises:
         CheckpointError: files or keys are missing, extra or misshapen, or a setting is not supported; an adapter
-            cannot be read or does not fit.
+            cannot be read or does not fit; an option does not fit the device or the layer classes.
     """
     from diffusers import AutoencoderKL
 
@@ -250,6 +259,8 @@ def load(
     )
     for adapter, strength in wanted:
         adapters.apply(nets, adapter, strength)
+    if options is not None:
+        optimise(nets, options)
     return nets
 
 

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from .layers import Attention, FeedForward, join_heads, split_heads, to_maps, to_tokens
+from .layers import (
+    QUERY_KEY_VALUE,
+    Attention,
+    FeedForward,
+    fuse,
+    join_heads,
+    project,
+    split_heads,
+    to_maps,
+    to_tokens,
+)
 
 NULL_EMOTION = 9  # the label of classifier-free guidance; 0 to 8 are the classes
 EMOTION_LABELS = 10
@@ -68,6 +78,9 @@ class Heard(NamedTuple):
     value: Tensor
 
 
+_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
 class JointAttention(nn.Module):
     """One attention over the concatenation of frame tokens and audio tokens, with projections of their own."""
 
@@ -84,8 +97,17 @@ class JointAttention(nn.Module):
         if not final:
             self.to_add_out = ops.Linear(dim, audio_dim)
 
+    def fuse(self) -> None:
+        """One matrix product for all that is made of the same tokens."""
+        fuse(self, *QUERY_KEY_VALUE)
+        fuse(self, *_ADDED)
+
+    def of_audio(self, audio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of audio tokens [B * F, tokens, audio_dim]."""
+        return project(self, _ADDED, audio)
+
     def forward(self, x: Tensor, heard: Heard) -> tuple[Tensor, Tensor | None]:
-        own = (self.to_q(x), self.to_k(x), self.to_v(x))
+        own = project(self, QUERY_KEY_VALUE, x)
         query, key, value = (split_heads(torch.cat(pair, dim=1), self.heads) for pair in zip(own, heard[2:]))
         out = join_heads(F.scaled_dot_product_attention(query, key, value))
         frames, audio = out[:, : x.shape[1]], out[:, x.shape[1] :]
@@ -117,8 +139,7 @@ class _JointBlock(nn.Module):
     def listen(self, entering: Tensor, feeling: Feeling) -> Heard:
         audio = entering + self.audio_attn1(self.audio_norm1(entering, feeling.audio_norm1))
         normed = self.audio_norm2(audio, feeling.audio_norm2)
-        joint = self.attn2
-        return Heard(entering, audio, joint.add_q_proj(normed), joint.add_k_proj(normed), joint.add_v_proj(normed))
+        return Heard(entering, audio, *self.attn2.of_audio(normed))
 
     def forward(self, x: Tensor, heard: Heard, feeling: Feeling) -> tuple[Tensor, Tensor | None]:
         x = x + self.attn1(self.norm1(x, feeling.norm1))

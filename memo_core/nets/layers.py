@@ -25,6 +25,47 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(batch, tokens, heads * dim)
 
 
+class FusedLinear(nn.Linear):
+    """Linear layers that read the same tokens, as one matrix product.
+
+    Args:
+        layers: by name; they have one input width, and all or none a bias.
+    """
+
+    def __init__(self, layers: dict[str, nn.Linear]):
+        parts = list(layers.values())
+        width, bias = parts[0].in_features, parts[0].bias is not None
+        super().__init__(width, sum(part.out_features for part in parts), bias, device="meta")
+        self.names, self.widths = tuple(layers), [part.out_features for part in parts]
+        self.weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]), requires_grad=False)
+        if bias:
+            self.bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]), requires_grad=False)
+
+    def forward(self, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """What the layers of these names, neighbours in their order, make of x."""
+        start = self.names.index(names[0])
+        before, widths = sum(self.widths[:start]), self.widths[start : start + len(names)]
+        rows = slice(before, before + sum(widths))
+        return F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows]).split(widths, dim=-1)
+
+
+def fuse(module: nn.Module, *names: str) -> None:
+    """Joins linear layers of a module into a `FusedLinear`, which takes their weights over."""
+    joined = FusedLinear({name: getattr(module, name) for name in names})
+    module.fused = nn.ModuleList([*getattr(module, "fused", ()), joined])
+    for name in names:
+        delattr(module, name)
+
+
+def project(module: nn.Module, names: tuple[str, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """x through a module's linear layers of these names, fused or not."""
+    for joined in getattr(module, "fused", ()):
+        if names[0] in joined.names:
+            return joined(x, names)
+    return tuple(getattr(module, name)(x) for name in names)
+
+
+QUERY_KEY_VALUE = ("to_q", "to_k", "to_v")
 KeysValues = tuple[Tensor, Tensor]  # [B, H, M, D] each
 
 
@@ -33,28 +74,36 @@ class Attention(nn.Module):
 
     def __init__(self, query_dim: int, inner_dim: int, heads: int, context_dim: int | None = None, ops: Any = nn):
         super().__init__()
-        self.heads = heads
+        self.heads, self.of_context = heads, context_dim is not None
         context_dim = query_dim if context_dim is None else context_dim
         self.to_q = ops.Linear(query_dim, inner_dim, bias=False)
         self.to_k = ops.Linear(context_dim, inner_dim, bias=False)
         self.to_v = ops.Linear(context_dim, inner_dim, bias=False)
         self.to_out = nn.ModuleList([ops.Linear(inner_dim, query_dim)])
 
+    def fuse(self) -> None:
+        """One matrix product for all that is made of the same tokens."""
+        fuse(self, *(("to_k", "to_v") if self.of_context else QUERY_KEY_VALUE))
+
     def keys_values(self, context: Tensor) -> KeysValues:
         """Of tokens [B, M, context_dim]; what does not change between steps is projected once and handed to `cross`."""
-        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
+        key, value = project(self, ("to_k", "to_v"), context)
+        return split_heads(key, self.heads), split_heads(value, self.heads)
 
     def cross(self, x: Tensor, given: KeysValues) -> Tensor:
         """Attention of x to the given keys and values alone, x [B, N, query_dim]."""
-        query = split_heads(self.to_q(x), self.heads)
-        return self.to_out[0](join_heads(F.scaled_dot_product_attention(query, *given)))
+        return self._attend(*project(self, ("to_q",), x), given)
 
     def forward(self, x: Tensor, more: KeysValues | None = None) -> Tensor:
         """Self-attention of x [B, N, query_dim], also to `more` keys and values."""
-        given = self.keys_values(x)
+        query, *own = project(self, QUERY_KEY_VALUE, x)
+        given = tuple(split_heads(part, self.heads) for part in own)
         if more is not None:
             given = tuple(torch.cat(pair, dim=2) for pair in zip(given, more))
-        return self.cross(x, given)
+        return self._attend(query, given)
+
+    def _attend(self, query: Tensor, given: KeysValues) -> Tensor:
+        return self.to_out[0](join_heads(F.scaled_dot_product_attention(split_heads(query, self.heads), *given)))
 
 
 class GEGLU(nn.Module):

@@ -11,10 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import kernels
-from .layers import FeedForward, to_maps, to_tokens
+from .layers import QUERY_KEY_VALUE, FeedForward, fuse, project, to_maps, to_tokens
 
 Memory = tuple[Tensor, Tensor]  # kv [B, N, H, D, D], z [B, N, H, D] of one memory layer
 LazyMemory = Memory | Callable[[], Memory]  # or a function that brings it when its layer is reached
+
+
+def _brought(memory: LazyMemory) -> Memory:
+    """No sooner than its layer is reached, and outside it: the layer may be compiled."""
+    return memory() if callable(memory) else memory
 
 
 class MemoryAttention(nn.Module):
@@ -28,20 +33,23 @@ class MemoryAttention(nn.Module):
         self.to_v = ops.Linear(dim, dim, bias=False)
         self.to_out = nn.ModuleList([ops.Linear(dim, dim)])
 
+    def fuse(self) -> None:
+        """One matrix product for queries, keys and values."""
+        fuse(self, *QUERY_KEY_VALUE)
+
     def _split(self, x: Tensor, frames: int) -> Tensor:
         """[B * F, N, C] -> [B, F, N, H, D]."""
         return x.view(-1, frames, x.shape[1], self.heads, x.shape[2] // self.heads)
 
     def sums(self, past: Tensor, frames: int, rows: Tensor | None = None) -> Memory:
         """What past frames [B * F, N, C] add to the memory; `rows` as for `MemoryModule.sums`."""
-        key, value = self.to_k(past), self.to_v(past)
+        key, value = project(self, ("to_k", "to_v"), past)
         if rows is not None:
             key, value = key[rows], value[rows]
         return kernels.memory_sums(self._split(key, frames), self._split(value, frames))
 
-    def forward(self, x: Tensor, memory: LazyMemory | None, frames: int) -> Tensor:
-        memory = memory() if callable(memory) else memory
-        query, key, value = (self._split(to(x), frames) for to in (self.to_q, self.to_k, self.to_v))
+    def forward(self, x: Tensor, memory: Memory | None, frames: int) -> Tensor:
+        query, key, value = (self._split(part, frames) for part in project(self, QUERY_KEY_VALUE, x))
         return self.to_out[0](kernels.memory_attention(query, key, value, memory).reshape(x.shape))
 
 
@@ -96,7 +104,7 @@ class MemoryModule(nn.Module):
         layer = 0
         for block in transformer.transformer_blocks:
             for attention, norm in zip(block.attention_blocks, block.norms):
-                hidden = hidden + attention(norm(hidden), None if memory is None else memory[layer], frames)
+                hidden = hidden + attention(norm(hidden), None if memory is None else _brought(memory[layer]), frames)
                 layer += 1
             hidden = hidden + block.ff(block.ff_norm(hidden))
         return x + to_maps(transformer.proj_out(hidden), *x.shape[2:])
