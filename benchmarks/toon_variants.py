@@ -21,7 +21,7 @@ class LastFramesAttention(MemoryAttention):
 
     remembered: int
 
-    def sums(self, past: Tensor, frames: int, rows: Tensor | None = None) -> Memory:
+    def sums(self, past: Tensor, frames: int, rows: Tensor | None = None, into: None = None) -> Memory:
         past = past if rows is None else past[rows]
         key, value = (self._split(to(past), frames)[:, -self.remembered :] for to in (self.to_k, self.to_v))
         return kernels.memory_sums(key, value)
@@ -34,7 +34,7 @@ class PastSelfAttention(MemoryAttention):
     there is no past.
     """
 
-    def sums(self, past: Tensor, frames: int, rows: Tensor | None = None) -> Memory:
+    def sums(self, past: Tensor, frames: int, rows: Tensor | None = None, into: None = None) -> Memory:
         past = past if rows is None else past[rows]
         key, value = (self._split(to(past), frames).permute(0, 2, 3, 1, 4) for to in (self.to_k, self.to_v))
         return torch.cat([key, value], dim=-1), key.new_ones(key.shape[:3] + (1,))

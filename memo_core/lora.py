@@ -236,6 +236,8 @@ def apply(nets: Networks, adapter: Adapter, strength: float = 1.0) -> None:
     """
     if not math.isfinite(strength):
         raise CheckpointError(f"the strength of {adapter.name} is {strength}; it must be a finite number")
+    if nets.options is not None and (nets.options.fuse_qkv or nets.options.fp8_weights):
+        raise CheckpointError(f"{adapter.name}: fused or 8-bit weights cannot take an adapter; give it while loading")
     layers, problems = {}, []
     for name, factors in adapter.modules.items():
         net, _, path = name.partition(".")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 from .clips import WINDOW
 from .errors import MemoryStateError
 from .kernels import DECAY
+from .nets.memory_module import LazyMemory, Memory
 from .reference import tensors_digest
 
 FORMAT, VERSION = "memo-memory-state", 1
@@ -315,7 +316,7 @@ class LayerSums:
         self._stored = kv.dtype if dtype is None else dtype
         self._scale: Tensor | None = None
         self.on_host = on_host
-        self._put(kv, z)
+        self.keep(kv, z)
 
     @property
     def whole(self) -> bool:
@@ -350,14 +351,8 @@ class LayerSums:
         """What was kept in fp8, in its own dtype again."""
         return (kv, z) if self._scale is None else (kv.to(self.dtype).mul_(self._scale[rows]), z)
 
-    def update(self, factor: float, new: tuple[Tensor, Tensor] | None = None) -> None:
-        """factor x sums + new, computed on the device wherever they are kept: the same bits."""
-        kept = self.bring()
-        for part, added in zip(kept, new or (None, None)):
-            part.mul_(factor)
-            if added is not None:
-                part.add_(added)
-        self._put(*kept)
+    def fade(self, factor: float) -> None:
+        self.keep(*(part.mul_(factor) for part in self.bring()))
 
     def move(self, on_host: bool) -> None:
         if on_host != self.on_host:
@@ -365,7 +360,8 @@ class LayerSums:
             self.on_host = on_host
             self.kv, self.z = (self._at_home(part) for part in (kv, z))
 
-    def _put(self, kv: Tensor, z: Tensor) -> None:
+    def keep(self, kv: Tensor, z: Tensor) -> None:
+        """Takes over new sums, computed on the device: wherever they are kept, they are the same bits."""
         if self._stored == FP8:
             largest = torch.linalg.vector_norm(kv, float("inf"), dim=(-2, -1), keepdim=True)
             self._scale = (largest.float() / torch.finfo(FP8).max).clamp_min(torch.finfo(torch.float32).tiny)
@@ -406,10 +402,15 @@ class Sums(Sequence):
         rows = len(self._layers[0].z) // 2
         return self.rows(slice(number * rows, (number + 1) * rows))
 
+    @property
+    def on_host(self) -> bool:
+        """Whether any layer's lie in host memory."""
+        return bool(self._on_host)
+
     def __len__(self) -> int:
         return len(self._layers)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]]:
+    def __getitem__(self, index: int) -> LazyMemory:
         layer = self._layers[index]
         if layer.whole:
             return layer.bring(self._rows)
@@ -483,13 +484,17 @@ class SumsCache:
 
     @torch.inference_mode()  # always, so that what was made inside the mode can be updated wherever it is used next
     def sums(
-        self, state: MemoryState, context: str, of_entry: Callable[[MemoryEntry], Iterable[tuple[Tensor, Tensor]]]
+        self,
+        state: MemoryState,
+        context: str,
+        of_entry: Callable[[MemoryEntry, Iterator[tuple[Memory, float]] | None], Iterable[Memory]],
     ) -> Sums:
         """The memory of `state`; valid until the next call.
 
         Args:
             context: whatever else the sums depend on (guidance, dtype, device).
-            of_entry: sums of one entry at weight 1, layer by layer.
+            of_entry: sums of one entry at weight 1, layer by layer. Its second argument, if it is not None, gives per
+                layer a memory and a factor: then it multiplies that memory by the factor and adds to it, in place.
         """
         steps = _horner(state.entries)
         keys = [f"{context}|{self.dtype}"] + [f"{factor:.9g}*+{entry.digest}" for factor, entry in steps]
@@ -502,18 +507,19 @@ class SumsCache:
         for number, layer in enumerate(layers):
             layer.move(self._on_host(number))
         for factor, entry in steps[done - 1 :]:
-            fresh = not layers
-            for number, pair in enumerate(of_entry(entry)):
-                if fresh:
-                    layers.append(LayerSums(*pair, self.dtype, self._on_host(number)))
-                else:
-                    layers[number].update(factor, pair)
+            if not layers:
+                pairs = enumerate(of_entry(entry, None))
+                layers = [LayerSums(*pair, self.dtype, self._on_host(number)) for number, pair in pairs]
+                continue
+            before = ((layer.bring(), factor) for layer in layers)
+            for layer, pair in zip(layers, of_entry(entry, before), strict=True):
+                layer.keep(*pair)
         last = state.entries[-1].weight
         if last == 1.0:
             self._key, self._layers = tuple(keys), layers
         else:  # in place: there is room for one copy; the next call builds it anew
             for layer in layers:
-                layer.update(last)
+                layer.fade(last)
         return Sums(layers)
 
     def _on_host(self, number: int) -> bool:

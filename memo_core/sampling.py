@@ -19,7 +19,8 @@ from .job import Job, Settings, WindowInputs
 from .memory import FP8, MemoryEntry, MemoryState, Sums, SumsCache, half_of
 from .nets.audio_module import NULL_EMOTION
 from .nets.diffusion_net import DiffusionNet, WindowConditions
-from .nets.memory_module import LazyMemory
+from .nets.memory_module import LazyMemory, Memory
+from .optimise import GraphedStep
 from .reference import Reference, tensors_digest
 from .speed import StepCache
 from .store import WindowStore
@@ -82,6 +83,9 @@ def sample_window(
     )
     whole = _Pass(net, given, conditions.memory, speed.reuse)
     halves = [whole.half(number) for number in (0, 1)] if guided else [whole, whole]
+    options = getattr(nets, "options", None)
+    if options and options.cuda_graphs and not speed.reuse and not getattr(conditions.memory, "on_host", False):
+        whole, *halves = map(GraphedStep, (whole, *halves))
     low, high = speed.guidance
 
     def velocity(latents: Tensor, step: int) -> Tensor:
@@ -197,8 +201,11 @@ class Sampler:
             waiting.leave(self.nets.reference_net)
             waiting.enter(self.nets.diffusion_net, self.device)
 
-    def entry_sums(self, entry: MemoryEntry) -> Iterator[tuple[Tensor, Tensor]]:
-        """What one remembered window adds to the memory, layer by layer, for every batch row."""
+    def entry_sums(
+        self, entry: MemoryEntry, into: Iterator[tuple[Memory, float]] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What one remembered window adds to the memory, layer by layer, for every batch row; `into` as for
+        `DiffusionNet.memory_sums`."""
         frames, _, height, width = entry.latents.shape
         still = bool((entry.latents == entry.latents[:1]).all())  # the portrait, held still before a video begins
         wanted = [
@@ -213,7 +220,7 @@ class Sampler:
             rows = torch.tensor([distinct.index(row) for row in wanted], device=self.device)
         latents = entry.latents[list(which)].to(self.device, self.dtype)
         features = self._look(latents, self._face_tokens(entry.face_embedding)[list(token_rows)])
-        return self.nets.diffusion_net.memory_sums(features, height, width, frames, rows)
+        return self.nets.diffusion_net.memory_sums(features, height, width, frames, rows, into)
 
     def conditions(self, inputs: WindowInputs) -> Conditions:
         tokens = self.nets.audio_proj(inputs.audio[None].to(self.device, self.dtype))

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from memo_core import AudioTrack, MemoPipeline, MemoryState, Reference
 from memo_core.errors import MemoryStateError
-from memo_core.kernels import DECAY, memory_sums
+from memo_core.kernels import DECAY, memory_sums, update_memory
 from memo_core.memory import MemoryEntry, Sums, SumsCache
 
 FACE = torch.ones(1, 512)
@@ -49,9 +50,11 @@ def make(counts: list[int], seed: int = 0, horizon: int | None = None) -> Memory
     return state
 
 
-def entry_sums(entry: MemoryEntry) -> Sums:
+def entry_sums(entry: MemoryEntry, into: Iterator[tuple[tuple[Tensor, Tensor], float]] | None = None) -> Sums:
     """Sums of one memory layer with the latents as keys and values, in double precision."""
     tokens = entry.latents.double().flatten(2).transpose(1, 2)[None, :, :, None]  # [1, F, N, 1, 4]
+    if into is not None:
+        return [update_memory(*next(into), tokens, tokens.flip(-1))]
     return [memory_sums(tokens, tokens.flip(-1))]
 
 
@@ -109,9 +112,9 @@ def test_cached_sums_have_the_bits_of_rebuilt_ones(counts: list[int], seed: int)
 def test_going_on_computes_one_window_and_what_left_is_not_in_the_sums() -> None:
     calls: list[str] = []
 
-    def counted(entry: MemoryEntry) -> Sums:
+    def counted(entry: MemoryEntry, into: object) -> Sums:
         calls.append(entry.digest)
-        return entry_sums(entry)
+        return entry_sums(entry, into)
 
     cache, state, computed = SumsCache(), MemoryState.empty(), []
     for i in range(9):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -223,11 +223,18 @@ def entry(seed: int) -> MemoryEntry:
     return MemoryEntry(torch.randn(16, 4, 4, 4, generator=generator), torch.zeros(1, 512))
 
 
-def of_entry(of: MemoryEntry) -> list[tuple[Tensor, Tensor]]:
+def of_entry(
+    of: MemoryEntry, into: Iterator[tuple[tuple[Tensor, Tensor], float]] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Sums of three layers, [1, 8, 2, 8, 8] and [1, 8, 2, 8]."""
     flat = of.latents.flatten()
     kv, z = flat.view(1, 8, 2, 8, 8), flat[:128].abs()
-    return [(kv * (1 + layer), z.view(1, 8, 2, 8) * (1 + layer)) for layer in range(3)]
+    for layer in range(3):
+        new = (kv * (1 + layer), z.view(1, 8, 2, 8) * (1 + layer))
+        if into is not None:
+            memory, factor = next(into)
+            new = tuple(part.mul_(factor).add_(added) for part, added in zip(memory, new))
+        yield new
 
 
 def state(windows: int) -> MemoryState:
@@ -272,7 +279,7 @@ def test_fp8_halves_the_sums_and_costs_a_few_percent() -> None:
         assert relative_l2(mine, wanted) < 0.04  # 3 bits of mantissa: 2.6 % of each number on average
     assert halved.nbytes < 0.4 * exact.nbytes  # of float32; z stays
     huge = [(kv * 1e30, z) for kv, z in of_entry(entry(0))]
-    scaled = SumsCache(FP8).sums(state(1), "", lambda _: [(kv.clone(), z) for kv, z in huge])
+    scaled = SumsCache(FP8).sums(state(1), "", lambda *_: [(kv.clone(), z) for kv, z in huge])
     assert relative_l2(scaled[0]()[0], huge[0][0]) < 0.04  # a scale per head: the range of fp8 is no matter
-    nothing = SumsCache(FP8).sums(state(1), "", lambda _: [(torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 2))])
+    nothing = SumsCache(FP8).sums(state(1), "", lambda *_: [(torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 2))])
     assert not nothing[0]()[0].any()

@@ -55,8 +55,9 @@ def test_cross_attention_leaves_the_sound_as_it_is() -> None:
     cross_attend(module)
     frames, audio = torch.randn(2, 16, 3, 3), torch.randn(2, 4, 8)
     with torch.no_grad():
-        x, out = module(frames, audio, torch.tensor([1]))
-        other, _ = module(frames, audio + 1.5 * torch.randn(2, 4, 8), torch.tensor([1]))
+        feeling = module.feel(torch.tensor([1]), frames.dtype)
+        x, out = module(frames, audio, feeling)
+        other, _ = module(frames, audio + 1.5 * torch.randn(2, 4, 8), feeling)
     torch.testing.assert_close(out, audio)
     assert relative_l2(other, x) > 1e-4
 

@@ -189,7 +189,13 @@ class DiffusionNet(nn.Module):
             yield from ((block, j, last - i) for j in range(len(block.resnets)))
 
     def memory_sums(
-        self, past: list[Tensor], height: int, width: int, frames: int, rows: Tensor | None = None
+        self,
+        past: list[Tensor],
+        height: int,
+        width: int,
+        frames: int,
+        rows: Tensor | None = None,
+        into: Iterator[tuple[Memory, float]] | None = None,
     ) -> Iterator[Memory]:
         """What a window of past frames adds to the memory, one memory layer after the other in execution order.
 
@@ -198,6 +204,7 @@ class DiffusionNet(nn.Module):
             height, width: latent size; level i of the net works at ceil(size / 2^i).
             frames: F.
             rows: [B * F] numbers of rows of `past`, where some frames are alike and `past` holds each only once.
+            into: per memory layer a memory and a factor: it is multiplied by that and added to, in place, and yielded.
 
         Yields:
             (kv [B, N, H, D, D], z [B, N, H, D]) per memory layer. Memory of several windows is the sum of theirs, each
@@ -207,7 +214,7 @@ class DiffusionNet(nn.Module):
             module = block.memory_module(i)
             if module is not None:
                 h, w = -(-height // 2**level), -(-width // 2**level)
-                yield from module.sums(feature, h, w, frames, rows)
+                yield from module.sums(feature, h, w, frames, rows, into)
 
     def memory_numbers(self, height: int, width: int) -> int:
         """How many numbers `memory_sums` gives per batch row at this latent size."""

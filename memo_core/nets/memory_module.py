@@ -41,12 +41,16 @@ class MemoryAttention(nn.Module):
         """[B * F, N, C] -> [B, F, N, H, D]."""
         return x.view(-1, frames, x.shape[1], self.heads, x.shape[2] // self.heads)
 
-    def sums(self, past: Tensor, frames: int, rows: Tensor | None = None) -> Memory:
-        """What past frames [B * F, N, C] add to the memory; `rows` as for `MemoryModule.sums`."""
+    def sums(
+        self, past: Tensor, frames: int, rows: Tensor | None = None, into: tuple[Memory, float] | None = None
+    ) -> Memory:
+        """What past frames [B * F, N, C] add to the memory; with `into`, a memory and a factor, that times the factor and
+        this, in place. `rows` as for `MemoryModule.sums`."""
         key, value = project(self, ("to_k", "to_v"), past)
         if rows is not None:
             key, value = key[rows], value[rows]
-        return kernels.memory_sums(self._split(key, frames), self._split(value, frames))
+        key, value = self._split(key, frames), self._split(value, frames)
+        return kernels.memory_sums(key, value) if into is None else kernels.update_memory(*into, key, value)
 
     def forward(self, x: Tensor, memory: Memory | None, frames: int) -> Tensor:
         query, key, value = (self._split(part, frames) for part in project(self, QUERY_KEY_VALUE, x))
@@ -80,7 +84,13 @@ class MemoryModule(nn.Module):
         self.temporal_transformer = _TemporalTransformer(dim, heads, blocks, layers, groups, ops)
 
     def sums(
-        self, past: Tensor, height: int, width: int, frames: int, rows: Tensor | None = None
+        self,
+        past: Tensor,
+        height: int,
+        width: int,
+        frames: int,
+        rows: Tensor | None = None,
+        into: Iterator[tuple[Memory, float]] | None = None,
     ) -> Iterator[Memory]:
         """What Reference Net features of past frames add to the memory of each layer, one after the other.
 
@@ -89,13 +99,14 @@ class MemoryModule(nn.Module):
             height, width: N = height * width.
             frames: F.
             rows: [B * F] numbers of rows of `past`, where some frames are alike and `past` holds each only once.
+            into: per layer a memory and a factor: it is multiplied by that and added to, in place.
         """
         # Past frames take the same path as the window's frames, but only up to keys and values.
         transformer = self.temporal_transformer
         past = transformer.proj_in(to_tokens(transformer.norm(to_maps(past, height, width))))
         for block in transformer.transformer_blocks:
             for attention, norm in zip(block.attention_blocks, block.norms):
-                yield attention.sums(norm(past), frames, rows)
+                yield attention.sums(norm(past), frames, rows, None if into is None else next(into))
 
     def forward(self, x: Tensor, memory: list[LazyMemory] | None, frames: int) -> Tensor:
         """x [B * F, C, h, w]; memory: one (kv, z) per layer, or None to look at the window alone."""
