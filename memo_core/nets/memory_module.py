@@ -44,8 +44,8 @@ class MemoryAttention(nn.Module):
     def sums(
         self, past: Tensor, frames: int, rows: Tensor | None = None, into: tuple[Memory, float] | None = None
     ) -> Memory:
-        """What past frames [B * F, N, C] add to the memory; with `into`, a memory and a factor, that times the factor and
-        this, in place. `rows` as for `MemoryModule.sums`."""
+        """What past frames [B * F, N, C] add to the memory. With `into`, a memory and a factor: that memory, times the
+        factor and added to, in place. `rows` as for `MemoryModule.sums`."""
         key, value = project(self, ("to_k", "to_v"), past)
         if rows is not None:
             key, value = key[rows], value[rows]
