@@ -26,7 +26,7 @@ class Settings:
     """How to sample.
 
     Attributes:
-        steps: Euler steps of the rectified flow, at least 1.
+        steps: of the rectified flow, at least 1; `speed` may set a limit.
         guidance_scale: classifier-free guidance; 1 samples without it, in half the time.
         seed: of the noise; each window draws from (seed, number of its first frame).
         emotion_per: "window" gives every frame of a window the most frequent label, as released; "frame" its own.

@@ -39,8 +39,8 @@ class Speed:
             raise SamplingError(f"guidance must be (lowest, highest) sigma within 0 to 1, received {self.guidance!r}")
         if not 0 <= self.reuse < 1:
             raise SamplingError(f"reuse must be at least 0 and below 1, received {self.reuse!r}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise SamplingError(f"max_steps must be at least 1, received {self.max_steps!r}")
+        if self.max_steps is not None and not (isinstance(self.max_steps, int) and self.max_steps >= 1):
+            raise SamplingError(f"max_steps must be None or a whole number from 1, received {self.max_steps!r}")
 
 
 # What a name means is part of every stored window's address, and tests hold it. Passes of a row per window, of 40, and
@@ -59,7 +59,7 @@ def name_of(speed: Speed) -> str:
 
 def speed_named(name: str) -> Speed:
     """The preset of that name; SamplingError names those there are."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise SamplingError(f"speed must be one of {', '.join(PRESETS)}, received {name!r}")
     return PRESETS[name]
 
