@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
@@ -331,3 +333,65 @@ def test_only_what_is_on_cuda_goes_to_triton(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(kernels, "_triton", triton)
     monkeypatch.setattr(triton, "memory_attention", refuse)
     assert torch.equal(kernels.memory_attention(*window, memory), wanted)
+
+
+class OnCuda(Tensor):
+    """Numbers on the CPU that say they are on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch):
+    """Lets the public functions see a card of a compute capability, on which `check` does as given."""
+
+    def insert(capability: tuple[int, int], check) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(triton, "check", check)
+
+    monkeypatch.setattr(kernels, "_triton", triton)
+    kernels._checked.cache_clear()
+    yield insert
+    kernels._checked.cache_clear()
+
+
+def no_compiler(_) -> None:
+    raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+
+@pytest.mark.parametrize(
+    "capability, check, reason", [((9, 0), no_compiler, "C compiler"), ((6, 1), lambda _: None, "6.1")]
+)
+def test_where_triton_does_not_run_torch_does_and_says_so_once(card, caplog, capability, check, reason: str) -> None:
+    window, memory = inputs((1, 4, 2, 1, 8))
+    window, memory = [x.cpu() for x in window], tuple(part.cpu() for part in memory)
+    wanted = fused.memory_attention(*window, memory)
+    card(capability, check)
+    with caplog.at_level(logging.WARNING, "memo_core.kernels"):
+        for _ in range(2):
+            out = kernels.memory_attention(*[x.as_subclass(OnCuda) for x in window], memory)
+            assert torch.equal(out.as_subclass(Tensor), wanted)
+    (line,) = caplog.messages
+    assert "MEMO_KERNELS" in line and reason in line and "\n" not in line
+
+
+def test_a_card_that_passes_goes_to_triton_but_for_bf16_before_8_0(card) -> None:
+    card((7, 5), lambda _: None)
+    for dtype, wanted in ((torch.float16, triton), (torch.bfloat16, fused), (torch.float64, fused)):
+        assert kernels._kernels(torch.zeros(1, dtype=dtype).as_subclass(OnCuda)) is wanted
+
+
+def test_compiled_code_asks_once_and_keeps_no_trace_of_it(card) -> None:
+    """The check itself is the real one: a kernel, compiled and run in the midst of tracing."""
+    asked, check = [], triton.check
+
+    def counted(index: int) -> None:
+        asked.append(index)
+        check(torch.device(DEVICE))
+
+    card((7, 5), counted)
+    graph = torch.compile(
+        lambda x: x + kernels._runs(0, False) + 2 * kernels._runs(0, True), backend="eager", fullgraph=True
+    )
+    assert graph(torch.zeros(1)).item() == graph(torch.zeros(2, 2))[0, 0].item() == 1
+    assert asked == [0]

@@ -1,10 +1,13 @@
 """Memory-guided linear attention and the emotion's layer norm: `naive` states them, `triton` and `fused` are fast.
 
-Tensors on CUDA go to Triton where it can be imported, all others to `fused`. MEMO_KERNELS=torch in the environment,
-read when this package is imported, turns Triton off (for a machine where Triton finds no compiler, say).
+Tensors on CUDA go to Triton where it can be imported and compiles for the card, all others to `fused`.
+MEMO_KERNELS=torch in the environment, read when this package is imported, turns Triton off.
 """
 
+import functools
+import logging
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,30 +24,62 @@ if os.environ.get("MEMO_KERNELS") != "torch" and torch.backends.cuda.is_built():
     except ImportError:
         pass
 
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _checked(index: int) -> tuple[int, int]:
+    """Compute capability of the card where Triton runs on it, (0, 0) where not."""
+    try:
+        capability = torch.cuda.get_device_capability(index)
+        if capability < (7, 0):
+            raise RuntimeError(f"Triton needs compute capability 7.0, the card has {capability[0]}.{capability[1]}")
+        with torch.no_grad():
+            _triton.check(index)
+    except Exception as error:  # no C compiler, no headers, a driver too old, ...: each has its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        logger.warning("No Triton on GPU %d, plain torch instead; MEMO_KERNELS=torch ends this line: %s", index, reason)
+        return 0, 0
+    return capability
+
+
+def _runs(index: int, bf16: bool) -> bool:
+    return _checked(index) >= ((8, 0) if bf16 else (7, 0))
+
+
+# As torch.compiler.assume_constant_result, which would import the compiler: tracing asks it, and does not trace it.
+_runs._dynamo_marked_constant = True
+
+
+def _kernels(x: Tensor, fits: bool = True) -> ModuleType:
+    if _triton is None or not x.is_cuda or not fits or x.dtype == torch.float64:
+        return fused
+    return _triton if _runs(x.get_device(), x.dtype == torch.bfloat16) else fused
+
+
+def _kernels_of_windows(x: Tensor) -> ModuleType:
+    return _kernels(x, _triton is None or _triton.supports(x))
+
 
 def memory_attention(
     query: Tensor, key: Tensor, value: Tensor, memory: tuple[Tensor, Tensor] | None, decay: float = DECAY
 ) -> Tensor:
     """As `naive.memory_attention`."""
-    kernels = _triton if _triton is not None and query.is_cuda and _triton.supports(query) else fused
-    return kernels.memory_attention(query, key, value, memory, decay)
+    return _kernels_of_windows(query).memory_attention(query, key, value, memory, decay)
 
 
 def memory_sums(key: Tensor, value: Tensor, decay: float = DECAY) -> tuple[Tensor, Tensor]:
     """As `naive.memory_sums`."""
-    kernels = _triton if _triton is not None and key.is_cuda and _triton.supports(key) else fused
-    return kernels.memory_sums(key, value, decay)
+    return _kernels_of_windows(key).memory_sums(key, value, decay)
 
 
 def update_memory(
     memory: tuple[Tensor, Tensor], factor: float, key: Tensor, value: Tensor, decay: float = DECAY
 ) -> tuple[Tensor, Tensor]:
     """As `naive.update_memory`."""
-    kernels = _triton if _triton is not None and key.is_cuda and _triton.supports(key) else fused
-    return kernels.update_memory(memory, factor, key, value, decay)
+    return _kernels_of_windows(key).update_memory(memory, factor, key, value, decay)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
     """As `naive.modulated_norm`."""
-    kernels = _triton if _triton is not None and x.is_cuda and x.dtype != torch.float64 else fused
-    return kernels.modulated_norm(x, shift, scale, eps)
+    return _kernels(x).modulated_norm(x, shift, scale, eps)

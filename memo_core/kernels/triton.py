@@ -11,7 +11,9 @@ The operators are registered with torch (`torch.ops.memo`), so that `torch.compi
 from __future__ import annotations
 
 import inspect
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ from .naive import DECAY, MIN_NORMALISER
 MAX_TILE_BYTES = 10 * 1024  # of frames x head width; much more spills, and consumer cards have no room for it
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)  # TRITON_INTERPRET=1 when Triton was first imported
 _WIDEN = tl.constexpr(INTERPRETED)
+_Variants = Callable[[dict[str, Any]], list[tuple[int, int]]]
+
+logger = logging.getLogger(__name__)
 
 
 def supports(x: Tensor) -> bool:
@@ -31,32 +36,54 @@ def supports(x: Tensor) -> bool:
     return x.dtype != torch.float64 and x.shape[1] * x.shape[4] * x.element_size() <= MAX_TILE_BYTES
 
 
-def _tune(*configs: tuple[int, int, int], key: list[str], fits: Any, **options: Any) -> Any:
-    """Decorator: of (BLOCK, warps, stages), the fastest that `fits(block, warps, given arguments)`, per `key`."""
-    if INTERPRETED:
+def _tune(variants: _Variants, stages: int = 1) -> Any:
+    """Decorator: the fastest of `variants`, per head width and padded frames (a partial window tunes nothing again).
 
-        def first(given: dict[str, Any]) -> int:
-            return next(block for block, warps, _ in configs if fits(block, warps, given))
+    Warps decide the order of sums: one machine computes equal bits only where the choice outlives the process.
+    """
+    if INTERPRETED or "cache_results" not in inspect.signature(triton.autotune).parameters:
+        return _first(variants, stages)
 
-        return triton.heuristics({"BLOCK": first})
+    def chosen(_: list[triton.Config], named: dict[str, Any], **given: Any) -> list[triton.Config]:
+        given |= named
+        tried = variants(given)
+        sizes = {size: given[size] for size in ("D", "FP", "C") if size in given}
+        logger.info(
+            "Triton kernel for %s: the best of %d, as kept before or tried now (seconds each)", sizes, len(tried)
+        )
+        return [triton.Config({"BLOCK": block}, num_warps=warps, num_stages=stages) for block, warps in tried]
 
-    def prune(candidates: list[triton.Config], named: dict[str, Any], **given: Any) -> list[triton.Config]:
-        return [c for c in candidates if fits(c.kwargs["BLOCK"], c.num_warps, {**named, **given})]
-
-    if "cache_results" in inspect.signature(triton.autotune).parameters:
-        options["cache_results"] = True  # on disk: another process makes the same choice, hence the same bits
     return triton.autotune(
-        [triton.Config({"BLOCK": block}, num_warps=warps, num_stages=stages) for block, warps, stages in configs],
-        key=key,
-        prune_configs_by={"early_config_prune": prune},
-        **options,
+        [triton.Config({"BLOCK": block}) for block in (32, 64)],  # all replaced; of a single one it would try none
+        key=["D", "FP", "C"],
+        prune_configs_by={"early_config_prune": chosen},
+        cache_results=True,
     )
 
 
-def _columns_fit(block: int, warps: int, given: dict[str, Any]) -> bool:
-    """Blocks no wider than the padded head, and registers for a tile of frames x padded head."""
+def _first(variants: _Variants, stages: int = 1) -> Any:
+    """Decorator: always the first of `variants`."""
+    return triton.heuristics(
+        {
+            "BLOCK": lambda given: variants(given)[0][0],
+            "num_warps": lambda given: variants(given)[0][1],
+            "num_stages": lambda _: stages,
+        }
+    )
+
+
+def _columns(given: dict[str, Any]) -> list[tuple[int, int]]:
+    """(BLOCK, warps) of kernels over windows, the first good anywhere: registers for frames x padded head."""
     numbers = given["FP"] * given["DP"] * given["key"].element_size() // 2  # products of fp32 take twice the registers
-    return block <= given["DP"] and warps * 1024 >= min(numbers, 16 * 1024)
+    warps = min(max(numbers // 1024, 1), 16)
+    narrow, wide = min(given["DP"], 32), min(given["DP"], 64)
+    return list(dict.fromkeys([(narrow, warps), (wide, warps), (narrow, min(2 * warps, 16))]))
+
+
+def _rows(given: dict[str, Any]) -> list[tuple[int, int]]:
+    """(BLOCK, warps) of the norms, the first good anywhere."""
+    warps = min(max(given["CP"] // 512, 1), 16)
+    return [(4, warps), (1, warps), (2, min(2 * warps, 16))]
 
 
 @triton.jit
@@ -83,11 +110,7 @@ def _dot(a, b):
     return tl.dot(a, b, input_precision="ieee")
 
 
-@_tune(
-    (32, 1, 2), (64, 1, 1), (16, 1, 1), (32, 2, 2), (64, 2, 2), (128, 2, 1), (32, 4, 2), (64, 4, 2), (64, 4, 3),
-    (16, 4, 1), (32, 8, 2), (64, 8, 2), (64, 16, 1),
-    key=["D", "F", "MEMORY"], fits=_columns_fit,
-)  # fmt: skip
+@_tune(_columns, stages=2)
 @triton.jit
 def _attention_kernel(
     query, key, value, kv, z, out, decay, floor, N, H,
@@ -123,10 +146,7 @@ def _attention_kernel(
         tl.store(out + _offsets(frames, columns, N * H * D, 1), numerator.to(out.dtype.element_ty), mask=inside)
 
 
-@_tune(
-    (32, 1, 1), (16, 1, 1), (32, 2, 1), (32, 4, 1), (64, 4, 1), (16, 4, 1), (32, 8, 1), (16, 8, 1), (32, 16, 1),
-    key=["D", "F", "MEMORY", "MEMORY_GRADS"], fits=_columns_fit,
-)  # fmt: skip
+@_tune(_columns)
 @triton.jit
 def _attention_backward_kernel(
     grad, query, key, value, kv, z, d_query, d_key, d_value, d_kv, d_z, decay, floor, N, H,
@@ -191,12 +211,6 @@ def _attention_backward_kernel(
     tl.store(d_key + whole_at, d_k.to(d_key.dtype.element_ty), mask=whole)
 
 
-_SUMS_CONFIGS = (
-    (32, 1, 1), (16, 1, 1), (64, 1, 1), (32, 2, 1), (64, 2, 1), (32, 4, 1), (64, 4, 1), (128, 4, 1), (16, 4, 1),
-    (32, 8, 1), (64, 8, 1), (32, 16, 1),
-)  # fmt: skip
-
-
 @triton.jit
 def _sums_kernel(
     key, value, kv, z, log2_decay, factor, N, H,
@@ -232,12 +246,12 @@ def _sums_kernel(
         tl.store(m_at, m.to(kv.dtype.element_ty), mask=square)
 
 
-# Twice the same kernel: only what writes over its input has to be given a copy while it is tuned.
-_sums = _tune(*_SUMS_CONFIGS, key=["D", "F"], fits=_columns_fit)(_sums_kernel)
-_update = _tune(*_SUMS_CONFIGS, key=["D", "F"], fits=_columns_fit, restore_value=["kv", "z"])(_sums_kernel)
+# Twice the same kernel: what writes over its input could be tuned on copies only, and a memory is large.
+_sums = _tune(_columns)(_sums_kernel)
+_update = _first(_columns)(_sums_kernel)
 
 
-@_tune(*_SUMS_CONFIGS, key=["D", "F"], fits=_columns_fit)
+@_tune(_columns)
 @triton.jit
 def _sums_backward_kernel(
     g_kv, g_z, key, value, d_key, d_value, log2_decay, N, H,
@@ -271,7 +285,7 @@ def _sums_backward_kernel(
     tl.store(d_key + window + _offsets(frames, dims, N * H * D, 1), d_k.to(d_key.dtype.element_ty), mask=whole)
 
 
-@_tune((4, 1, 1), (1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 4, 1), (1, 4, 1), (1, 8, 1), key=["C"], fits=lambda *_: True)
+@_tune(_rows)
 @triton.jit
 def _norm_kernel(
     x, shift, scale, out, eps, N, rows,
@@ -291,7 +305,7 @@ def _norm_kernel(
     tl.store(out_at, (normed * weight[None, :] + bias[None, :]).to(out.dtype.element_ty), mask=inside)
 
 
-@_tune((4, 1, 1), (1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 4, 1), (1, 4, 1), (2, 8, 1), key=["C"], fits=lambda *_: True)
+@_tune(_rows)
 @triton.jit
 def _norm_backward_kernel(
     grad, x, scale, d_x, d_shift, d_scale, eps, N, rows, x_r, x_n, scale_s,
@@ -525,6 +539,19 @@ def _norm_gradients(ctx, grad):
 
 
 _norm.register_autograd(_norm_gradients, setup_context=_save_norm)
+
+
+def check(device: torch.device | int) -> None:
+    """Compiles and runs one kernel, untuned, on a device; raises whatever stands in the way."""
+    x = torch.arange(16.0, device=device)
+    out = torch.zeros_like(x)
+    with torch.cuda.device_of(x):
+        _norm_kernel.fn[1, 1](
+            x, x, x, out, 1e-5, 1, 1, x_r=16, x_n=16, shift_s=16, scale_s=16, x_c=1, C=16, CP=16, BLOCK=1
+        )
+    wanted = torch.nn.functional.layer_norm(x, (16,)) * (1 + x) + x
+    if not torch.allclose(out, wanted, atol=1e-3):
+        raise RuntimeError("a Triton kernel gave wrong numbers")
 
 
 def _check_window(*window: Tensor) -> None:

@@ -31,7 +31,8 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.fixture(autouse=True)
 def compiled_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton is what the public functions choose, and memory that it has to fill holds NaN before."""
-    assert kernels._triton is not None and not kernels._triton.INTERPRETED
+    assert kernels._kernels(torch.zeros(1, device="cuda")) is kernels._triton is not None
+    assert not kernels._triton.INTERPRETED
     empty = torch.empty
 
     def poisoned(*args, **options) -> Tensor:
@@ -114,7 +115,6 @@ def test_sums_and_their_gradients(shape: tuple[int, ...], dtype: torch.dtype) ->
 @dtypes
 @shapes
 def test_update(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Also the first call, which tries several variants of the kernel, adds the window once."""
     (_, key, value), memory = inputs(shape, dtype)
     wanted = naive.update_memory(tuple(exact(*memory)), 0.9**16, *exact(key, value))
     kernels.update_memory(memory, 0.9**16, key, value)

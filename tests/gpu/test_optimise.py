@@ -74,6 +74,7 @@ def test_graphs_of_windows_gone_by_leave_no_memory(mid: Networks) -> None:
 @pytest.mark.parametrize("options", [dict(compile=True), dict(channels_last=True), dict(fuse_qkv=True)], ids=str)
 def test_options_change_rounding_alone(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     plain = networks.tiny("cuda", torch.float32)
     fast = copy.deepcopy(plain)
     optimise(fast, Options(**options))
