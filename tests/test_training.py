@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +27,13 @@ from memo_core import MemoPipeline, MemoryState, Reference, checkpoint, kernels
 from memo_core.errors import CheckpointError
 from memo_core.job import Settings
 from memo_core.memory import SumsCache
+from memo_core.nets.audio_module import AudioModule
+from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.emotion2vec import Emotion2Vec
 from memo_core.nets.emotion_head import EmotionHead
+from memo_core.nets.layers import ResnetBlock
+from memo_core.nets.memory_module import MemoryModule
+from memo_core.nets.spatial import SpatialTransformer
 from memo_core.nets.speech_encoder import SpeechEncoder
 from memo_core.sampling import Conditions, Sampler, sample_window
 from training import __main__ as command
@@ -606,6 +613,44 @@ def test_two_processes_learn_what_one_with_twice_the_batch_learns(data: Path, tm
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
     ours, theirs = weights_of(one), weights_of(engine.latest(tmp_path / "two"))
     assert all(relative_l2(theirs[key].float(), ours[key].float()) < 2e-2 for key in ours if ours[key].any())
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """This process alone, joined by gloo."""
+    distributed = pytest.importorskip("torch.distributed.device_mesh")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        yield distributed.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # about operators in place, which training has none of
+def test_a_sharded_model_takes_the_same_step(data: Path, mesh: Any) -> None:
+    """Also where activations are computed again."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "register_fsdp_forward_method"):
+        pytest.skip("this torch has no FSDP2")
+    batch, begun, after = batches.collate([batches.TrainingSet(data, TINY)[0]]), small_nets(), []
+    for sharded, again in ((False, False), (True, False), (True, True)):
+        model = flow.FlowModel(deepcopy(begun), Loss())
+        if again:
+            checkpoint_gradients(model.nets)
+        if sharded:
+            for kind in (ResnetBlock, SpatialTransformer, AudioModule, MemoryModule, DiffusionNet):
+                for module in [module for module in model.modules() if isinstance(module, kind)]:
+                    fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            engine.gather_outside_forward(fsdp.fully_shard(model, mesh=mesh))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(batch)[0].sum().backward()
+        optimizer.step()
+        after.append({name: p.full_tensor() if sharded else p for name, p in model.nets.named_parameters()})
+    moved = [name for name, p in begun.named_parameters() if not torch.equal(p, after[0][name])]
+    assert len(moved) > 100
+    for name in moved:
+        for one in after[1:]:
+            torch.testing.assert_close(one[name], after[0][name])
 
 
 def test_the_command_trains_and_its_checkpoint_makes_a_video(data: Path, encoders: Path, tmp_path: Path) -> None:

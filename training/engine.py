@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memo_core.checkpoint import weights_digest
-from memo_core.nets.memory_module import MemoryModule
+from memo_core.nets.audio_module import AudioModule
+from memo_core.nets.diffusion_net import DiffusionNet
+from memo_core.nets.layers import ResnetBlock
+from memo_core.nets.spatial import SpatialTransformer
 
 from . import batches, lora, losses, run
 from .config import ConfigError, Stage, flatten, from_json, to_json
@@ -132,7 +135,7 @@ class Trainer:
             }
         self.model, self.optimizer = accelerator.prepare(FlowModel(nets, config.loss), optimizer)
         if accelerator.distributed_type == DistributedType.FSDP:
-            _gather_for_sums(self.model)
+            gather_outside_forward(self.model)
         self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.average = _average(self.learning, config)
         self.step, self.seconds = 0, 0.0
@@ -400,13 +403,24 @@ def _forget_precision() -> None:
     AcceleratorState._reset_state()
 
 
-def _gather_for_sums(model: nn.Module) -> None:
-    """FSDP2 gathers a module's weights in its forward alone; memory modules are also asked for their sums."""
+def gather_outside_forward(model: nn.Module) -> None:
+    """Lets FSDP2, which gathers a module's weights for its forward alone, gather them for its other methods, too.
+
+    Args:
+        model: of which FSDP2 may shard, each by itself, any `DiffusionNet`, `ResnetBlock`, `SpatialTransformer`,
+            `AudioModule` and `MemoryModule`; those that are not sharded by themselves stay as they are.
+    """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    for module in model.modules():
-        if isinstance(module, MemoryModule):
-            register_fsdp_forward_method(module, "sums")
+    called = {DiffusionNet: "predict", ResnetBlock: "shift", SpatialTransformer: "prepare", AudioModule: "feel"}
+    modules = list(model.modules())
+    for module in modules:
+        for kind, method in called.items():
+            if isinstance(module, kind):
+                register_fsdp_forward_method(module, method)
+    # The others listen within their forward, whose weights this would let go of too early.
+    first = next(module for module in modules if isinstance(module, AudioModule))
+    register_fsdp_forward_method(first, "listen")
 
 
 def _truncate(log: Path, step: int) -> None:

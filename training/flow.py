@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,11 @@ class FlowModel(nn.Module):
             audio_tokens = nets.audio_proj(batch.audio[order]) * ~batch.no_audio[order].view(-1, 1, 1, 1)
             emotion = batch.emotion[order]
             parts = memory_sums(nets, batch.past[order], tokens, batch.past_windows[order])
-            if getattr(nets, "recomputes", False):  # then each module asks for its sums itself
+            # Each module sums in its own forward, where FSDP2 has gathered its weights; again, where it recomputes.
+            if getattr(nets, "recomputes", False):
                 memory = [sums for sums, layers in parts for _ in range(layers)]
             else:
-                memory = [memory for sums, _ in parts for memory in sums()]
+                memory = [layer for sums, layers in parts for layer in _summed_once(sums, layers)]
 
         clean, sigma = batch.latents[order], batch.sigma[order]
         level = sigma.view(count, 1, frames, 1, 1)
@@ -105,6 +106,12 @@ def memory_sums(
             feature.requires_grad_(torch.is_grad_enabled())
         size = (-(-height // 2**level), -(-width // 2**level))
         yield partial(_sums, module, feature.unflatten(0, (batch, frames)), size, windows), module.num_memory_layers
+
+
+def _summed_once(sums: Callable[[], list[Memory]], layers: int) -> list[Callable[[], Memory]]:
+    """For each layer of a memory module a function giving its pair; the first one called sums for all."""
+    once = cache(sums)
+    return [partial(lambda layer: once()[layer], layer) for layer in range(layers)]
 
 
 def _sums(module: MemoryModule, features: Tensor, size: tuple[int, int], windows: Tensor | None) -> list[Memory]:

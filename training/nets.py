@@ -200,7 +200,8 @@ def begin_from_nothing(nets: Nets) -> None:
 def checkpoint_gradients(nets: nn.Module) -> None:
     """Keeps no activations inside residual blocks and attention modules; the backward pass computes them again.
 
-    Memory modules may then be given functions that sum their memory (`flow.memory_sums`), and compute that again, too.
+    A memory module may then be given a function that sums its memory (`flow.memory_sums`), and compute that again, too.
+    Unlike a `LazyMemory`, which gives one layer's pair, that function gives the list of all its layers' pairs.
     """
     for module in nets.modules():
         if isinstance(module, (ResnetBlock, SpatialTransformer, AudioModule, _Transformer)):
@@ -211,6 +212,10 @@ def checkpoint_gradients(nets: nn.Module) -> None:
 
 
 def _with_sums(forward: Any, x: Tensor, memory: Any, frames: int) -> Tensor:
+    """A memory module's `forward`, whose `memory` may also hold, in every layer's place, a function for the whole list.
+
+    The first is called and gives (kv, z) of all layers; each of a list of `LazyMemory` would give its own layer's.
+    """
     return forward(x, memory[0]() if memory and callable(memory[0]) else memory, frames)
 
 

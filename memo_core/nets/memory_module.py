@@ -14,7 +14,8 @@ from .. import kernels
 from .layers import QUERY_KEY_VALUE, FeedForward, fuse, project, to_maps, to_tokens
 
 Memory = tuple[Tensor, Tensor]  # kv [B, N, H, D, D], z [B, N, H, D] of one memory layer
-LazyMemory = Memory | Callable[[], Memory]  # or a function that brings it when its layer is reached
+# One layer's pair, or a function that takes nothing and gives this one pair when its layer is reached.
+LazyMemory = Memory | Callable[[], Memory]
 
 
 def _brought(memory: LazyMemory) -> Memory:
@@ -109,7 +110,8 @@ class MemoryModule(nn.Module):
                 yield attention.sums(norm(past), frames, rows, None if into is None else next(into))
 
     def forward(self, x: Tensor, memory: list[LazyMemory] | None, frames: int) -> Tensor:
-        """x [B * F, C, h, w]; memory: one (kv, z) per layer, or None to look at the window alone."""
+        """x [B * F, C, h, w]; memory: per layer its (kv, z), or a function giving this pair and not the whole list; or
+        None to look at the window alone."""
         transformer = self.temporal_transformer
         hidden = transformer.proj_in(to_tokens(transformer.norm(x)))
         layer = 0
