@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import kernels
 from .checkpoint import Networks
 from .clips import WINDOW
 from .errors import SamplingError
@@ -29,9 +30,14 @@ from .sampling import few_frames
 from .speed import PRESETS
 
 GIB = 2**30
-RESERVE = 256 * 2**20  # work space of cuBLAS and cuDNN beside the copies counted by `LiveBytes`, and fragmentation
+# Work space of cuBLAS and cuDNN beside the copies counted by `LiveBytes`, and fragmentation; with Triton also 256 MiB
+# that its autotuning clears between measurements.
+RESERVE = (256 if kernels._triton is None else 512) * 2**20
 DRIVER = GIB // 2  # what the driver and torch's context take of a card
-VAE_FRAMES = (16, 8, 4, 2, 1)  # frames that may go through the VAE at once
+# Frames that may go through the VAE at once on a device with memory of its own: `plan` takes the most that fit, so
+# there the last bits of pictures, and of the memory made of them, follow free memory. On the CPU it is always
+# `few_frames`: more are no faster.
+VAE_FRAMES = (16, 8, 4, 2, 1)
 
 
 def _like_rows(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -290,7 +296,7 @@ def vae_bytes(nets: Networks, height: int, width: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """How to sample within a budget. Only speed and the last bits depend on it.
+    """How to sample within a budget. Only speed and, by `row_by_row` and `vae_frames`, the last bits depend on it.
 
     Attributes:
         row_by_row: the two batch rows of guidance go through the Diffusion Net one after the other.
@@ -298,7 +304,7 @@ class Plan:
         sums_on_host: how many, the rest, keep them in host memory.
         reference_net_stays: otherwise the Reference Net and the Diffusion Net take turns on the device, and the other
             one waits in host memory.
-        vae_frames: how many frames go through the VAE at once.
+        vae_frames: how many frames go through the VAE at once; see `VAE_FRAMES`.
         peak: bytes on the device when most is there, weights and `RESERVE` among them.
         weights, sums, features, working: what the peak is made of.
         on_host: bytes that wait in host memory.
@@ -409,10 +415,10 @@ def plan(
     need = needs(nets, height, width, settings)
     if budget_bytes is None:
         return Plan.of(need, vae_frames=few_frames(height, width))
-    for choices in _choices(nets, need, settings, host_moves_weights):
-        if Plan.of(need, **choices).peak <= budget_bytes:
-            frames = next(n for n in VAE_FRAMES if Plan.of(need, **choices, vae_frames=n).peak <= budget_bytes)
-            return Plan.of(need, **choices, vae_frames=frames)
+    for choices in _choices(nets, height, width, settings, host_moves_weights):
+        made = Plan.of(need, **choices)
+        if made.peak <= budget_bytes:
+            return made
     raise SamplingError(_too_large(nets, height, width, settings, budget_bytes, host_moves_weights))
 
 
@@ -430,22 +436,28 @@ def smaller(
 def least(nets: Networks, height: int, width: int, settings: Settings, host_moves_weights: bool = False) -> Plan:
     """The plan that takes least."""
     need = needs(nets, height, width, settings)
-    return Plan.of(need, **list(_choices(nets, need, settings, host_moves_weights))[-1])
+    return Plan.of(need, **list(_choices(nets, height, width, settings, host_moves_weights))[-1])
 
 
-def _choices(nets: Networks, need: Needs, settings: Settings, host_moves_weights: bool) -> Iterator[dict[str, Any]]:
+def _choices(
+    nets: Networks, height: int, width: int, settings: Settings, host_moves_weights: bool
+) -> Iterator[dict[str, Any]]:
     """What `Plan.of` may be given, fastest first."""
     ways = (False, True) if settings.guided else (False,)
     if nets.device.type == "cpu":
-        yield from ({"streamed": True, "reserve": 0, "row_by_row": row_by_row} for row_by_row in ways)
+        fixed = {"streamed": True, "reserve": 0, "vae_frames": few_frames(height, width)}
+        yield from ({"row_by_row": row_by_row, **fixed} for row_by_row in ways)
         return
-    yield {}
+    layers = len(needs(nets, height, width, settings).layers)
     weights = {"streamed": True} if host_moves_weights else {"reference_net_stays": False}
     # A host that streams weights does so at every step: the last resort.
-    for keep in ({}, weights) if host_moves_weights else (weights,):
-        for row_by_row in ways:
-            for count in range(len(need.layers), -1, -1):
-                yield {"sums_on_device": count, "row_by_row": row_by_row, **keep}
+    places = [{}] + [
+        {"sums_on_device": count, "row_by_row": row_by_row, **keep}
+        for keep in (({}, weights) if host_moves_weights else (weights,))
+        for row_by_row in ways
+        for count in range(layers, -1, -1)
+    ]
+    yield from ({"vae_frames": frames, **place} for place in places for frames in VAE_FRAMES)
 
 
 def _too_large(
@@ -487,7 +499,8 @@ def free_bytes(device: torch.device) -> int | None:
     nobody says."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        free = torch.cuda.mem_get_info(device.index)[0]  # torch 2.4 wants a number here, or None for the current one
+        return free + cached
     if device.type == "mps":
         most = getattr(torch.mps, "recommended_max_memory", None)  # torch 2.5
         return None if most is None else most() - torch.mps.current_allocated_memory()

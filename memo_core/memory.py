@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -384,18 +384,20 @@ class Sums(Sequence):
     """The memory that a window sees: per memory layer, in execution order, the pair (kv, z), or, where that takes
     bringing or restoring, a function of no arguments that does it when the layer is reached.
 
-    On a CUDA device the next layer comes from the host while one is used, into one of two buffers that take turns.
+    On a CUDA device the next layer comes from the host while one is used, into one of two buffers that take turns and
+    that all rows of it share. The first one comes when it is reached: a pass may be the last, or of other rows.
     """
 
-    def __init__(self, layers: list[LayerSums], rows: slice = slice(None)):
+    def __init__(self, layers: list[LayerSums], rows: slice = slice(None), room: _Room | None = None):
         self._layers, self._rows = layers, rows
         self._on_host = [layer for layer in layers if layer.on_host]
-        self._coming: tuple[int, tuple[Tensor, Tensor]] | None = None  # place in _on_host, parts on their way
-        self._ahead = bool(self._on_host) and self._on_host[0].device.type == "cuda"
+        if room is None and self._on_host and self._on_host[0].device.type == "cuda":
+            room = _Room(max(layer.room(slice(None)) for layer in self._on_host), self._on_host[0].device)
+        self._room = room
 
     def rows(self, rows: slice) -> Sums:
         """The same memory for these batch rows alone."""
-        return Sums(self._layers, rows)
+        return Sums(self._layers, rows, self._room)
 
     def half(self, number: int) -> Sums:
         """For the batch's first half (0) or its second (1)."""
@@ -414,32 +416,39 @@ class Sums(Sequence):
         layer = self._layers[index]
         if layer.whole:
             return layer.bring(self._rows)
-        if layer.on_host and self._ahead:
+        if layer.on_host and self._room is not None:
             return partial(self._take, self._on_host.index(layer))
         return partial(layer.bring, self._rows)
 
-    @cached_property
-    def _room(self) -> tuple[Tensor, Tensor, torch.cuda.Stream]:
-        size, device = max(layer.room(self._rows) for layer in self._on_host), self._on_host[0].device
-        buffers = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-        return (*buffers, torch.cuda.Stream(device))
-
     def _start(self, place: int) -> tuple[Tensor, Tensor]:
         """Begins to bring a layer; the buffer's last use lies on the current stream before this."""
-        *buffers, stream = self._room
+        stream = self._room.stream
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
-            return self._on_host[place].bring(self._rows, buffers[place % 2])
+            return self._on_host[place].bring(self._rows, self._room.buffers[place % 2])
 
     def _take(self, place: int) -> tuple[Tensor, Tensor]:
-        expected, parts = self._coming or (-1, None)
-        if expected != place:
+        room, following = self._room, place + 1
+        expected, parts = room.coming
+        if expected != (self._rows, place):
             parts = self._start(place)
-        stream = self._room[-1]
-        torch.cuda.current_stream(stream.device).wait_stream(stream)
-        following = (place + 1) % len(self._on_host)
-        self._coming = (following, self._start(following)) if len(self._on_host) > 1 else None
+        torch.cuda.current_stream(room.stream.device).wait_stream(room.stream)
+        room.coming = (None, None)
+        if following < len(self._on_host):
+            room.coming = ((self._rows, following), self._start(following))
         return self._on_host[place].restore(*parts, self._rows)
+
+
+class _Room:
+    """Where layers come to from the host: two buffers, the stream that fills them, and what is on its way."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+        with torch.inference_mode(False):  # so that they can be filled in and outside of it
+            self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        for buffer in self.buffers:
+            buffer.record_stream(self.stream)  # an interrupted pass lets go of them while a copy is under way
+        self.coming: tuple[Any, Any] = (None, None)  # (rows, place), and the parts
 
 
 def half_of(memory: Sequence[Any], number: int) -> Sequence[Any]:
@@ -459,15 +468,9 @@ class SumsCache:
 
     At released sizes they are gigabytes, so there is one copy of them, which each call brings up to date in place. A
     cached result has the same bits as a rebuilt one, because both add the windows in the same order (Horner's scheme).
-
-    Attributes:
-        dtype: what kv is kept in (`LayerSums`); None for the networks' own.
-        on_device: how many memory layers, in execution order, keep theirs on the device, the others in host memory;
-            None for all. It changes no bits.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None, on_device: int | None = None) -> None:
-        self.dtype, self.on_device = dtype, on_device
+    def __init__(self) -> None:
         self._key: tuple[str, ...] = ()
         self._layers: list[LayerSums] = []
 
@@ -488,6 +491,8 @@ class SumsCache:
         state: MemoryState,
         context: str,
         of_entry: Callable[[MemoryEntry, Iterator[tuple[Memory, float]] | None], Iterable[Memory]],
+        dtype: torch.dtype | None = None,
+        on_device: int | None = None,
     ) -> Sums:
         """The memory of `state`; valid until the next call.
 
@@ -495,9 +500,16 @@ class SumsCache:
             context: whatever else the sums depend on (guidance, dtype, device).
             of_entry: sums of one entry at weight 1, layer by layer. Its second argument, if it is not None, gives per
                 layer a memory and a factor: then it multiplies that memory by the factor and adds to it, in place.
+            dtype: what kv is kept in (`LayerSums`); None for the networks' own.
+            on_device: how many memory layers, in execution order, keep theirs on the device, the others in host memory;
+                None for all. It changes no bits.
         """
+
+        def on_host(number: int) -> bool:
+            return on_device is not None and number >= on_device
+
         steps = _horner(state.entries)
-        keys = [f"{context}|{self.dtype}"] + [f"{factor:.9g}*+{entry.digest}" for factor, entry in steps]
+        keys = [f"{context}|{dtype}"] + [f"{factor:.9g}*+{entry.digest}" for factor, entry in steps]
         done = len(self._key)
         if done > 1 and self._key == tuple(keys[:done]):
             layers = self._layers
@@ -505,11 +517,11 @@ class SumsCache:
             done, layers = 1, []
         self.clear()  # while they change: an interrupt must not leave half of a sum behind
         for number, layer in enumerate(layers):
-            layer.move(self._on_host(number))
+            layer.move(on_host(number))
         for factor, entry in steps[done - 1 :]:
             if not layers:
                 pairs = enumerate(of_entry(entry, None))
-                layers = [LayerSums(*pair, self.dtype, self._on_host(number)) for number, pair in pairs]
+                layers = [LayerSums(*pair, dtype, on_host(number)) for number, pair in pairs]
                 continue
             before = ((layer.bring(), factor) for layer in layers)
             for layer, pair in zip(layers, of_entry(entry, before), strict=True):
@@ -521,9 +533,6 @@ class SumsCache:
             for layer in layers:
                 layer.fade(last)
         return Sums(layers)
-
-    def _on_host(self, number: int) -> bool:
-        return self.on_device is not None and number >= self.on_device
 
 
 def _horner(entries: tuple[MemoryEntry, ...]) -> list[tuple[float, MemoryEntry]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -226,13 +226,12 @@ class MemoPipeline:
             store: where finished windows are kept and looked for.
             on_progress: called as (steps done, steps in all).
             should_stop: asked before every step; when true, this ends after the last finished window.
-            plan: how to get by with the device's memory; None: `self.plan`.
+            plan: how to get by with the device's memory; None: `self.plan`, before the first window that is not stored.
 
         Raises:
             SamplingError: the job does not fit; names what would.
         """
         self._stop_listening()
-        plan = self.plan(job) if plan is None else plan
         return sample_windows(
             self.nets,
             job,
@@ -241,7 +240,7 @@ class MemoPipeline:
             decode_stored=self.decode,
             on_progress=on_progress,
             should_stop=should_stop,
-            plan=plan,
+            plan=partial(self.plan, job) if plan is None else plan,
         )
 
     def plan(self, job: Job) -> Plan | None:

@@ -22,7 +22,7 @@ from .nets.diffusion_net import DiffusionNet, WindowConditions
 from .nets.memory_module import LazyMemory, Memory
 from .optimise import GraphedStep
 from .reference import Reference, tensors_digest
-from .speed import StepCache
+from .speed import StepCache, name_of
 from .store import WindowStore
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def sample_window(
     )
     whole = _Pass(net, given, conditions.memory, speed.reuse)
     halves = [whole.half(number) for number in (0, 1)] if guided else [whole, whole]
-    options = getattr(nets, "options", None)
+    options = getattr(nets, "options", None)  # networks in training have none
     if options and options.cuda_graphs and not speed.reuse and not getattr(conditions.memory, "on_host", False):
         whole, *halves = map(GraphedStep, (whole, *halves))
     low, high = speed.guidance
@@ -150,15 +150,14 @@ class Window:
 class Sampler:
     """Samples windows of one portrait with one checkpoint; keeps what does not change between them.
 
-    Args:
-        take_turns: the Reference Net and the Diffusion Net are not on the device at the same time.
+    Attributes:
+        plan: where sums lie, and whether the Reference Net and the Diffusion Net take turns on the device; None: all is
+            there.
     """
 
-    def __init__(
-        self, nets: Networks, reference: Reference, settings: Settings, cache: SumsCache, take_turns: bool = False
-    ):
+    def __init__(self, nets: Networks, reference: Reference, settings: Settings, cache: SumsCache):
         self.nets, self.reference, self.settings, self.cache = nets, reference, settings, cache
-        self.take_turns = take_turns
+        self.plan: Plan | None = None
         self.device, self.dtype = nets.device, nets.diffusion_net.conv_in.weight.dtype
         self._reference_features: list[Tensor] | None = None
 
@@ -191,7 +190,7 @@ class Sampler:
 
     def _look(self, latents: Tensor, tokens: Tensor) -> list[Tensor]:
         """The Reference Net's features of pictures."""
-        if not self.take_turns:
+        if self.plan is None or self.plan.reference_net_stays:
             return self.nets.reference_net(latents, tokens)
         waiting.leave(self.nets.diffusion_net)
         try:
@@ -234,7 +233,13 @@ class Sampler:
         context = f"{self.nets.digest}|{self.dtype}|{self.device}|{settings.guided}|{settings.face_token_rows}"
         return Conditions(
             reference=self.reference_features(),
-            memory=self.cache.sums(inputs.memory, context, self.entry_sums),
+            memory=self.cache.sums(
+                inputs.memory,
+                context,
+                self.entry_sums,
+                FP8 if settings.speed.fp8_sums else None,
+                None if self.plan is None else self.plan.sums_on_device,
+            ),
             face_tokens=face,
             audio_tokens=tokens,
             emotion=emotion,
@@ -319,6 +324,18 @@ def _look_up(
     return (latents, past) if bool(torch.isfinite(latents).all() and torch.isfinite(past).all()) else None
 
 
+def _check_speed(settings: Settings, device: torch.device) -> None:
+    """SamplingError where the device cannot keep what the speed wants it to."""
+    if settings.speed.fp8_sums:
+        try:
+            torch.zeros(1, device=device).to(FP8)
+        except (TypeError, NotImplementedError) as error:  # as on MPS
+            raise SamplingError(
+                f"speed {name_of(settings.speed)!r} keeps the memory's sums in 8-bit floats, which {device.type} has "
+                f"not: choose speed 'exact' ({error})"
+            ) from error
+
+
 @torch.no_grad()
 def sample_windows(
     nets: Networks,
@@ -329,7 +346,7 @@ def sample_windows(
     decode_stored: Callable[[Tensor], Tensor] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Callable[[], Plan | None] | None = None,
 ) -> Iterator[Window]:
     """Samples the job window by window, handing the memory on.
 
@@ -338,20 +355,15 @@ def sample_windows(
         decode_stored: decodes windows that come from there; None: as those that are sampled.
         on_progress: called as (steps done, steps in all).
         should_stop: asked before every step; when true, ends after the last finished window.
-        plan: what waits in host memory and what is done piece by piece; None: nothing is.
+        plan: what waits in host memory and what is done piece by piece; None: nothing is. A function is called before
+            the first window that is not in the store.
 
     Raises:
-        SamplingError, MemoryStateError: as `Job.checked`.
+        SamplingError, MemoryStateError: as `Job.checked`; the device has no 8-bit floats and `speed` wants them.
     """
     job = job.checked(nets)
     settings, reference, memory = job.settings, job.reference, job.entering(nets)
-    if plan is None or plan.reference_net_stays:
-        for net in (nets.reference_net, nets.diffusion_net):
-            waiting.enter(net, nets.device)
-    cache.dtype = FP8 if settings.speed.fp8_sums else None
-    cache.on_device = None if plan is None else plan.sums_on_device
-    sampler = Sampler(nets, reference, settings, cache, plan is not None and not plan.reference_net_stays)
-    frames_at_once = None if plan is None else plan.vae_frames
+    sampler, ready = Sampler(nets, reference, settings, cache), False
     shape = (4, WINDOW, *reference.latents.shape[2:])
     for index in range(job.windows):
         inputs = job.inputs(index, memory)
@@ -364,6 +376,14 @@ def sample_windows(
             if on_progress is not None:
                 on_progress(done + settings.steps, total)
         else:
+            if not ready:
+                _check_speed(settings, sampler.device)
+                plan, ready = plan() if callable(plan) else plan, True
+                sampler.plan = plan
+                frames_at_once = None if plan is None else plan.vae_frames
+            if plan is None or plan.reference_net_stays:
+                for net in (nets.reference_net, nets.diffusion_net):
+                    waiting.enter(net, nets.device)
             noise = window_noise(settings.seed, inputs.start, shape) if inputs.noise is None else inputs.noise
             latents = sample_window(
                 nets,

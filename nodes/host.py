@@ -209,7 +209,8 @@ class HostPipeline(MemoPipeline):
         """
         height, width = job.reference.pixels.shape[1:]
         device = self.nets.device
-        room = min(free_bytes(device), int(0.95 * total_bytes(device)))
+        share = 0.9 if device.type == "cpu" else 1  # the clip itself lies there, too
+        room = min(int(share * free_bytes(device)), int(0.95 * total_bytes(device)))
         try:
             return budget.plan(self.nets, height, width, job.settings, room, host_moves_weights=True)
         except SamplingError:  # others may let go of some

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import relative_l2
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import networks
-from memo_core import MemoPipeline, MemoryState, budget, cli
+from memo_core import MemoPipeline, MemoryState, budget, cli, memory, sampling, waiting
 from memo_core.budget import GIB, LiveBytes, Plan
 from memo_core.errors import SamplingError
 from memo_core.job import Settings
-from memo_core.memory import FP8, MemoryEntry, SumsCache
+from memo_core.memory import FP8, LayerSums, MemoryEntry, Sums, SumsCache
 from memo_core.nets import layers
+from memo_core.sampling import few_frames
 from memo_core.speed import Speed
+from memo_core.store import WindowStore
 
 EXACT, BALANCED = Settings(), Settings(speed="balanced")
 
@@ -169,6 +174,80 @@ def test_info_prints_the_budget_without_any_weights(capsys: pytest.CaptureFixtur
     assert cli.main(["info", "released", "--budget", "-3"]) == 2
 
 
+def test_on_the_cpu_free_memory_does_not_decide_how_the_vae_works(full: Any) -> None:
+    on_cpu = replace(full, device=torch.device("cpu"))
+    least = budget.least(on_cpu, 512, 512, EXACT).peak
+    plans = [budget.plan(on_cpu, 512, 512, EXACT, room) for room in (least, 2 * least, 8 * least, None)]
+    assert {plan.vae_frames for plan in plans} == {few_frames(512, 512)}
+    assert plans[1].peak == plans[2].peak  # what is free is not taken because it is free
+    assert budget.plan(on_cpu, 128, 128, EXACT, 8 * least).vae_frames == few_frames(128, 128) > 1
+
+
+def test_free_memory_of_the_current_card_is_asked_for_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mem_get_info(device: int | None) -> tuple[int, int]:
+        assert device in (None, 1)  # torch 2.4 takes no device without a number
+        return 1000, 2000
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    assert [budget.free_bytes(torch.device(name)) for name in ("cuda", "cuda:1")] == [1000, 1000]
+
+
+# --- Networks that wait in host memory --------------------------------------------------------------------------------
+
+
+class OnCard(nn.Parameter):
+    """Says that it lies on a card, and notes when it is moved; the first move of a `stubborn` one is interrupted."""
+
+    stubborn = False
+    moves = 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
+    @property
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if self.stubborn:
+            self.stubborn = False
+            raise KeyboardInterrupt
+        self.moves += 1
+        Tensor.data.__set__(self, value)
+
+
+def test_a_network_whose_leaving_was_interrupted_comes_back_whole() -> None:
+    net = nn.ParameterList([OnCard(torch.ones(2)), OnCard(torch.ones(2))])
+    net[1].stubborn = True
+    with pytest.raises(KeyboardInterrupt):
+        waiting.leave(net)
+    assert [p.moves for p in net] == [1, 0]
+    waiting.enter(net, torch.device("cpu"))
+    assert [p.moves for p in net] == [2, 1]
+    waiting.enter(net, torch.device("cpu"))  # it is back
+    assert [p.moves for p in net] == [2, 1]
+
+
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("moved", [False, True])
+def test_weights_moved_in_inference_mode_can_still_be_trained(made: bool, moved: bool) -> None:
+    with torch.inference_mode(made):
+        net = nn.ParameterList([OnCard(torch.ones(2), requires_grad=not made)])
+    with torch.inference_mode(moved):
+        waiting.leave(net)
+        waiting.enter(net, torch.device("cpu"))
+    assert net[0].moves == 2 and net[0].is_inference() == made
+    if not made:
+        with torch.no_grad():
+            net[0].add_(1)
+        (net[0] ** 2).sum().backward()
+        assert net[0].grad.tolist() == [4, 4]
+
+
 # --- Sampling by a plan -----------------------------------------------------------------------------------------------
 
 
@@ -200,6 +279,40 @@ def test_fp8_sums_change_pictures_little(sample: Sample) -> None:
     whole, halved = sample()[0], sample(Speed(fp8_sums=True))[0]
     assert 0 < relative_l2(halved, whole) < 1e-2
     assert torch.equal(sample(Speed(fp8_sums=True), sums_on_device=1)[0], halved)
+
+
+def test_two_jobs_of_one_pipeline_may_take_turns() -> None:
+    nets = networks.tiny()
+    pipe = MemoPipeline(nets)
+    exact, coarse = (networks.clip(pipe, 64, 3, steps=1, speed=speed) for speed in ("exact", Speed(fp8_sums=True)))
+    alone = [window.latents for window in MemoPipeline(nets).sample_windows(exact)]
+    in_turns = zip(pipe.sample_windows(exact), pipe.sample_windows(coarse))
+    for (mine, _), wanted in zip(in_turns, alone, strict=True):
+        assert torch.equal(mine.latents, wanted)
+
+
+def test_a_stored_job_needs_no_plan_and_so_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nets, store = networks.tiny(), WindowStore(tmp_path)
+    pipe = MemoPipeline(nets)
+    job = networks.clip(pipe, 64, 2, steps=1)
+    made = [window.latents for window in pipe.sample_windows(job, store=store)]
+
+    def too_large(*_: object) -> None:
+        raise SamplingError("needs more than there is")
+
+    monkeypatch.setattr(pipe, "plan", too_large)
+    again = list(pipe.sample_windows(job, store=store))
+    assert all(torch.equal(window.latents, wanted) for window, wanted in zip(again, made, strict=True))
+    with pytest.raises(SamplingError, match="more than there is"):
+        next(pipe.sample_windows(networks.clip(pipe, 64, 2, steps=1, seed=1), store=store))
+
+
+def test_a_device_without_8_bit_floats_is_told_to_be_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "FP8", object())  # a TypeError, as MPS raises it
+    pipe = MemoPipeline(networks.tiny())
+    with pytest.raises(SamplingError, match="speed 'draft' .* choose speed 'exact'"):
+        next(pipe.sample_windows(networks.clip(pipe, 64, 1, speed="draft")))
+    next(pipe.sample_windows(networks.clip(pipe, 64, 1, steps=1)))
 
 
 @pytest.mark.parametrize("choices", [{}, {"vae_frames": 16}], ids=["step", "vae"])
@@ -238,48 +351,82 @@ def of_entry(
 
 
 def state(windows: int) -> MemoryState:
-    memory = MemoryState.empty()
+    made = MemoryState.empty()
     for seed in range(windows):
-        made = entry(seed)
-        memory = memory.push(made.latents, made.face_embedding, "model", "reference")
-    return memory
+        made = made.push(entry(seed).latents, entry(seed).face_embedding, "model", "reference")
+    return made
 
 
-def gathered(cache: SumsCache, memory: MemoryState) -> list[Tensor]:
-    pairs = (part() if callable(part) else part for part in cache.sums(memory, "", of_entry))
+def gathered(cache: SumsCache, state: MemoryState, *where: Any) -> list[Tensor]:
+    pairs = (part() if callable(part) else part for part in cache.sums(state, "", of_entry, *where))
     return [part.clone() for pair in pairs for part in pair]
 
 
 @pytest.mark.parametrize("dtype", [None, FP8], ids=["exact", "fp8"])
 def test_where_sums_lie_and_whether_they_were_cached_changes_no_bits(dtype: torch.dtype | None) -> None:
-    caches = [SumsCache(dtype, on_device) for on_device in (None, 0, 1)]
+    caches = {on_device: SumsCache() for on_device in (None, 0, 1)}
     for windows in (1, 2, 4):
-        rebuilt = gathered(SumsCache(dtype), state(windows))
-        for cache in caches:
-            for kept, made in zip(gathered(cache, state(windows)), rebuilt):
+        rebuilt = gathered(SumsCache(), state(windows), dtype)
+        for on_device, cache in caches.items():
+            for kept, made in zip(gathered(cache, state(windows), dtype, on_device), rebuilt):
                 assert torch.equal(kept, made)
-    faded = [gathered(cache, state(4).decayed(0.1)) for cache in caches]
+    faded = [gathered(cache, state(4).decayed(0.1), dtype, on_device) for on_device, cache in caches.items()]
     assert all(torch.equal(a, b) for others in faded[1:] for a, b in zip(others, faded[0]))
-    caches[0].on_device = 1  # a smaller plan, in the middle of a clip
-    for kept, made in zip(gathered(caches[0], state(5)), gathered(SumsCache(dtype), state(5))):
+    smaller = gathered(caches[None], state(5), dtype, 1)  # a smaller plan, in the middle of a clip
+    for kept, made in zip(smaller, gathered(SumsCache(), state(5), dtype)):
         assert torch.equal(kept, made)
 
 
 def test_only_what_must_be_brought_is_brought() -> None:
-    handed = list(SumsCache(None, 2).sums(state(2), "", of_entry))
+    handed = list(SumsCache().sums(state(2), "", of_entry, on_device=2))
     assert [callable(part) for part in handed] == [False, False, True]
-    assert all(callable(part) for part in SumsCache(FP8).sums(state(2), "", of_entry))
-    kv, z = SumsCache(None, 0).sums(state(2), "", of_entry).rows(slice(0, 0))[0]()
+    assert all(callable(part) for part in SumsCache().sums(state(2), "", of_entry, FP8))
+    kv, z = SumsCache().sums(state(2), "", of_entry, on_device=0).rows(slice(0, 0))[0]()
     assert len(kv) == len(z) == 0
 
 
+class NoStream:
+    """A stream of a machine without any: all is done at once."""
+
+    def __init__(self, device: object = "cpu") -> None:
+        self.device = device
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_what_comes_from_the_host_ahead_of_its_use_is_the_layer_in_use(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Over several passes, of the whole batch and of its halves, of which some end before their last layer."""
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None, raising=False)
+    rows = torch.arange(2.0).view(2, 1, 1, 1)
+    layers = [
+        LayerSums((rows[..., None] + 2 * i).expand(2, 4, 1, 2, 2), (rows + 2 * i).expand(2, 4, 1, 2), on_host=True)
+        for i in range(count)
+    ]
+    with torch.inference_mode():  # as `SumsCache.sums` makes them, to be read in or outside
+        room = memory._Room(max(layer.room(slice(None)) for layer in layers), torch.device("cpu"))
+    whole = Sums(layers, room=room)
+    views = {(0, 1): whole, (0,): whole.half(0), (1,): whole.half(1)}
+    for wanted, length in [((0, 1), 4), ((0, 1), 4), ((0,), 1), ((1,), 4), ((0, 1), 2), ((0,), 4), ((0,), 4)]:
+        for i, item in list(enumerate(views[wanted]))[:length]:
+            kv, z = item()
+            assert kv[:, 0, 0, 0, 0].tolist() == z[:, 0, 0, 0].tolist() == [row + 2 * i for row in wanted]
+
+
 def test_fp8_halves_the_sums_and_costs_a_few_percent() -> None:
-    exact, halved = SumsCache(), SumsCache(FP8)
-    for mine, wanted in zip(gathered(halved, state(6)), gathered(exact, state(6))):
+    exact, halved = SumsCache(), SumsCache()
+    for mine, wanted in zip(gathered(halved, state(6), FP8), gathered(exact, state(6))):
         assert relative_l2(mine, wanted) < 0.04  # 3 bits of mantissa: 2.6 % of each number on average
     assert halved.nbytes < 0.4 * exact.nbytes  # of float32; z stays
     huge = [(kv * 1e30, z) for kv, z in of_entry(entry(0))]
-    scaled = SumsCache(FP8).sums(state(1), "", lambda *_: [(kv.clone(), z) for kv, z in huge])
+    scaled = SumsCache().sums(state(1), "", lambda *_: [(kv.clone(), z) for kv, z in huge], FP8)
     assert relative_l2(scaled[0]()[0], huge[0][0]) < 0.04  # a scale per head: the range of fp8 is no matter
-    nothing = SumsCache(FP8).sums(state(1), "", lambda *_: [(torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 2))])
+    empty = (torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 2))
+    nothing = SumsCache().sums(state(1), "", lambda *_: [empty], FP8)
     assert not nothing[0]()[0].any()
