@@ -37,7 +37,7 @@ def parts(quick: bool) -> dict[str, Any]:
         return {
             "growth with windows": lambda: measures.over_windows(tiny, 64, FEW_COUNTS, steps=1),
             "tiny": lambda: against(tiny, 64, 1, 2, 2, [RELEASED, EXACT]),
-            "tiny, presets": lambda: against(tiny, 64, 1, 3, 1, names),
+            "tiny, presets": lambda: against(tiny, 64, 1, 12, 1, names),
             "kernels": lambda: measures.kernels({16: 16, 32: 16}, "cpu", torch.float32, least=0.02),
             "growth with pixels": lambda: measures.over_pixels(tiny, FEW_SIZES, False, steps=1),
             "growth with portraits": lambda: measures.over_portraits(tiny, 64, [1, 2], 1, steps=1),
@@ -134,17 +134,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    results = Results(args.out / "cpu.json")
+    name = "cpu-quick" if args.quick else "cpu"  # a first look replaces no figures
+    results = Results(args.out / f"{name}.json")
     todo = parts(args.quick)
     unknown = [name for name in args.only or () if name not in todo]
     if unknown:
-        parser.error(f"no part is called {unknown[0]!r}; there are {', '.join(todo)}")
-    for name in args.only or todo:
+        parser.error(f"no part is called {unknown[0]!r}; there are {', '.join(map(repr, todo))}")
+    for part in args.only or todo:
         start = time.perf_counter()
-        print(f"{name} ...", flush=True)
-        found = results.add(name, lambda: rounded(todo[name]()))
-        print(table({name: found}) + f"\n  ({time.perf_counter() - start:.0f} s)", flush=True)
-    picture(results, args.out / "cpu.png")
+        print(f"{part} ...", flush=True)
+        found = results.add(part, lambda: rounded(todo[part]()))
+        print(table({part: found}) + f"\n  ({time.perf_counter() - start:.0f} s)", flush=True)
+    picture(results, args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

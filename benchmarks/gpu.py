@@ -194,7 +194,7 @@ class Bench:
             "seconds of the second window without": plain[2],
             "times faster than without": plain[2] / second,
             "relative error of latents against without": measures.relative_error(latents, plain[0]),
-            "peak allocated, bytes": self._peak() - (measures.module_bytes(self.nets)),
+            "peak allocated, bytes": max(0, self._peak() - measures.module_bytes(self.nets)),
         }
 
     @cached_property
@@ -285,7 +285,7 @@ def picture(results: Results, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     names = list(Bench().parts)
-    parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(map(repr, names))}")
     parser.add_argument("--again", action="store_true", help="measure what is in gpu.json already, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the results (%(default)s)")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which no part begins (%(default)s)")
@@ -295,7 +295,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device here: run this where there is one (--device cpu --tiny tries it out)")
     start = time.perf_counter()
-    bench, results = Bench(args.device, args.tiny), Results(args.out / "gpu.json", args.device)
+    kind = "gpu-tiny" if args.tiny else "gpu"  # a trial replaces no figures
+    bench, results = Bench(args.device, args.tiny), Results(args.out / f"{kind}.json", args.device)
     for name in args.only or bench.parts:
         spent = time.perf_counter() - start
         if results.has(name) and not args.again:
@@ -313,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
         took = seconds_of(lambda: found.update(results.add(name, measure)), args.device)
         print(f"{table(name, found)}\n  ({took:.0f} s)", flush=True)
         measures.forget_peak(bench.device)
-    picture(results, args.out / "gpu.png")
+    picture(results, args.out / f"{kind}.png")
 
 
 if __name__ == "__main__":

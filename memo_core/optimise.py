@@ -62,6 +62,8 @@ def optimise(nets: Networks, options: Options) -> None:
     Raises:
         CheckpointError: the networks have been changed before, or the device or a host's layers do not allow an option.
     """
+    if not isinstance(options, Options):
+        raise CheckpointError(f"options must be an Options, received {options!r}")
     if nets.options is not None:
         raise CheckpointError(f"these networks already have options: {nets.options}; load them again for others")
     options = _decided(nets, options)

@@ -1,6 +1,7 @@
 """Solvers of the rectified flow's equation dx/dsigma = v(x, sigma), from noise (sigma 1) to the picture (sigma 0).
 
-Each takes `velocity(x, step)`, the net's answer at sigmas[step], and does one step per pair of neighbouring sigmas.
+Each takes `velocity(x, step)`, the net's answer at sigmas[step], and does one step per pair of neighbouring sigmas. It
+asks for every step but the last sigma, which is 0, once and in order: progress counts what it asks for.
 """
 
 from __future__ import annotations

@@ -32,12 +32,16 @@ class Speed:
     fp8_sums: bool = False
 
     def __post_init__(self) -> None:
-        low, high = self.guidance
+        try:
+            low, high = map(float, self.guidance)
+        except (TypeError, ValueError):
+            raise SamplingError(f"guidance must be (lowest, highest) sigma, received {self.guidance!r}") from None
+        object.__setattr__(self, "guidance", (low, high))  # one address for a list and a tuple
         if self.solver not in SOLVERS:
             raise SamplingError(f"solver must be one of {', '.join(SOLVERS)}, received {self.solver!r}")
         if not 0 <= low <= high <= 1:
             raise SamplingError(f"guidance must be (lowest, highest) sigma within 0 to 1, received {self.guidance!r}")
-        if not 0 <= self.reuse < 1:
+        if not isinstance(self.reuse, (int, float)) or not 0 <= self.reuse < 1:
             raise SamplingError(f"reuse must be at least 0 and below 1, received {self.reuse!r}")
         if self.max_steps is not None and not (isinstance(self.max_steps, int) and self.max_steps >= 1):
             raise SamplingError(f"max_steps must be None or a whole number from 1, received {self.max_steps!r}")

@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 def test_the_cpu_benchmark_writes_figures_and_a_chart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = ["growth with windows", "tiny", "tiny, presets", "kernels"]
     cpu.main(["--quick", "--out", str(tmp_path), "--only", *parts])
-    stored = json.loads((tmp_path / "cpu.json").read_text())
+    stored = json.loads((tmp_path / "cpu-quick.json").read_text())
     assert stored["hardware"]["torch"] == torch.__version__ and stored["hardware"]["cpu"]
     measured = stored["measured"]
     assert list(measured) == parts and not any("error" in found or "failed" in found for found in measured.values())
@@ -31,7 +31,7 @@ def test_the_cpu_benchmark_writes_figures_and_a_chart(tmp_path: Path, capsys: py
     assert len(against["seconds"]["exact"]["end to end"]) == 2
     assert 0 < measured["tiny, presets"]["relative error of latents against exact"]["draft"] < 1
     assert measured["growth with windows"]["windows"]["5"]["memory state, bytes"] > 0
-    assert (tmp_path / "cpu.png").stat().st_size > 10_000
+    assert (tmp_path / "cpu-quick.png").stat().st_size > 10_000
     assert "exact" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cpu.main(["--quick", "--out", str(tmp_path), "--only", "nothing"])
@@ -49,7 +49,7 @@ def test_the_gpu_benchmark_can_be_tried_on_the_cpu(
 
         broken.setattr(measures, "over_pixels", no_room)
         gpu.main(arguments)
-    measured = json.loads((tmp_path / "gpu.json").read_text())["measured"]
+    measured = json.loads((tmp_path / "gpu-tiny.json").read_text())["measured"]
     failed = [name for name, found in measured.items() if "error" in found or "failed" in found]
     assert failed == ["growth with pixels"] and "no room" in measured["growth with pixels"]["error"]
     assert list(measured) == list(gpu.Bench("cpu", tiny=True).parts)
@@ -57,12 +57,13 @@ def test_the_gpu_benchmark_can_be_tried_on_the_cpu(
     step = measured["roofline"][released.DIFFUSION_STEP]
     of_parts = [row["operations a step"] for part, row in measured["roofline"].items() if part != "diffusion step"]
     assert 0.5 * step["operations a step"] < sum(of_parts) < step["operations a step"] and step["share of peak"] > 0
-    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert (tmp_path / "gpu-tiny.png").stat().st_size > 10_000
     capsys.readouterr()
     gpu.main(arguments)
     printed = capsys.readouterr().out
     assert printed.count("measured already") == len(measured) - 1
-    assert not any("error" in found for found in json.loads((tmp_path / "gpu.json").read_text())["measured"].values())
+    stored = json.loads((tmp_path / "gpu-tiny.json").read_text())["measured"]
+    assert not any("error" in found for found in stored.values())
 
 
 def test_time_that_is_up_begins_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

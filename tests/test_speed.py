@@ -91,7 +91,7 @@ def test_the_store_does_not_mix_presets(
         (lambda: Speed(guidance=(0.0, math.nan)), ["nan", "0 to 1"]),
         (lambda: Speed(reuse=1.0), ["1.0", "below 1"]),
         (lambda: Speed(reuse=-0.1), ["-0.1", "at least 0"]),
-        (lambda: Speed(max_steps=0), ["0", "at least 1"]),
+        (lambda: Speed(max_steps=0), ["0", "from 1"]),
     ],
     ids=["name", "solver", "order", "range", "nan", "all reused", "negative", "no steps"],
 )
