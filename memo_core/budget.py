@@ -333,6 +333,7 @@ class Plan:
             words.append(f"sums of {self.sums_on_host} of {self.sums_on_host + self.sums_on_device} layers on the host")
         if self.row_by_row:
             words.append("row by row")
+        words = words or ["all on the device"]
         words.append(f"VAE {self.vae_frames} frame{'s' * (self.vae_frames > 1)} at once")
         return ", ".join(words)
 
@@ -574,14 +575,18 @@ def table(nets: Networks, height: int, width: int, budgets: Sequence[tuple[str, 
         parts = (whole.weights, whole.sums, whole.features, whole.working, whole.peak)
         lines.append(name.ljust(22) + "".join(f"{p / GIB:>{w}.1f}" for p, w in zip(parts, (9, 7, 10, 9, 7))))
     for title, room in budgets:
-        lines += ["", f"{title + f' ({room / GIB:.1f} GB)':<31}{'sums':>7}{'on host':>10}{'':9}{'peak':>7}"]
+        lines += ["", f"{title + f' ({room / GIB:.1f} GB)':<31}{'sums':>7}{'host RAM':>10}{'':9}{'peak':>7}"]
         for name, settings in ways.items():
             try:
                 chosen = plan(nets, height, width, settings, room)
             except SamplingError:
                 fewest = least(nets, height, width, settings).peak
-                lines.append(f"{name:<22}{'':26}{fewest / GIB:>16.1f}   does not fit")
+                lines.append(f"{name:<22}{'':26}{fewest / GIB:>16.1f}   does not fit: at least so much is needed")
                 continue
             parts = f"{chosen.sums / GIB:>16.1f}{chosen.on_host / GIB:>10.1f}{chosen.peak / GIB:>16.1f}"
             lines.append(f"{name:<22}{parts}   {chosen.describe()}")
+    lines += [
+        "",
+        f"Of a card {DRIVER / GIB:.1f} GB are the driver's. What is left over lets more frames through the VAE at once.",
+    ]
     return "\n".join(lines)

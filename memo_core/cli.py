@@ -507,6 +507,8 @@ def _print_budget(args: argparse.Namespace) -> int:
         nets = checkpoint.load(args.target, "meta", torch.bfloat16)
     height, width = args.size or (8 * nets.sample_size,) * 2
     check_size((height, width))
+    if max(height, width) > 4096:
+        raise MemoError(f"--size is {width}x{height}; up to 4096 pixels a side are counted")
     budgets = [(f"{size:g} GB card", int(size * budget.GIB) - budget.DRIVER) for size in (args.budget or 12, 8)]
     if args.budget:
         budgets = budgets[:1]

@@ -1,14 +1,14 @@
 """Sampling: one function denoises one window, a loop makes a clip and hands the memory on (MEMO sections 3 and 4.1).
 
-    past <- the portrait, held still                        before a video's first window
-    for every window of 16 frames:
-        memory <- 0.9^16 memory + sums(past)                kernels/naive.py, equations 3 and 4
-        x <- noise
-        for every step, from sigma 1 to 0:                  solvers.py
-            v <- unconditional + scale (conditional - unconditional), both by the Diffusion Net under
-                 portrait, sound, emotion and memory        kernels/naive.py, equation 2
-            x <- x + (next sigma - sigma) v
-        frames <- decode(x); past <- encode(frames)
+past <- the portrait, held still                        before a video's first window
+for every window of 16 frames:
+    memory <- 0.9^16 memory + sums(past)                kernels/naive.py, equations 3 and 4
+    x <- noise
+    for every step, from sigma 1 to 0:                  solvers.py
+        v <- unconditional + scale (conditional - unconditional), both by the Diffusion Net under
+             portrait, sound, emotion and memory        kernels/naive.py, equation 2
+        x <- x + (next sigma - sigma) v
+    frames <- decode(x); past <- encode(frames)
 """
 
 from __future__ import annotations
