@@ -585,8 +585,6 @@ def table(nets: Networks, height: int, width: int, budgets: Sequence[tuple[str, 
                 continue
             parts = f"{chosen.sums / GIB:>16.1f}{chosen.on_host / GIB:>10.1f}{chosen.peak / GIB:>16.1f}"
             lines.append(f"{name:<22}{parts}   {chosen.describe()}")
-    lines += [
-        "",
-        f"Of a card {DRIVER / GIB:.1f} GB are the driver's. What is left over lets more frames through the VAE at once.",
-    ]
+    rest = "are the driver's. What is left over lets more frames through the VAE at once."
+    lines += ["", f"Of a card {DRIVER / GIB:.1f} GB {rest}"]
     return "\n".join(lines)
