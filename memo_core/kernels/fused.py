@@ -28,10 +28,8 @@ def _weighted(key: Tensor, decay: float) -> tuple[Tensor, Tensor]:
 
 def memory_sums(key: Tensor, value: Tensor, decay: float = DECAY) -> tuple[Tensor, Tensor]:
     """As `naive.memory_sums`."""
-    batch, _, locations, heads, dim = key.shape
     key, key_of_kv = _weighted(key, decay)
-    kv = _by_location(key_of_kv).transpose(1, 2) @ _by_location(value)
-    return kv.view(batch, locations, heads, dim, dim), key.sum(dim=1)
+    return torch.einsum("bfnhd,bfnhe->bnhde", key_of_kv, value), key.sum(dim=1)
 
 
 def update_memory(
