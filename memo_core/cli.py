@@ -196,6 +196,7 @@ def generate(args: argparse.Namespace) -> int:
     from .face import check_size
     from .job import Settings
     from .memory import MemoryState
+    from .optimise import Options
     from .pipeline import MemoPipeline
     from .video import VideoWriter
 
@@ -217,7 +218,8 @@ def generate(args: argparse.Namespace) -> int:
     start, count = _span(args, count_frames(waveform.shape[1], rate, FPS), waveform.shape[1] / rate)
     device, dtype = _device(args)
 
-    pipe = MemoPipeline.from_pretrained(args.checkpoint, device, dtype, lora=args.lora or ())
+    options = Options(rows_on_threads=device.type == "cpu")
+    pipe = MemoPipeline.from_pretrained(args.checkpoint, device, dtype, lora=args.lora or (), options=options)
     reference = pipe.encode_reference(
         portrait,
         size=args.size,

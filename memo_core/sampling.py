@@ -35,6 +35,7 @@ from .optimise import GraphedStep
 from .reference import Reference, tensors_digest
 from .speed import StepCache, name_of
 from .store import WindowStore
+from .threads import side_by_side
 
 if TYPE_CHECKING:
     from .budget import Plan
@@ -97,6 +98,7 @@ def sample_window(
     options = getattr(nets, "options", None)  # networks in training have none
     if options and options.cuda_graphs and not speed.reuse and not getattr(conditions.memory, "on_host", False):
         whole, *halves = map(GraphedStep, (whole, *halves))
+    beside = bool(options and options.rows_on_threads) and not row_by_row and not speed.reuse
     low, high = speed.guidance
 
     def velocity(latents: Tensor, step: int) -> Tensor:
@@ -106,7 +108,11 @@ def sample_window(
         if not guided or not low <= sigmas[step] <= high:
             answer = halves[1](latents, shift)
         else:
-            both = [half(latents, shift) for half in halves] if row_by_row else whole(latents, shift).chunk(2)
+            if beside or row_by_row:
+                rows = [partial(half, latents, shift) for half in halves]
+                both = side_by_side(rows) if beside else [row() for row in rows]
+            else:
+                both = whole(latents, shift).chunk(2)
             unconditional, conditional = both
             answer = unconditional + settings.guidance_scale * (conditional - unconditional)
         if on_step is not None:
