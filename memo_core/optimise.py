@@ -33,9 +33,9 @@ class Options:
 
     Attributes:
         rows_on_threads: guidance's two rows run at the same time on a CPU, each with half of torch's threads. Measured
-            with 2 threads: end to end 1.06 to 1.1 times as fast, up to 1.4 where the machine is busy. `memo generate` does
-            it; here it is off, because what belongs to a thread (profilers, dispatch modes) does not see the others. Not
-            with `Speed.reuse`.
+            with 2 threads: end to end 1.06 to 1.1 times as fast, up to 1.4 where the machine is busy. `memo generate`
+            does it; here it is off, because what belongs to a thread (profilers, dispatch modes) does not see the
+            others. Not with `Speed.reuse`.
         channels_last: convolutions of both UNets and the VAE work on [h, w, C]. None is off: on the CPU a step takes as
             long (0.99 to 1.04), encoding 0.75 to 0.85 and decoding 0.97 to 1.06 of the time.
         fuse_qkv: queries, keys and values of the same tokens in one matrix product. The layers' names in a state dict
