@@ -84,7 +84,7 @@ def test_diffusion_net_begins_as_stable_diffusion_with_silent_modules(nets: Netw
     ours = nets.diffusion_net.predict(
         frames,
         torch.tensor([300.0]),
-        reference=[torch.empty(0)] * len(list(nets.diffusion_net.layers())),
+        reference=[torch.empty(0, 1, b.resnets[i].conv1.out_channels) for b, i, _ in nets.diffusion_net.layers()],
         memory=None,
         face_tokens=tokens,
         audio_tokens=torch.randn(1, 3, 5, 16),
