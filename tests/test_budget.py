@@ -169,7 +169,7 @@ def test_a_batch_costs_as_many_operations_as_its_samples(one: budget.Cost) -> No
     three = budget.count(replace(STAGE, optimizer=Optimizer(batch=3)), TINY, size=64)
     # All but the Reference Net's time embedding, which all share.
     assert three.operations == pytest.approx(3 * one.operations, rel=1e-3)
-    assert 2 * one.step.peak < three.step.peak < 3.1 * one.step.peak
+    assert 2 * one.step.peak < three.step.peak < 3.2 * one.step.peak
     accumulated = replace(one, stage=replace(STAGE, optimizer=Optimizer(accumulate=3)))
     assert accumulated.operations == 3 * one.operations
     assert accumulated.total == one.total + one.step.gradients - one.step.peak_gradients

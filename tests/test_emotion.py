@@ -334,19 +334,24 @@ def test_class_weights_mix_the_labels_embeddings() -> None:
     torch.manual_seed(0)
     norm = EmotionAdaNorm(12)
     x, labels = torch.randn(6, 5, 12), torch.tensor([3, 9])
+
+    def under(emotion: Tensor, x: Tensor = x) -> Tensor:
+        return norm(x, norm.modulation(emotion, x.dtype))
+
     certain = F.one_hot(labels, 10).float()
-    assert torch.equal(norm(x, labels), norm(x, certain))
+    assert torch.equal(under(labels), under(certain))
     per_frame = (each.repeat_interleave(3, dim=0) for each in (labels, certain))
-    assert torch.equal(*(norm(x, each) for each in per_frame))
+    assert torch.equal(*map(under, per_frame))
     mixed = torch.zeros(1, 10)
     mixed[0, 0], mixed[0, 4] = 0.7, 0.3
     table = norm.class_embedder.embedding_table.weight
     shift, scale = norm.adaLN_modulation[1](F.silu(0.7 * table[0] + 0.3 * table[4])).chunk(2)
-    assert torch.allclose(norm(x, mixed), F.layer_norm(x, (12,)) * (1 + scale) + shift, atol=1e-6)
+    assert torch.allclose(under(mixed), F.layer_norm(x, (12,)) * (1 + scale) + shift, atol=1e-6)
     caster = Caster(10, 12).bfloat16()
     norm.class_embedder.embedding_table = caster
-    assert torch.equal(norm(x, labels), norm(x, certain))
-    assert norm.bfloat16()(x.bfloat16(), mixed).dtype == torch.bfloat16
+    assert torch.equal(under(labels), under(certain))
+    norm.bfloat16()
+    assert under(mixed, x.bfloat16()).dtype == torch.bfloat16
 
 
 # ---- another frame rate

@@ -28,8 +28,10 @@ def _weighted(key: Tensor, decay: float) -> tuple[Tensor, Tensor]:
 
 def memory_sums(key: Tensor, value: Tensor, decay: float = DECAY) -> tuple[Tensor, Tensor]:
     """As `naive.memory_sums`."""
+    batch, frames, locations, heads, dim = key.shape
     key, key_of_kv = _weighted(key, decay)
-    return torch.einsum("bfnhd,bfnhe->bnhde", key_of_kv, value), key.sum(dim=1)
+    kv = key_of_kv.permute(0, 2, 3, 4, 1).reshape(-1, dim, frames) @ _by_location(value)
+    return kv.view(batch, locations, heads, dim, dim), key.sum(dim=1)
 
 
 def update_memory(
