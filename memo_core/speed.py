@@ -47,8 +47,8 @@ class Speed:
             raise SamplingError(f"max_steps must be None or a whole number from 1, received {self.max_steps!r}")
 
 
-# What a name means is part of every stored window's address, and tests hold it. Passes of a row per window, of 40, and
-# the latents' error on toon heads (benchmarks/presets.json, which also says what else was tried).
+# What a name means is part of every stored window's address, and tests hold it. What
+# they cost on toon heads, and what else was tried, is in benchmarks/presets.json; in passes of a row, of 40:
 PRESETS = {
     "exact": Speed(),
     "balanced": Speed(max_steps=10, solver="ab2", guidance=(0.0, 0.9), fp8_sums=True),  # 19 passes
