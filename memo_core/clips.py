@@ -111,8 +111,8 @@ class Clip(_Frames):
 
     def frames(self) -> Iterator[np.ndarray]:
         """Decodes window by window; yields uint8 [H, W, 3]."""
-        for window in self._windows():
-            yield from to_uint8(self.decode(window))
+        for number, window in enumerate(self._windows()):
+            yield from to_uint8(self.decode(window), number * WINDOW)
 
     def to_tensor(self) -> Tensor:
         """All frames, float32 [F, H, W, 3] in [0, 1]."""
@@ -130,7 +130,7 @@ class ImageClip(_Frames):
     """Frames that came back from elsewhere, such as an upscaler, with their place in the recording.
 
     Attributes:
-        images: [F, H, W, 3] float in [0, 1] on the CPU.
+        images: [F, H, W, 3] float in [0, 1] on the CPU, or [F, H, W, 4], whose transparent parts count as white.
         start, fps, sound, about: as in `Clip`.
     """
 
@@ -141,8 +141,12 @@ class ImageClip(_Frames):
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.shape[3] != 3 or 0 in self.images.shape:
-            raise SamplingError(f"images are [F, H, W, 3], at least one; received {list(self.images.shape)}")
+        if self.images.ndim != 4 or self.images.shape[3] not in (3, 4) or 0 in self.images.shape:
+            raise SamplingError(
+                f"images are [F, H, W, 3], or [F, H, W, 4] with transparency, at least one; received "
+                f"{list(self.images.shape)}"
+            )
+        check_finite(self.images)
         self._check()
 
     @property
@@ -156,14 +160,63 @@ class ImageClip(_Frames):
 
     def frames(self) -> Iterator[np.ndarray]:
         """Yields uint8 [H, W, 3]."""
-        for chunk in self.images.split(WINDOW):
-            yield from to_uint8(chunk.permute(0, 3, 1, 2))
+        for number, chunk in enumerate(self.images.split(WINDOW)):
+            yield from to_uint8(over_white(chunk).permute(0, 3, 1, 2), number * WINDOW)
 
     def to_tensor(self) -> Tensor:
         """[F, H, W, 3] in [0, 1]."""
-        return self.images
+        return over_white(self.images)
 
 
-def to_uint8(frames: Tensor) -> np.ndarray:
-    """[F, 3, H, W] in [0, 1] -> uint8 [F, H, W, 3]."""
+def check_finite(images: Tensor, first: int = 0) -> None:
+    """SamplingError that names the first of the frames [F, ...] with NaN or infinite values, which would be saved as
+    black or as noise.
+
+    Args:
+        first: number of the first frame, counted from 0. The error counts from 1.
+    """
+    if not images.is_floating_point():
+        return
+    for start in range(0, len(images), WINDOW):
+        chunk = images[start : start + WINDOW]
+        # A tenth of the time of isfinite, and no memory: NaN is the extreme of whatever it is in.
+        if chunk.numel() and not all(math.isfinite(value) for value in chunk.aminmax()):
+            bad = next(number for number, frame in enumerate(chunk, first + start + 1) if not frame.isfinite().all())
+            raise SamplingError(f"frame {bad} holds NaN or infinite values: look at the node or model that made it")
+
+
+def over_white(images: Tensor, transparency: Tensor | None = None) -> Tensor:
+    """Pictures [F, H, W, 4] in [0, 1] laid over white: [F, H, W, 3], to the level what Pillow makes of 8-bit pictures,
+    which is what the command does.
+
+    Opaque pixels keep their values to the last bit. Without any transparency this is a view.
+
+    Args:
+        images: [F, H, W, 3] or [F, H, W, 4].
+        transparency: [F, H, W] or [1, H, W], 1 where the pictures are transparent besides what they say themselves.
+    """
+    if images.shape[3] == 3 and transparency is None:
+        return images
+    result = None
+    for number, image in enumerate(images):  # one by one: the working memory of many would be a multiple of theirs
+        opacity = image[..., 3:].float() if image.shape[2] == 4 else torch.ones(1)
+        if transparency is not None:
+            hidden = transparency[number if len(transparency) > 1 else 0, ..., None]
+            # Whoever gives both gives the same twice.
+            opacity = torch.minimum(opacity.to(image.device), 1 - hidden.to(image.device, torch.float32))
+        opacity = (opacity.clamp(0, 1) * 255).round().int()
+        if bool((opacity == 255).all()):
+            continue
+        colours = image[..., :3]
+        levels = (colours.float().clamp(0, 1) * 255).round().int()
+        blended = (levels * opacity + 255 * (255 - opacity) + 127) // 255
+        if result is None:
+            result = images[..., :3].clone()
+        result[number] = torch.where(opacity == 255, colours, (blended.float() / 255).to(colours.dtype))
+    return images[..., :3] if result is None else result
+
+
+def to_uint8(frames: Tensor, first: int = 0) -> np.ndarray:
+    """[F, 3, H, W] in [0, 1] -> uint8 [F, H, W, 3]; SamplingError for NaN or infinite values, see `check_finite`."""
+    check_finite(frames, first)
     return (frames.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -154,7 +154,7 @@ def paste_back(
     last frame, so a still picture lasts as long as the clip and a listener, whose clip has ended, keeps still.
 
     Args:
-        frames: frames [h, w, 3] of any one size.
+        frames: frames of any one size, [h, w, 3], or [h, w, 4]: where those are transparent the picture shows.
         picture: one frame [H, W, 3], or a sequence of them.
         feather: width of the soft edge inside the box, in parts of its side, 0 (a hard edge) to 0.5. Sides where the
             box touches or leaves the picture have none: there is nothing to blend into.
@@ -185,7 +185,7 @@ def _paste(frames: Iterator[Frame], pictures: Iterator[Frame], box: Box, feather
     down = _feather(box.side, feather, box.top > 0, box.bottom < box.height)
     across = _feather(box.side, feather, box.left > 0, box.right < box.width)
     weight = (down[:, None] * across)[inside][..., None]
-    frame = below = patch = None
+    frame = below = patch = opacity = None
     while True:
         new_frame, new_below = next(frames, None), next(pictures, None)
         if frame is None and new_frame is None:
@@ -205,12 +205,28 @@ def _paste(frames: Iterator[Frame], pictures: Iterator[Frame], box: Box, feather
                 below = to_float(below)
             weight = weight.to(below.device)
         if new_frame is not None:
-            frame = check_frame(new_frame)
-            patch = resize_frames(to_float(frame), box.side, box.side)[inside]
+            frame = check_frame(new_frame, transparency=True)
+            patch, opacity = _patch(to_float(frame), box.side)
+            patch = patch[inside].to(below.device)
+            opacity = None if opacity is None else opacity[inside].to(below.device)
         result = below.clone()
-        mixed = torch.lerp(below[rows, columns].float(), patch.to(below.device), weight)
+        under = below[rows, columns].float()
+        if opacity is None:
+            mixed = torch.lerp(under, patch, weight)
+        else:
+            mixed = under + weight * (patch - opacity * under)
         result[rows, columns] = mixed.to(result.dtype)
         yield result
+
+
+def _patch(frame: Tensor, side: int) -> tuple[Tensor, Tensor | None]:
+    """A frame [h, w, 3 or 4] as a square, [side, side, 3]; with transparency premultiplied, and [side, side, 1]."""
+    colours, opacity = frame[..., :3], frame[..., 3:]
+    if bool((opacity >= 1).all()):  # also without a fourth channel
+        return resize_frames(colours, side, side), None
+    # Premultiplied: what nobody sees must not bleed into the edge when it is scaled.
+    opacity = opacity.clamp(0, 1).expand(-1, -1, 3)
+    return resize_frames(colours * opacity, side, side), resize_frames(opacity, side, side)[..., :1]
 
 
 def _feather(side: int, part: float, start: bool, end: bool) -> Tensor:
@@ -284,12 +300,14 @@ def smoothstep(x: Tensor) -> Tensor:
     return x * x * (3 - 2 * x)
 
 
-def check_frame(frame: Frame) -> Tensor:
-    """The frame as a tensor; ComposeError unless it is [H, W, 3], uint8 or float."""
+def check_frame(frame: Frame, transparency: bool = False) -> Tensor:
+    """The frame as a tensor; ComposeError unless it is [H, W, 3], uint8 or float; with transparency also [H, W, 4]."""
     tensor = torch.as_tensor(frame)
     known = tensor.dtype == torch.uint8 or tensor.is_floating_point()
-    if tensor.ndim != 3 or tensor.shape[2] != 3 or 0 in tensor.shape or not known:
-        raise ComposeError(f"a frame is uint8 or float [H, W, 3]; received {tensor.dtype} {list(tensor.shape)}")
+    channels = (3, 4) if transparency else (3,)
+    if tensor.ndim != 3 or tensor.shape[2] not in channels or 0 in tensor.shape or not known:
+        allowed = " or ".join(f"[H, W, {count}]" for count in channels)
+        raise ComposeError(f"a frame is uint8 or float {allowed}; received {tensor.dtype} {list(tensor.shape)}")
     return tensor
 
 

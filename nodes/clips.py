@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +62,7 @@ class ImagesToClip(io.ComfyNode):
             description="Makes a clip of images, for example of upscaled ones, at any size. The clip they came from "
             "brings back their time, speed and sound.",
             inputs=[
-                io.Image.Input("images", tooltip="The frames, one picture each."),
+                io.Image.Input("images", tooltip="The frames, one picture each. Transparent parts become white."),
                 io.Float.Input(
                     "fps",
                     default=FPS,
@@ -79,9 +81,8 @@ class ImagesToClip(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, images: Tensor, fps: float, clip: AnyClip | None = None, audio: dict | None = None
+        cls, images: Tensor, fps: float, clip: AnyClip | None = None, audio: Mapping | None = None
     ) -> io.NodeOutput:
-        images = images[..., :3].cpu()
         start, about, sound = 0.0, {}, None
         if clip is not None:
             # More images than the clip has frames were interpolated: they last as long as it did.
@@ -89,7 +90,7 @@ class ImagesToClip(io.ComfyNode):
             start, fps, about, sound = clip.start * denser, clip.fps * denser, clip.about, clip.sound
         if audio is not None:
             start, sound = 0, host.sound_of(audio)
-        return io.NodeOutput(ImageClip(images, round(start), fps, sound, about))
+        return io.NodeOutput(image_clip("images", images, fps, round(start), sound, about))
 
 
 class ConcatClips(io.ComfyNode):
@@ -165,7 +166,7 @@ class ConcatClips(io.ComfyNode):
         cross_fade: list[int],
         sizes: list[str],
         clips: Sequence[AnyClip | Tensor] = (),
-        audio: Sequence[dict] = (),
+        audio: Sequence[Mapping] = (),
         **slots: list[AnyClip | Tensor],
     ) -> io.NodeOutput:
         parts, names = [], []
@@ -180,7 +181,9 @@ class ConcatClips(io.ComfyNode):
             raise SamplingError("there is nothing to join: connect at least one clip or images to Concat Clips")
         # Plain images come at the video's speed.
         speed = fps[0] or next((part.fps for part in parts if not isinstance(part, Tensor)), FPS)
-        parts = [ImageClip(p[..., :3].cpu(), 0, speed) if isinstance(p, Tensor) else p for p in parts]
+        parts = [
+            image_clip(name, part, speed) if isinstance(part, Tensor) else part for name, part in zip(names, parts)
+        ]
         if len(audio) > 1:
             raise SamplingError(f"audio is a list of {len(audio)} recordings; one for the whole video is expected")
         sound = host.sound_of(audio[0]) if audio and audio[0] is not None else None
@@ -224,13 +227,28 @@ class InspectClip(io.ComfyNode):
         from ..memo_core.quality import draw_quality, measure
 
         if isinstance(clip, Tensor):
-            clip = ImageClip(clip[..., :3].cpu(), 0, FPS)
+            clip = image_clip("clip", clip)
         analyzer = None if model is None else model.face_analyzer
         found = measure(watched(clip.frames()), reference.pixels, analyzer, reference.face_embedding, fps=clip.fps)
         picture = host.to_image(draw_quality(found))
         likeness = found.likeness if found.identity is None else found.identity
         means = (float(np.mean(curve)) for curve in (likeness, found.colour, found.sharpness, found.motion))
         return io.NodeOutput(found.summary(), picture, *means, ui=host.preview(picture, cls))
+
+
+def image_clip(
+    name: str,
+    images: Tensor,
+    fps: float = FPS,
+    start: int = 0,
+    sound: Sound | None = None,
+    about: Mapping[str, Any] = MappingProxyType({}),
+) -> ImageClip:
+    """A clip of an IMAGE; SamplingError, with the input's name, for one that cannot be used."""
+    try:
+        return ImageClip(images.cpu(), start, fps, sound, about)
+    except SamplingError as error:
+        raise SamplingError(f"{name}: {error}") from error
 
 
 def watched(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -281,8 +299,11 @@ def write_video(
         if sound is not None:
             writer.write_audio(sound.waveform)
         elif rate is not None:
+            frames = 0
             for part in parts:
-                writer.write_audio(sound_at(part, frames_at(part, fps) / fps, rate))
+                # From frame to frame of the video: rounded for each by itself, many short clips would drift.
+                began, frames = frames, frames + frames_at(part, fps)
+                writer.write_audio(sound_at(part, round(frames / fps * rate) - round(began / fps * rate), rate))
         for number, frame in enumerate(joined(map(frames_of, parts), cross_fade), 1):
             writer.write_frames(frame)
             if number % WINDOW == 0 or number == total:
@@ -320,11 +341,12 @@ def paced(frames: Iterator[np.ndarray], part: AnyClip, fps: float) -> Iterator[n
         yield current
 
 
-def sound_at(part: AnyClip, seconds: float, rate: int) -> Tensor:
-    """The clip's sound, [channels, samples] at `rate`; silence for one without."""
+def sound_at(part: AnyClip, samples: int, rate: int) -> Tensor:
+    """The clip's sound, [channels, samples] at `rate`; silence for one without and where it ends before."""
     from ..memo_core.audio import resample
 
     if part.sound is None:
-        return torch.zeros(1, max(1, round(seconds * rate)))
-    own = part.sound.span(part.start / part.fps, seconds)
-    return own.waveform if own.sample_rate == rate else resample(own.waveform, own.sample_rate, rate)
+        return torch.zeros(1, samples)
+    own = part.sound.span(part.start / part.fps, samples / rate)
+    found = own.waveform if own.sample_rate == rate else resample(own.waveform, own.sample_rate, rate)
+    return torch.nn.functional.pad(found, (0, samples - found.shape[1]))  # which also cuts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from comfy_api.v0_0_2 import io
 from torch import Tensor
@@ -58,7 +59,7 @@ class DetectAudioEmotion(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: host.HostPipeline, audio: dict | Voice, sensitivity: float, smoothing: float
+        cls, model: host.HostPipeline, audio: Mapping | Voice, sensitivity: float, smoothing: float
     ) -> io.NodeOutput:
         track, speech = detect(model, audio, sensitivity, smoothing)
         picture = draw(track, speech)
@@ -104,14 +105,14 @@ class EditEmotion(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, emotion: EmotionTrack, lines: str, audio: dict | Voice | None = None) -> io.NodeOutput:
+    def execute(cls, emotion: EmotionTrack, lines: str, audio: Mapping | Voice | None = None) -> io.NodeOutput:
         track = emotion.edited(lines)
         picture = draw(track, None if audio is None else speech_of(audio))
         return io.NodeOutput(track, track.describe(), picture, ui=host.preview(picture, cls))
 
 
 def detect(
-    model: host.HostPipeline, audio: dict | Voice, sensitivity: float = 1.0, smoothing: float = 0.0
+    model: host.HostPipeline, audio: Mapping | Voice, sensitivity: float = 1.0, smoothing: float = 0.0
 ) -> tuple[EmotionTrack, Sound]:
     """See DetectAudioEmotion; also what was listened to."""
     speech = speech_of(audio)
@@ -124,7 +125,7 @@ def detect(
     return track, speech
 
 
-def speech_of(audio: dict | Voice) -> Sound:
+def speech_of(audio: Mapping | Voice) -> Sound:
     """The voice in AUDIO or MEMO_AUDIO."""
     return audio.speech if isinstance(audio, Voice) else host.sound_of(audio)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
-import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,9 @@ from server import PromptServer
 from torch import Tensor, nn
 
 from ..memo_core import budget, checkpoint
-from ..memo_core.clips import Sound
+from ..memo_core.clips import Sound, check_finite, over_white
 from ..memo_core.errors import AudioError, CheckpointError, MemoError, PortraitError, SamplingError
+from ..memo_core.files import replace_whole
 from ..memo_core.job import Job
 from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.store import WindowStore
@@ -43,7 +44,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KEPT_SUMS = 2**28  # bytes of memory sums that may stay between clips
 LISTENING_BYTES = 2**30  # working memory of the speech encoder, for minutes of sound at once
 ATTENTION = {"flash": "FLASH_ATTENTION", "memory efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
-_DEVICE_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # what Windows takes for devices
+# What Windows takes for devices, in any folder and whatever suffix follows.
+_DEVICE_NAMES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)\s*(\..*)?", re.I | re.S)
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
@@ -63,8 +65,12 @@ def checkpoints() -> dict[str, Path]:
     roots = [Path(root) for root in folder_paths.get_folder_paths(MODELS)]
     found = {name: checkpoint.assets() / name for name in checkpoint.EMBEDDED}
     for root in roots:
-        for folder in sorted(root.iterdir()) if root.is_dir() else ():
-            if folder.is_dir() and not folder.name.startswith("."):
+        try:
+            folders = sorted(folder for folder in root.iterdir() if folder.is_dir())
+        except OSError:  # absent, or nobody may look into it
+            continue
+        for folder in folders:
+            if not folder.name.startswith("."):
                 found.setdefault(folder.name, folder)
     return found | {RELEASED: found.get(RELEASED, roots[0] / RELEASED)}
 
@@ -87,24 +93,42 @@ def lora_file(name: str) -> Path:
 
 
 def inside(root: str | os.PathLike[str], name: str) -> Path:
-    """The file `name` under `root`.
+    """The file `name` under `root`, which need not exist.
 
     Raises:
-        MemoError: an absolute path, one that leads out of the root (also by a link), a name that stands for a device.
+        MemoError: an absolute path, one that leads out of the root (also by a link) or in a circle, a name that stands
+            for a device, or one that the system cannot hold.
     """
-    base = Path(root).resolve()
-    parts = re.split(r"[\\/]", name)
+    parts = re.split(r"[\\/]", name) if isinstance(name, str) else []
     bad = (
-        not name
+        not any(parts)
         or "\0" in name
         or ":" in name
         or name.startswith(("/", "\\", "~"))
         or ".." in parts
         or any(_DEVICE_NAMES.fullmatch(part.strip(" .")) for part in parts)
     )
-    if bad or not (base / name).resolve().is_relative_to(base):
-        raise MemoError(f"{name!r} is not a file inside {base.name}/: give a plain name, with subfolders if you like")
-    return base / name
+    why = ""
+    if not bad:
+        try:
+            name.encode()  # a lone surrogate is no character: such a file could be named by nobody
+            base = Path(root).resolve()
+            path = base / name
+            bad = not path.resolve().is_relative_to(base)
+            with suppress(FileNotFoundError, NotADirectoryError):  # a new one
+                path.stat()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, letters that do not exist
+            bad, why = True, f" ({getattr(error, 'strerror', None) or error})"
+    if bad:
+        raise MemoError(
+            f"{_shortened(repr(name))} is not a file inside {Path(root).name}/{why}: give a plain name, with "
+            "subfolders if you like"
+        )
+    return path
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def user_folder() -> Path:
@@ -347,7 +371,7 @@ class SpeedBook:
 
     def get(self, key: str) -> float | None:
         value = self._read().get(key)
-        return value if isinstance(value, (int, float)) and value > 0 else None
+        return value if isinstance(value, (int, float)) and 0 < value < math.inf else None
 
     def put(self, key: str, seconds: float) -> None:
         book = self._read()
@@ -355,9 +379,8 @@ class SpeedBook:
         book = dict([*book.items(), (key, round(seconds, 6))][-100:])
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, suffix=".part", delete=False) as file:
-                json.dump(book, file)
-            os.replace(file.name, self._path)
+            with replace_whole(self._path) as temporary:
+                temporary.write_text(json.dumps(book))
         except OSError as error:
             logger.debug("cannot write %s: %s", self._path, error)
 
@@ -389,26 +412,124 @@ def preview(image: Tensor, node: Any) -> ui.PreviewImage:
     return ui.PreviewImage(image, cls=node)
 
 
-def one_picture(image: Tensor) -> Tensor:
-    """The single picture of an IMAGE, [3, H, W] in [-1, 1]; PortraitError for a batch."""
-    if image.ndim != 4 or image.shape[0] != 1 or image.shape[3] not in (3, 4):
+def one_picture(image: Tensor, alpha_mask: Tensor | None = None) -> Tensor:
+    """The single picture of an IMAGE, over white where it is transparent: [3, H, W] in [-1, 1].
+
+    Raises:
+        PortraitError: a batch, NaN or infinite values, or a mask that does not fit; see `opaque`.
+    """
+    if image.ndim != 4 or image.shape[0] != 1 or image.shape[3] not in (3, 4) or 0 in image.shape:
         raise PortraitError(
             f"the portrait must be one picture, IMAGE [1, H, W, 3]; received {list(image.shape)}. "
             "The node ImageFromBatch picks one out of several"
         )
-    return image[0, :, :, :3].permute(2, 0, 1).float().clamp(0, 1) * 2 - 1
+    return opaque(image, alpha_mask)[0].permute(2, 0, 1).float().clamp(0, 1) * 2 - 1
 
 
-def sound_of(audio: dict[str, Any]) -> Sound:
-    """The recording in the host's AUDIO; AudioError for a batch or for no sound."""
-    if not isinstance(audio, dict) or "waveform" not in audio or "sample_rate" not in audio:
+def opaque(images: Tensor, alpha_mask: Tensor | None = None, name: str = "image") -> Tensor:
+    """Pictures of an IMAGE, [F, H, W, 3], over white where they are transparent, as the command shows them.
+
+    Args:
+        images: [F, H, W, 3] or [F, H, W, 4].
+        alpha_mask: MASK [H, W], [1, H, W] or [F, H, W], 1 where the pictures are transparent. Without any such place it
+            counts as none, whatever its size: for opaque pictures Load Image gives 64 x 64 zeros.
+        name: of the input, for errors.
+
+    Raises:
+        PortraitError: another shape, NaN or infinite values, a mask of another size.
+    """
+    if images.ndim != 4 or images.shape[3] not in (3, 4) or 0 in images.shape:
+        raise PortraitError(f"{name} holds pictures [F, H, W, 3] or [F, H, W, 4]; received {list(images.shape)}")
+    try:
+        check_finite(images)
+    except MemoError as error:
+        raise PortraitError(f"{name}: {error}") from error
+    if alpha_mask is None or not alpha_mask.any():
+        return over_white(images)
+    if alpha_mask.ndim < 2 or not alpha_mask.isfinite().all():
+        raise PortraitError(
+            f"alpha_mask is {list(alpha_mask.shape)}{' with NaN or infinite values' if alpha_mask.ndim > 1 else ''}: "
+            "connect the MASK of Load Image"
+        )
+    masks = alpha_mask.reshape(-1, *alpha_mask.shape[-2:])
+    if masks.shape[1:] != images.shape[1:3]:
+        raise PortraitError(
+            f"alpha_mask is {masks.shape[2]}x{masks.shape[1]} pixels and {name} {images.shape[2]}x{images.shape[1]}: "
+            "connect the MASK of the Load Image that the picture comes from, scaled and cut as the picture was"
+        )
+    if len(masks) not in (1, len(images)):
+        raise PortraitError(f"alpha_mask holds {len(masks)} masks and {name} {len(images)} pictures: one each, or one")
+    return over_white(images, masks)
+
+
+def sound_of(audio: Mapping[str, Any]) -> Sound:
+    """The recording in the host's AUDIO: any mapping, also one that reads its file when it is asked.
+
+    The waveform may be [samples], [channels, samples] or [1, channels, samples], a tensor or an array, of any number
+    format that `memo_core.audio` understands.
+
+    Raises:
+        AudioError: a batch, no sound, samples that are not finite, a rate that is no rate, or a file that could not be
+            read.
+    """
+    if not isinstance(audio, Mapping):
         raise AudioError(
             f"AUDIO holds a waveform and a sample rate; received {type(audio).__name__}: is there a sound?"
         )
-    waveform = audio["waveform"]
-    if waveform.ndim != 3 or waveform.shape[0] != 1:
-        raise AudioError(f"AUDIO must hold one recording, [1, channels, samples]; received {list(waveform.shape)}")
-    return Sound(waveform[0].detach().cpu().float(), int(audio["sample_rate"]))
+    try:
+        waveform, rate = audio["waveform"], audio["sample_rate"]
+    except management.InterruptProcessingException:
+        raise
+    except KeyError as error:
+        raise AudioError(
+            f"AUDIO holds a waveform and a sample rate; received one without {error}: is there a sound?"
+        ) from error
+    except Exception as error:  # whatever the pack that reads the file raises
+        reason = _shortened(" ".join(str(error).split()) or type(error).__name__)
+        raise AudioError(f"the sound cannot be read ({reason}): does the video or file have one?") from error
+    return Sound(_samples(waveform), _whole_rate(rate))
+
+
+def _samples(waveform: Any) -> Tensor:
+    """One recording as float32 [channels, samples] on the CPU, the same memory where it is that already."""
+    from ..memo_core.audio import _as_channels, _to_float
+
+    if not isinstance(waveform, Tensor):
+        try:
+            waveform = torch.from_numpy(np.require(waveform, requirements="CW"))
+        except (TypeError, ValueError) as error:
+            raise AudioError(f"the waveform is a {type(waveform).__name__} and no tensor of numbers") from error
+    shape = list(waveform.shape)
+    if waveform.ndim == 3 and shape[0] == 1:
+        waveform = waveform[0]
+    if waveform.ndim not in (1, 2):
+        raise AudioError(
+            f"AUDIO must hold one recording, [1, channels, samples]; received {shape}. Cut a batch into recordings, or "
+            "join them one after the other (AudioConcat)"
+        )
+    if 0 in shape:
+        raise AudioError(f"the recording holds no sound: [1, channels, samples] is expected, received {shape}")
+    channels = _as_channels(waveform)
+    if channels.dtype != torch.float32:
+        channels = torch.stack([_to_float(channel) for channel in channels])
+    if not all(math.isfinite(value) for value in channels.aminmax()):
+        bad = ~channels.isfinite().all(0)
+        raise AudioError(
+            f"{int(bad.sum())} of {len(bad)} samples are NaN or infinite, the first is number "
+            f"{int(bad.to(torch.uint8).argmax()) + 1}: look at the node that made the sound"
+        )
+    return channels
+
+
+def _whole_rate(rate: Any) -> int:
+    """The sample rate in whole Hz, of whatever kind of number it is."""
+    try:
+        hertz = round(float(rate))
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # no number, NaN, many
+        hertz = 0
+    if hertz < 1:
+        raise AudioError(f"the sample rate is {_shortened(repr(rate))}; it must be a positive number of Hz")
+    return hertz
 
 
 def audio_of(sound: Sound) -> dict[str, Any]:

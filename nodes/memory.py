@@ -104,16 +104,19 @@ class SaveMemoryState(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, filename_prefix: str = "memo/memory") -> bool | str:
         try:
-            host.inside(folder_paths.get_output_directory(), filename_prefix)
+            check_prefix(filename_prefix)
         except MemoError as error:
             return str(error)
         return True
 
     @classmethod
     def execute(cls, memory: MemoryState, filename_prefix: str) -> io.NodeOutput:
+        check_prefix(filename_prefix)
         root = folder_paths.get_output_directory()
-        host.inside(root, filename_prefix)
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, root)
+        try:
+            folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, root)
+        except OSError as error:  # a file where a folder should be, or nobody may write there
+            raise MemoError(f"cannot write {filename_prefix!r} into {Path(root).name}/: {error.strerror}") from error
         file = f"{name}_{counter:05}_{SUFFIX}"
         memory.save(Path(folder, file))
         annotated = f"{subfolder}/{file}" if subfolder else file
@@ -182,15 +185,26 @@ def saved_states() -> list[str]:
     ):
         base = Path(_ROOTS[root]())
         for path in folder.glob(f"*{SUFFIX}") if folder.is_dir() else ():
+            name = f"{path.relative_to(base).as_posix()} [{root}]"
             try:
-                found.append((path.stat().st_mtime, f"{path.relative_to(base).as_posix()} [{root}]"))
-            except OSError:
+                name.encode()  # or the browser could not name it
+                found.append((path.stat().st_mtime, name))
+            except (OSError, UnicodeEncodeError):
                 continue
     return [name for _, name in sorted(found, reverse=True)]
 
 
+def check_prefix(prefix: str) -> None:
+    """MemoError unless files whose names begin so can lie inside output/."""
+    root = folder_paths.get_output_directory()
+    host.inside(root, prefix)
+    host.inside(root, f"{prefix}_{1:05}_{SUFFIX}")  # which is longer
+
+
 def state_file(name: str) -> Path:
     """Where a state of this name lies: inside input/ or output/, and nowhere else."""
+    if not isinstance(name, str):
+        raise MemoError(f"{name!r} is not the name of a memory state")
     plain, _, root = name.removesuffix("]").rpartition(" [")
     if root not in _ROOTS or not plain.endswith(SUFFIX):
         raise MemoError(

@@ -6,15 +6,26 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..memo_core.clips import Clip, ImageClip
+from ..memo_core.clips import ImageClip, over_white
 from ..memo_core.compose import Box, centre_square, crop_square, face_square, paste_back
 from ..memo_core.errors import PortraitError
 from . import host
+from .clips import AnyClip, image_clip
 from .wires import CATEGORY, MemoBox, MemoClip, MemoModel, MemoReference, one_of
 
 LARGEST_FACE = -1
 LARGEST_SIZE = 2048  # pixels
 CROPS = ("face", "none")
+
+
+def alpha_mask_input() -> io.Input:
+    """Optional and last, so that graphs from before there was one still load."""
+    return io.Mask.Input(
+        "alpha_mask",
+        optional=True,
+        tooltip="MASK of Load Image: 1 where the picture is transparent. Those parts become white. For a cut-out; not "
+        "for a mask that was painted.",
+    )
 
 
 class EncodeReference(io.ComfyNode):
@@ -28,7 +39,9 @@ class EncodeReference(io.ComfyNode):
             "face (avatar).",
             inputs=[
                 MemoModel.Input("model", tooltip="From Load MEMO."),
-                io.Image.Input("image", tooltip="One picture of a face, seen from the front."),
+                io.Image.Input(
+                    "image", tooltip="One picture of a face, seen from the front. Transparent parts become white."
+                ),
                 io.Int.Input(
                     "size",
                     default=0,
@@ -60,6 +73,7 @@ class EncodeReference(io.ComfyNode):
                     "one.",
                 ),
                 io.Mask.Input("face_mask", optional=True, tooltip="Where the face is, if it is not found by itself."),
+                alpha_mask_input(),
             ],
             outputs=[
                 MemoReference.Output(display_name="reference", tooltip="The portrait as the networks see it."),
@@ -84,6 +98,7 @@ class EncodeReference(io.ComfyNode):
         margin: float,
         face_index: int,
         face_mask: Tensor | None = None,
+        alpha_mask: Tensor | None = None,
     ) -> io.NodeOutput:
         chosen = face_index != LARGEST_FACE
         if chosen and model.face_analyzer is None:
@@ -92,7 +107,7 @@ class EncodeReference(io.ComfyNode):
                 "to -1, or paint a face_mask"
             )
         reference = model.encode_reference(
-            host.one_picture(image),
+            host.one_picture(image, alpha_mask),
             size=size or model.default_size,
             crop=crop,
             margin=margin,
@@ -114,7 +129,7 @@ class CropPortrait(io.ComfyNode):
             description="Cuts a square with the face out of a picture of any shape: full body, several people. MEMO "
             "Paste Back lays the talking face into the picture again.",
             inputs=[
-                io.Image.Input("image", tooltip="The whole picture."),
+                io.Image.Input("image", tooltip="The whole picture. Transparent parts become white."),
                 io.Int.Input(
                     "face_index",
                     default=LARGEST_FACE,
@@ -156,6 +171,7 @@ class CropPortrait(io.ComfyNode):
                 ),
                 MemoModel.Input("model", optional=True, tooltip="Finds the face, if the checkpoint has face models."),
                 io.Mask.Input("face_mask", optional=True, tooltip="Where the face is; goes before all else."),
+                alpha_mask_input(),
             ],
             outputs=[
                 io.Image.Output(display_name="crop", tooltip="The square, for MEMO Encode Reference (crop: none)."),
@@ -175,11 +191,13 @@ class CropPortrait(io.ComfyNode):
         scale: float,
         model: host.HostPipeline | None = None,
         face_mask: Tensor | None = None,
+        alpha_mask: Tensor | None = None,
     ) -> io.NodeOutput:
+        image = host.opaque(image, alpha_mask)
         size = (image.shape[1], image.shape[2])
         face = one_mask(face_mask, image) if face_mask is not None else find_face(model, image, face_index)
         box = centre_square(size, center_x, center_y, scale) if face is None else face_square(size, face, margin)
-        crop = crop_square(image[..., :3], box)
+        crop = crop_square(image, box)
         return io.NodeOutput(crop, box, ui=host.preview(crop[:1], cls))
 
 
@@ -193,8 +211,14 @@ class PasteBack(io.ComfyNode):
             description="Lays a talking face back into the picture it was cut from, with a soft edge. Several "
             "speakers: once for each, one after the other; who has nothing to say keeps still.",
             inputs=[
-                io.MultiType.Input("clip", [MemoClip, io.Image], tooltip="The talking face."),
-                io.Image.Input("picture", tooltip="The whole picture, or frames that already hold another speaker."),
+                io.MultiType.Input(
+                    "clip", [MemoClip, io.Image], tooltip="The talking face. Where it is transparent the picture shows."
+                ),
+                io.Image.Input(
+                    "picture",
+                    tooltip="The whole picture, or frames that already hold another speaker. Transparent parts become "
+                    "white.",
+                ),
                 MemoBox.Input("box", tooltip="From MEMO Crop Portrait."),
                 io.Float.Input(
                     "feather",
@@ -209,12 +233,18 @@ class PasteBack(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip: Clip | ImageClip | Tensor, picture: Tensor, box: Box, feather: float) -> io.NodeOutput:
-        count = max(len(clip) if isinstance(clip, Tensor) else clip.num_frames, len(picture))
+    def execute(cls, clip: AnyClip | Tensor, picture: Tensor, box: Box, feather: float) -> io.NodeOutput:
+        pictures = image_clip("picture", picture).images
+        if isinstance(clip, Tensor):
+            clip = image_clip("clip", clip)
+            frames = clip.images
+        else:  # a clip's frames are opaque, but those that came back from elsewhere
+            frames = clip.images if isinstance(clip, ImageClip) and clip.images.shape[3] == 4 else clip.frames()
+        count = max(clip.num_frames, len(pictures))
         host.refuse_without_room(12 * count * box.height * box.width, f"{count} frames of {box.width}x{box.height}")
-        frames = clip[..., :3] if isinstance(clip, Tensor) else clip.frames()
+        below = pictures if pictures.shape[3] == 3 else (over_white(frame[None])[0] for frame in pictures)
         images = torch.empty(count, box.height, box.width, 3)
-        for number, frame in enumerate(paste_back(frames, picture[..., :3], box, feather)):
+        for number, frame in enumerate(paste_back(frames, below, box, feather)):
             if number % 16 == 0:
                 host.stop_if_interrupted()
             images[number] = frame
@@ -230,7 +260,7 @@ def find_face(model: host.HostPipeline | None, image: Tensor, face_index: int) -
                 "checkpoint has them, or set face_index to -1 and place the square by center_x, center_y and scale"
             )
         return None
-    pixels = (image[0, :, :, :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    pixels = (image[0].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     faces = model.face_analyzer.detect(pixels)
     index = max(face_index, 0)
     if index < len(faces):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from ..memo_core.speed import PRESETS
 from . import host
 from .clips import write_video
 from .emotion import detect
+from .portrait import alpha_mask_input
 from .run import sample
 from .voice import encode_voice
 from .wires import CATEGORY, MemoAudio, MemoClip, MemoEmotion, MemoMemory, MemoModel, MemoReference, Voice, one_of
@@ -152,7 +155,7 @@ class TalkingVideo(io.ComfyNode):
             "node. The other MEMO nodes are its parts.",
             inputs=[
                 MemoModel.Input("model", tooltip="From Load MEMO."),
-                io.Image.Input("image", tooltip="One picture of a face."),
+                io.Image.Input("image", tooltip="One picture of a face. Transparent parts become white."),
                 io.Audio.Input("audio", tooltip="The recording that is spoken."),
                 io.Combo.Input(
                     "emotion",
@@ -163,6 +166,7 @@ class TalkingVideo(io.ComfyNode):
                 *_sampling_inputs(),
                 MemoMemory.Input("memory", optional=True, tooltip="Goes on from an earlier video; without it, anew."),
                 _speed_input(),
+                alpha_mask_input(),
             ],
             outputs=[
                 io.Video.Output(display_name="video", tooltip="With sound; for Save Video."),
@@ -184,16 +188,18 @@ class TalkingVideo(io.ComfyNode):
         cls,
         model: host.HostPipeline,
         image: Tensor,
-        audio: dict,
+        audio: Mapping,
         emotion: str,
         steps: int,
         guidance: float,
         seed: int,
         memory: MemoryState | None = None,
         speed: str = EXACT,
+        alpha_mask: Tensor | None = None,
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
-        reference = model.encode_reference(host.one_picture(image), size=model.default_size, crop="face")
+        portrait = host.one_picture(image, alpha_mask)
+        reference = model.encode_reference(portrait, size=model.default_size, crop="face")
         voice = encode_voice(model, host.sound_of(audio), node_id=node_id)
         if emotion == "detect":
             track, _ = detect(model, voice)

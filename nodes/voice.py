@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from comfy_api.v0_0_2 import io
 
 from ..memo_core.checkpoint import VOCAL_SEPARATOR, assets, download_command
@@ -103,7 +105,13 @@ class EncodeAudio(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: host.HostPipeline, audio: dict, fps: float, context: str, separate_vocals: str, silence_gate: bool
+        cls,
+        model: host.HostPipeline,
+        audio: Mapping,
+        fps: float,
+        context: str,
+        separate_vocals: str,
+        silence_gate: bool,
     ) -> io.NodeOutput:
         sound = host.sound_of(audio)
         return io.NodeOutput(

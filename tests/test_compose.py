@@ -127,6 +127,24 @@ def test_the_edge_is_soft_but_not_at_the_pictures_border() -> None:
     assert border[20, 10, 0] < 0.05 and border[30, 19, 0] < 0.05, "the others are soft"
 
 
+def test_where_a_frame_is_transparent_the_picture_shows() -> None:
+    picture, box = noise(30, 40, 3), Box(5, 5, 21, 21, 40, 30)
+    colours = noise(64, 64, 3, seed=1)
+    (solid,) = paste_back(colours, picture, box)
+    (opaque,) = paste_back(torch.cat([colours, torch.ones(64, 64, 1)], 2), picture, box)
+    assert torch.equal(opaque, solid)
+    (nothing,) = paste_back(torch.cat([colours, torch.zeros(64, 64, 1)], 2), picture, box)
+    assert torch.equal(nothing, picture)
+    # Green that nobody sees, beside white: nothing of it bleeds into the edge.
+    cut = torch.ones(64, 64, 4)
+    cut[:, :30] = torch.tensor([0, 1, 0, 0])
+    (edge,) = paste_back(cut, torch.zeros(30, 40, 3), box, 0)
+    assert float(edge.max()) <= 1 and torch.equal(edge[..., 0], edge[..., 1]), "grey, from black to white"
+    levels = (cut * 255).to(torch.uint8).numpy()
+    (same,) = paste_back(levels, torch.zeros(30, 40, 3), box, 0)
+    torch.testing.assert_close(same, edge)
+
+
 def test_the_shorter_of_clip_and_picture_holds_its_last_frame() -> None:
     box = Box(0, 0, 4, 4, 8, 8)
     grey = torch.arange(1, 6)[:, None, None, None] / 10
@@ -172,7 +190,7 @@ def test_what_cannot_be_pasted_is_refused() -> None:
         (torch.zeros(0, 8, 8, 3), picture, "no frames"),
         (torch.zeros(1, 8, 8, 3), torch.zeros(0, 16, 16, 3), "no picture"),
         (torch.zeros(1, 8, 8, 3), torch.zeros(20, 16, 3), "16x16 picture.*came from"),
-        (torch.zeros(1, 8, 8, 4), picture, r"\[8, 8, 4\]"),
+        (torch.zeros(1, 8, 8, 5), picture, r"\[8, 8, 5\]"),
     ):
         with pytest.raises(ComposeError, match=match):
             list(paste_back(frames, below, box))
