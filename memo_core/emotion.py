@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .audio import SAMPLE_RATE, prepare_waveform
+from .checks import number, shown, whole
 from .clips import WINDOW
 from .errors import EmotionError
 from .nets.audio_module import EMOTION_LABELS
@@ -26,6 +27,7 @@ EMOTIONS = ("angry", "disgusted", "fearful", "happy", "neutral", "other", "sad",
 COLOURS = ("#d1495b", "#7a8b3c", "#7b5ea7", "#f2a93b", "#9aa5b1", "#a0785a", "#3f7cac", "#2a9d8f", "#5c6370")
 _NEUTRAL = EMOTIONS.index("neutral")
 _UNMOVED = [EMOTIONS.index(name) for name in ("neutral", "other", "unknown")]
+_MOST_FRAMES = 2**31  # two years of video
 _BATCH = 8  # segments of 3 s encoded at once
 
 
@@ -50,6 +52,17 @@ class EmotionTrack:
 
     def __post_init__(self) -> None:
         labels, probabilities, starts = self.labels, self.probabilities, self.segment_starts
+        strengths = self.strengths
+        for name, values in (
+            ("labels", labels),
+            ("probabilities", probabilities),
+            ("segment_starts", starts),
+            ("strengths", labels if strengths is None else strengths),
+        ):
+            if not isinstance(values, Tensor) or values.is_complex() or values.dtype == torch.bool:
+                raise EmotionError(f"{name} must be a tensor of numbers, received {shown(values)}")
+        if labels.is_floating_point():
+            raise EmotionError(f"labels must be whole numbers, received {labels.dtype}")
         if labels.ndim != 1 or not len(labels):
             raise EmotionError(f"labels have shape {tuple(labels.shape)}; [frames] with at least one frame is expected")
         if int(labels.min()) < 0 or int(labels.max()) >= len(EMOTIONS):
@@ -61,9 +74,8 @@ class EmotionTrack:
                 f"probabilities {tuple(probabilities.shape)} and segment_starts {tuple(starts.shape)} do not form "
                 f"[segments, {len(EMOTIONS)}] and [segments]"
             )
-        if not 0 < self.fps < math.inf:
-            raise EmotionError(f"fps is {self.fps!r}; it must be a positive number")
-        strengths = torch.ones(len(labels)) if self.strengths is None else self.strengths
+        fps = _fps(self.fps)
+        strengths = torch.ones(len(labels)) if strengths is None else strengths
         if strengths.shape != labels.shape or not ((strengths >= 0) & (strengths <= 1)).all():
             raise EmotionError(
                 f"strengths {tuple(strengths.shape)}, {float(strengths.min()) if len(strengths) else 0:g} to "
@@ -74,7 +86,7 @@ class EmotionTrack:
         object.__setattr__(self, "labels", labels.to("cpu", torch.int64, copy=True))
         object.__setattr__(self, "probabilities", probabilities.to("cpu", torch.float32, copy=True))
         object.__setattr__(self, "segment_starts", starts.to("cpu", torch.float64, copy=True))
-        object.__setattr__(self, "fps", float(self.fps))
+        object.__setattr__(self, "fps", fps)
         object.__setattr__(self, "strengths", strengths.to("cpu", torch.float32, copy=True))
 
     @property
@@ -91,8 +103,7 @@ class EmotionTrack:
     def constant(cls, label: str | int, num_frames: int, fps: float = 30) -> EmotionTrack:
         """One emotion throughout, as if detected with certainty. EmotionError for an unknown label or no frames."""
         index = emotion_index(label)
-        if num_frames < 1:
-            raise EmotionError(f"num_frames is {num_frames}; at least 1 is needed")
+        num_frames = _count(num_frames)
         certain = F.one_hot(torch.tensor([index]), len(EMOTIONS))
         return cls(torch.full((num_frames,), index), certain, torch.zeros(1), fps)
 
@@ -104,8 +115,12 @@ class EmotionTrack:
         outside the track.
         """
         index = emotion_index(label)
-        if not 0 <= strength <= 1:
-            raise EmotionError(f"strength is {strength!r}; it goes from 0 (neutral) to 1")
+        share = number(strength, 0, 1)
+        if share is None:
+            raise EmotionError(f"strength is {shown(strength)}; it goes from 0 (neutral) to 1")
+        for time in (start, end):
+            if number(time) is None:
+                raise EmotionError(f"the span {shown(start)} to {shown(end)} s is not one of two finite numbers")
         tolerance = 0.5 / self.fps
         if not (-tolerance <= start < end <= self.seconds + tolerance):
             raise EmotionError(
@@ -115,7 +130,7 @@ class EmotionTrack:
         if first == last:
             raise EmotionError(f"the span {start!r} to {end!r} s holds no frame at {self.fps:g} fps")
         labels, strengths = self.labels.clone(), self.strengths.clone()
-        labels[first:last], strengths[first:last] = index, strength
+        labels[first:last], strengths[first:last] = index, share
         return replace(self, labels=labels, strengths=strengths)
 
     def edited(self, text: str) -> EmotionTrack:
@@ -125,15 +140,15 @@ class EmotionTrack:
         an end of up to a window (16 frames) beyond it means its end.
         """
         track = self
-        for number, line, start, end, label, strength in _edits(text):
+        for count, line, start, end, label, strength in _edits(text):
             if start >= self.seconds:
-                raise _bad_line(number, line, f"it starts after the track's end at {self.seconds:.3f} s")
+                raise _bad_line(count, line, f"it starts after the track's end at {self.seconds:.3f} s")
             if end < math.inf and end > self.seconds + WINDOW / self.fps:
-                raise _bad_line(number, line, f"it ends at {end:g} s, the track at {self.seconds:.3f} s; write 'end'")
+                raise _bad_line(count, line, f"it ends at {end:g} s, the track at {self.seconds:.3f} s; write 'end'")
             try:
                 track = track.with_label(start, min(end, self.seconds), label, strength)
             except EmotionError as error:
-                raise _bad_line(number, line, str(error)) from error
+                raise _bad_line(count, line, str(error)) from error
         return track
 
     def spans(self) -> list[tuple[int, int, int, float]]:
@@ -157,10 +172,7 @@ class EmotionTrack:
 
         Raises EmotionError for an fps that is not a positive number, or num_frames below 1.
         """
-        if not 0 < fps < math.inf:
-            raise EmotionError(f"fps is {fps!r}; it must be a positive number")
-        if num_frames < 1:
-            raise EmotionError(f"num_frames is {num_frames}; at least 1 is needed")
+        fps, num_frames = _fps(fps), _count(num_frames)
         if (fps, num_frames) == (self.fps, self.num_frames):
             return self
         middles = (torch.arange(num_frames, dtype=torch.float64) + 0.5) * self.fps / fps
@@ -180,7 +192,9 @@ class EmotionTrack:
             [N, 10] float32: what a label's strength leaves is neutral's, and the null emotion's (9) is 0.
         """
         if per not in ("window", "frame"):
-            raise EmotionError(f"per must be 'window' or 'frame', received {per!r}")
+            raise EmotionError(f"per must be 'window' or 'frame', received {shown(per)}")
+        if not isinstance(frames, Tensor) or frames.dtype != torch.int64:
+            raise EmotionError(f"frames must be an int64 tensor, received {shown(frames)}")
         if frames.ndim != 1 or not len(frames):
             raise EmotionError(f"frames have shape {tuple(frames.shape)}; [N] with at least one frame is expected")
         frames = frames.clamp(0, self.num_frames - 1)
@@ -200,11 +214,26 @@ def emotion_index(label: str | int) -> int:
     """The index of an emotion given by name (any case) or index. Raises EmotionError for any other."""
     if isinstance(label, str) and label.strip().lower() in EMOTIONS:
         return EMOTIONS.index(label.strip().lower())
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(EMOTIONS):
-        return label
+    index = whole(label, 0, len(EMOTIONS) - 1)
+    if index is not None:
+        return index
     raise EmotionError(
-        f"unknown emotion {label!r}; allowed are {', '.join(EMOTIONS)} or their indices 0 to {len(EMOTIONS) - 1}"
+        f"unknown emotion {shown(label)}; allowed are {', '.join(EMOTIONS)} or their indices 0 to {len(EMOTIONS) - 1}"
     )
+
+
+def _fps(fps: float) -> float:
+    checked = number(fps, 0)
+    if not checked:
+        raise EmotionError(f"fps is {shown(fps)}; it must be a positive number")
+    return checked
+
+
+def _count(num_frames: int, name: str = "num_frames") -> int:
+    checked = whole(num_frames, 1, _MOST_FRAMES)
+    if checked is None:
+        raise EmotionError(f"{name} is {shown(num_frames)}; at least 1 is needed, and at most {_MOST_FRAMES}")
+    return checked
 
 
 # A time is seconds or m:ss, either with decimals.
@@ -229,27 +258,29 @@ def parse_emotion_lines(text: str) -> list[tuple[float, float, str, float]]:
 
 def _edits(text: str) -> list[tuple[int, str, float, float, str, float]]:
     """As `parse_emotion_lines`, with each line's number and text in front."""
+    if not isinstance(text, str):
+        raise EmotionError(f"edits of emotions are lines of text, received {shown(text)}")
     edits = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for count, line in enumerate(text.splitlines(), 1):
         line = line.partition("#")[0].strip()
         if not line:
             continue
         match = _LINE.fullmatch(line)
         if match is None:
-            raise _bad_line(number, line, "it does not read START-END EMOTION [STRENGTH], like 2.5-4 angry 0.7")
+            raise _bad_line(count, line, "it does not read START-END EMOTION [STRENGTH], like 2.5-4 angry 0.7")
         start, end, label, strength = match.groups()
         if label.lower() not in EMOTIONS:
-            raise _bad_line(number, line, f"{label!r} is not an emotion")
+            raise _bad_line(count, line, f"{label!r} is not an emotion")
         start, end = _seconds(start), _seconds(end)
         if not start < end:
-            raise _bad_line(number, line, "it does not end after it starts")
+            raise _bad_line(count, line, "it does not end after it starts")
         try:
             share = 1.0 if strength is None else float(strength)
         except ValueError:
             share = math.nan
         if not 0 <= share <= 1:
-            raise _bad_line(number, line, f"the strength {strength!r} is not a number from 0 to 1")
-        edits.append((number, line, start, end, label.lower(), share))
+            raise _bad_line(count, line, f"the strength {strength!r} is not a number from 0 to 1")
+        edits.append((count, line, start, end, label.lower(), share))
     return edits
 
 
@@ -314,12 +345,11 @@ def detect_emotion(
         AudioError: a bad recording.
         EmotionError: no frames, sensitivity or smoothing out of range, or encoder and head that do not fit each other.
     """
-    if not 0.1 <= sensitivity <= 10:
-        raise EmotionError(f"sensitivity is {sensitivity!r}; 0.1 to 10 are allowed")
-    if not 0 <= smoothing < math.inf:
-        raise EmotionError(f"smoothing is {smoothing!r} s; a finite number from 0 is expected")
-    if num_padded_frames < 1:
-        raise EmotionError(f"num_padded_frames is {num_padded_frames}; at least 1 is needed")
+    if number(sensitivity, 0.1, 10) is None:
+        raise EmotionError(f"sensitivity is {shown(sensitivity)}; 0.1 to 10 are allowed")
+    if number(smoothing, 0) is None:
+        raise EmotionError(f"smoothing is {shown(smoothing)} s; a finite number from 0 is expected")
+    num_padded_frames, fps = _count(num_padded_frames, "num_padded_frames"), _fps(fps)
     if encoder.feature_dim != head.feature_dim or head.classes != len(EMOTIONS):
         raise EmotionError(
             f"the emotion head reads {head.feature_dim} features and knows {head.classes} classes; expected are "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .audio import AudioTrack
 from .checkpoint import Networks
+from .checks import number, shown, whole
 from .clips import WINDOW
 from .emotion import EmotionTrack
 from .errors import SamplingError
@@ -43,17 +44,26 @@ class Settings:
     speed: str | Speed = "exact"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
-            raise SamplingError(f"steps must be a whole number from 1 to 1000, received {self.steps!r}")
-        if not isinstance(self.guidance_scale, (int, float)) or not 1 <= self.guidance_scale <= 100:
-            raise SamplingError(f"guidance_scale must be from 1 (no guidance) to 100, received {self.guidance_scale!r}")
-        object.__setattr__(self, "guidance_scale", float(self.guidance_scale))  # 3 and 3.0 are one setting
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
-            raise SamplingError(f"seed must be a whole number from 0 to 2^64 - 1, received {self.seed!r}")
+        for name, low, high, what in (
+            ("steps", 1, 1000, "a whole number from 1 to 1000"),
+            ("seed", 0, 2**64 - 1, "a whole number from 0 to 2^64 - 1"),
+        ):
+            value = whole(getattr(self, name), low, high)
+            if value is None:
+                raise SamplingError(f"{name} must be {what}, received {shown(getattr(self, name))}")
+            object.__setattr__(self, name, value)
+        scale = number(self.guidance_scale, 1, 100)
+        if scale is None:
+            raise SamplingError(
+                f"guidance_scale must be from 1 (no guidance) to 100, received {shown(self.guidance_scale)}"
+            )
+        object.__setattr__(self, "guidance_scale", scale)  # 3 and 3.0 are one setting
         if self.emotion_per not in ("window", "frame"):
-            raise SamplingError(f"emotion_per must be 'window' or 'frame', received {self.emotion_per!r}")
+            raise SamplingError(f"emotion_per must be 'window' or 'frame', received {shown(self.emotion_per)}")
         if self.face_token_rows not in FACE_TOKEN_ROWS:
-            raise SamplingError(f"face_token_rows must be one of {FACE_TOKEN_ROWS}, received {self.face_token_rows!r}")
+            raise SamplingError(
+                f"face_token_rows must be one of {FACE_TOKEN_ROWS}, received {shown(self.face_token_rows)}"
+            )
         if not isinstance(self.speed, Speed):
             object.__setattr__(self, "speed", speed_named(self.speed))
         steps = self.steps if self.speed.max_steps is None else min(self.steps, self.speed.max_steps)
@@ -93,15 +103,30 @@ class Job:
             SamplingError: arguments out of range or of the wrong shape. MemoryStateError: a memory of another
                 checkpoint or reference.
         """
+        for name, value, kind in (
+            ("reference", self.reference, Reference),
+            ("audio", self.audio, AudioTrack),
+            ("emotion", self.emotion, (EmotionTrack, type(None))),
+            ("memory", self.memory, MemoryState),
+            ("settings", self.settings, Settings),
+            ("noise", self.noise, (Tensor, type(None))),
+        ):
+            if not isinstance(value, kind):
+                wanted = kind[0] if isinstance(kind, tuple) else kind
+                raise SamplingError(f"{name} must be of type {wanted.__name__}, received {shown(value)}")
         features = nets.audio_proj.proj1.in_features
-        num_frames = _check_span(self.audio, self.emotion, self.start, self.num_frames, features)
+        start, num_frames = _check_span(self.audio, self.emotion, self.start, self.num_frames, features)
         wanted = [-(-num_frames // WINDOW), 4, WINDOW, *self.reference.latents.shape[2:]]
         if self.noise is not None and list(self.noise.shape) != wanted:
             raise SamplingError(f"noise must be {wanted} for {wanted[0]} windows, received {list(self.noise.shape)}")
+        floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        if self.noise is not None and self.noise.dtype not in floats:
+            raise SamplingError(f"noise must hold floating-point numbers, received {self.noise.dtype}")
         if self.noise is not None and not torch.isfinite(self.noise).all():
             raise SamplingError("noise holds NaN or infinite values")
         self.memory.require(nets.digest, self.reference.digest)
-        return replace(self, num_frames=num_frames)
+        self.memory.require_size(self.reference.latents.shape[1:], nets.image_proj.proj.in_features)
+        return replace(self, start=start, num_frames=num_frames)
 
     @property
     def windows(self) -> int:
@@ -156,18 +181,18 @@ class WindowInputs:
 
 def _check_span(
     audio: AudioTrack, emotion: EmotionTrack | None, start: int, num_frames: int | None, features: int
-) -> int:
-    """Number of frames to sample; SamplingError where the arguments do not fit each other."""
-    if not isinstance(start, int) or not 0 <= start < audio.num_frames:
+) -> tuple[int, int]:
+    """First frame and number of frames to sample; SamplingError where the arguments do not fit each other."""
+    first = whole(start, 0, audio.num_frames - 1)
+    if first is None:
         raise SamplingError(
-            f"start must be a frame from 0 to {audio.num_frames - 1} (the audio's last), received {start!r}"
+            f"start must be a frame from 0 to {audio.num_frames - 1} (the audio's last), received {shown(start)}"
         )
-    left = audio.num_frames - start
-    if num_frames is None:
-        num_frames = left
-    if not isinstance(num_frames, int) or not 1 <= num_frames <= left:
+    left = audio.num_frames - first
+    count = left if num_frames is None else whole(num_frames, 1, left)
+    if count is None:
         raise SamplingError(
-            f"num_frames must be from 1 to {left} (from frame {start} to the audio's end), received {num_frames!r}"
+            f"num_frames must be from 1 to {left} (from frame {first} to the audio's end), received {shown(num_frames)}"
         )
     if audio.embeddings[0].numel() != features:
         raise SamplingError(
@@ -179,4 +204,4 @@ def _check_span(
             f"the emotion track has {len(emotion.labels)} frames, the audio {audio.num_frames}: "
             "make both from one recording"
         )
-    return num_frames
+    return first, count

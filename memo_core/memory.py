@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,20 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .checks import number, shown, whole
 from .clips import WINDOW
 from .errors import MemoryStateError
 from .kernels import DECAY
 from .nets.memory_module import LazyMemory, Memory
 from .reference import tensors_digest
+from .tensorfile import UNREADABLE, open_tensors, save_tensors
 
 FORMAT, VERSION = "memo-memory-state", 1
 KEEP = 6 * WINDOW  # frames kept at least; a seventh window stays until the eighth comes, then both leave
 MAX_FILE_BYTES = 256 * 2**20
 _FORGOTTEN = 1e-9  # weight below which an entry is dropped
+_MAX_WEIGHT = 1e3  # a window just seen weighs 1
+_ALL_FADED = 1000  # frames after which no weight is left above _FORGOTTEN
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +54,23 @@ class MemoryEntry:
     digest: str = ""
 
     def __post_init__(self) -> None:
-        if self.latents.ndim != 4 or not 0 < self.latents.shape[0] <= WINDOW or self.latents.shape[1] != 4:
-            raise MemoryStateError(
-                f"an entry's latents are [F, 4, h, w] with F from 1 to {WINDOW}, received {list(self.latents.shape)}"
-            )
+        for name, tensor in (("latents", self.latents), ("face embedding", self.face_embedding)):
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32:
+                what = str(tensor.dtype) if isinstance(tensor, Tensor) else shown(tensor)
+                raise MemoryStateError(f"an entry's {name} must be a float32 tensor, received {what}")
+        shape = list(self.latents.shape)
+        if len(shape) != 4 or not 0 < shape[0] <= WINDOW or shape[1] != 4 or 0 in shape:
+            raise MemoryStateError(f"an entry's latents are [F, 4, h, w] with F from 1 to {WINDOW}, received {shape}")
         if tuple(self.face_embedding.shape) != (1, 512):
             raise MemoryStateError(f"an entry's face embedding is [1, 512], received {list(self.face_embedding.shape)}")
         if not (torch.isfinite(self.latents).all() and torch.isfinite(self.face_embedding).all()):
             raise MemoryStateError("an entry holds NaN or infinite values")
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            raise MemoryStateError(f"an entry's weight is finite and above 0, received {self.weight!r}")
+        weight = number(self.weight, 0, _MAX_WEIGHT)
+        if not weight:
+            raise MemoryStateError(
+                f"an entry's weight is above 0 and at most {_MAX_WEIGHT:g}, received {shown(self.weight)}"
+            )
+        object.__setattr__(self, "weight", weight)
         if not self.digest:
             object.__setattr__(self, "digest", tensors_digest(self.latents, self.face_embedding))
 
@@ -88,10 +96,24 @@ class MemoryState:
     digest: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        if self.horizon is not None and (not isinstance(self.horizon, int) or self.horizon < 1):
-            raise MemoryStateError(
-                f"horizon must be None (all of the past) or a whole number from 1, received {self.horizon!r}"
-            )
+        entries = self.entries
+        if not isinstance(entries, (tuple, list)) or not all(isinstance(entry, MemoryEntry) for entry in entries):
+            raise MemoryStateError(f"a memory's entries are MemoryEntry values, received {shown(entries)}")
+        object.__setattr__(self, "entries", tuple(entries))
+        if self.horizon is not None:
+            horizon = whole(self.horizon, 1)
+            if horizon is None:
+                raise MemoryStateError(
+                    f"horizon must be None (all of the past) or a whole number from 1, received {shown(self.horizon)}"
+                )
+            object.__setattr__(self, "horizon", horizon)
+        windows = whole(self.windows)
+        if windows is None:
+            raise MemoryStateError(f"windows must be a whole number from 0, received {shown(self.windows)}")
+        object.__setattr__(self, "windows", windows)
+        for name, text in (("model", self.model), ("reference", self.reference)):
+            if not isinstance(text, str) or len(text) > 200 or not text.isprintable():
+                raise MemoryStateError(f"a memory's {name} is the digest of one, received {shown(text)}")
         sizes = {tuple(entry.latents.shape[1:]) for entry in self.entries}
         if len(sizes) > 1:
             raise MemoryStateError(f"all windows of a memory have one latent size, received {sorted(map(list, sizes))}")
@@ -123,7 +145,8 @@ class MemoryState:
 
     def with_horizon(self, horizon: int | None) -> MemoryState:
         """The state that remembers only the last `horizon` windows from here on; None: all of the past it still has."""
-        return replace(self, horizon=horizon, entries=self.entries if horizon is None else self.entries[-horizon:])
+        state = replace(self, horizon=horizon)
+        return state if state.horizon is None else replace(state, entries=self.entries[-state.horizon :])
 
     def require(self, model: str, reference: str) -> None:
         """Raises MemoryStateError, naming both digests, if this state was made by another checkpoint or reference."""
@@ -133,6 +156,25 @@ class MemoryState:
                 raise MemoryStateError(
                     f"this memory state belongs to {name} {mine}{what}, but the {name} in use is {wanted}: "
                     f"use the same {name}, or start from an empty memory"
+                )
+
+    def require_size(self, latents: Sequence[int], face_embedding: int) -> None:
+        """Raises MemoryStateError where the windows remembered have another size than those to be sampled.
+
+        The digests of `require` say so of every state this program made; those in a file are what somebody wrote there.
+
+        Args:
+            latents: [4, h, w], of one frame of the reference.
+            face_embedding: how many numbers of it the checkpoint reads.
+        """
+        wanted = [list(latents), [1, face_embedding]]
+        for entry in self.entries[:1]:  # all have one size
+            found = [list(entry.latents.shape[1:]), list(entry.face_embedding.shape)]
+            if found != wanted:
+                raise MemoryStateError(
+                    f"this memory state {self.digest} holds latents {found[0]} and a face embedding {found[1]}, but "
+                    f"the reference has latents {wanted[0]} and the checkpoint reads a face embedding {wanted[1]}: use "
+                    "the reference and the checkpoint it was made with, or start from an empty memory"
                 )
 
     def push(
@@ -148,6 +190,11 @@ class MemoryState:
                 window.
         """
         self.require(model, reference)
+        for name, tensor in (("latents", latents), ("face_embedding", face_embedding)):
+            if not isinstance(tensor, Tensor):
+                raise MemoryStateError(f"{name} must be a tensor, received {shown(tensor)}")
+        if whole(windows) is None:
+            raise MemoryStateError(f"windows must be a whole number from 0, received {shown(windows)}")
         # Copies: nobody who holds the tensors given here can change the state through them.
         copies = (t.detach().to("cpu", torch.float32, copy=True).contiguous() for t in (latents, face_embedding))
         entry = MemoryEntry(*copies)
@@ -162,9 +209,10 @@ class MemoryState:
         After about 7 s nothing is left; what is sampled then starts from the portrait, as a new video does.
         """
         for name, value in (("seconds", seconds), ("fps", fps)):
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise MemoryStateError(f"{name} must be a finite number, at least 0, received {value!r}")
-        return replace(self, entries=self._faded(round(seconds * fps)))
+            if number(value, 0) is None:
+                raise MemoryStateError(f"{name} must be a finite number, at least 0, received {shown(value)}")
+        frames = float(seconds) * float(fps)
+        return replace(self, entries=self._faded(round(frames)) if frames < _ALL_FADED else ())
 
     def _faded(self, frames: int) -> tuple[MemoryEntry, ...]:
         return _weighted((entry, entry.weight * DECAY**frames) for entry in self.entries)
@@ -177,8 +225,12 @@ class MemoryState:
         full pasts three windows each, and what is left out weighs less than 0.9^48, 0.6%. A horizon counts again from
         the next window on.
         """
-        if not 0 <= weight <= 1:
-            raise MemoryStateError(f"weight must be from 0 to 1, received {weight!r}")
+        for state in (a, b):
+            if not isinstance(state, MemoryState):
+                raise MemoryStateError(f"two memory states can be blended, received {shown(state)}")
+        if number(weight, 0, 1) is None:
+            raise MemoryStateError(f"weight must be from 0 to 1, received {shown(weight)}")
+        weight = number(weight)
         if a.entries and b.entries:
             b.require(a.model, a.reference)
         weights: dict[str, float] = {}
@@ -212,7 +264,6 @@ class MemoryState:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically."""
-        path = Path(path)
         header = {
             "format": FORMAT,
             "version": str(VERSION),
@@ -231,12 +282,9 @@ class MemoryState:
         for i, entry in enumerate(self.entries):
             tensors[f"latents.{i}"] = entry.latents
             tensors[f"face_embedding.{i}"] = entry.face_embedding.clone()  # entries may share one tensor, files may not
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata=header)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            save_tensors(tensors, _path(path), header)
+        except UNREADABLE as error:
             raise MemoryStateError(f"cannot write the memory state to {path}: {error}") from error
 
     @classmethod
@@ -246,36 +294,68 @@ class MemoryState:
         Raises:
             MemoryStateError: no such file, not a memory state, of a later version, too large or damaged.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise MemoryStateError(f"no memory state at {path}")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise MemoryStateError(f"{path} has {path.stat().st_size} bytes, a memory state at most {MAX_FILE_BYTES}")
+        path = _path(path)
         try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
+            with open_tensors(path, MAX_FILE_BYTES) as file:
+                return cls._read(file)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise MemoryStateError(f"no memory state at {path}") from error
+        except UNREADABLE as error:
             raise MemoryStateError(f"{path} is not a readable memory state: {error}") from error
+        except MemoryStateError as error:
+            raise MemoryStateError(f"{path} {error}") from error
+
+    @classmethod
+    def _read(cls, file: Any) -> MemoryState:
+        """From an open file; what is wrong with it, in words that follow its name."""
+        header = file.metadata() or {}
         if header.get("format") != FORMAT:
-            raise MemoryStateError(f"{path} is a safetensors file, but not a memory state")
+            raise MemoryStateError("is a safetensors file, but not a memory state")
         if header.get("version") != str(VERSION):
-            raise MemoryStateError(f"{path} has version {header.get('version')}, this program reads version {VERSION}")
+            raise MemoryStateError(
+                f"has version {str(header.get('version'))[:40]}, this program reads version {VERSION}"
+            )
         try:
-            state = json.loads(header["state"])
+            state = json.loads(header.get("state", "null"))
+        except (ValueError, RecursionError) as error:
+            raise MemoryStateError(f"is damaged: its header is no JSON ({type(error).__name__})") from error
+        names = {"horizon", "windows", "model", "reference", "weights", "digest"}
+        if not isinstance(state, dict) or not names <= set(state) or not isinstance(state["weights"], list):
+            raise MemoryStateError(f"is damaged: its header should give {', '.join(sorted(names))}")
+        # Everything about the tensors before any of them.
+        count, found = len(state["weights"]), set(file.keys())
+        wanted = [name for i in range(count) for name in (f"latents.{i}", f"face_embedding.{i}")]
+        if count > len(found) or set(wanted) != found:
+            raise MemoryStateError(
+                f"is damaged: its header gives {count} windows, which does not fit its {len(found)} tensors "
+                f"{shown(sorted(found))}"
+            )
+        for name in wanted:
+            kind = file.get_slice(name).get_dtype()
+            if kind != "F32":
+                raise MemoryStateError(f"is damaged: {name} holds {kind}, a memory state holds F32 (float32)")
+        try:
             entries = tuple(
-                MemoryEntry(tensors[f"latents.{i}"], tensors[f"face_embedding.{i}"], float(weight))
+                MemoryEntry(file.get_tensor(f"latents.{i}"), file.get_tensor(f"face_embedding.{i}"), weight)
                 for i, weight in enumerate(state["weights"])
             )
-            loaded = cls(entries, state["horizon"], int(state["windows"]), state["model"], state["reference"])
-            digest = state["digest"]
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise MemoryStateError(f"{path} is damaged: {error}") from error
-        if loaded.digest != digest:
+            if any(entry.weight <= _FORGOTTEN for entry in entries):
+                raise MemoryStateError(f"a window weighs {_FORGOTTEN} or less")
+            loaded = cls(entries, state["horizon"], state["windows"], state["model"], state["reference"])
+        except MemoryStateError as error:
+            raise MemoryStateError(f"is damaged: {error}") from error
+        if loaded.digest != state["digest"]:
             raise MemoryStateError(
-                f"{path} is damaged: its contents have digest {loaded.digest}, its header says {digest}"
+                f"is damaged: its contents have digest {loaded.digest}, its header says {shown(state['digest'])}"
             )
         return loaded
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise MemoryStateError(f"a memory state's file is a path, received {shown(path)}") from None
 
 
 def _weighted(entries: Iterable[tuple[MemoryEntry, float]]) -> tuple[MemoryEntry, ...]:
@@ -505,8 +585,8 @@ class SumsCache:
                 None for all. It changes no bits.
         """
 
-        def on_host(number: int) -> bool:
-            return on_device is not None and number >= on_device
+        def on_host(place: int) -> bool:
+            return on_device is not None and place >= on_device
 
         steps = _horner(state.entries)
         keys = [f"{context}|{dtype}"] + [f"{factor:.9g}*+{entry.digest}" for factor, entry in steps]
@@ -516,12 +596,12 @@ class SumsCache:
         else:
             done, layers = 1, []
         self.clear()  # while they change: an interrupt must not leave half of a sum behind
-        for number, layer in enumerate(layers):
-            layer.move(on_host(number))
+        for place, layer in enumerate(layers):
+            layer.move(on_host(place))
         for factor, entry in steps[done - 1 :]:
             if not layers:
                 pairs = enumerate(of_entry(entry, None))
-                layers = [LayerSums(*pair, dtype, on_host(number)) for number, pair in pairs]
+                layers = [LayerSums(*pair, dtype, on_host(place)) for place, pair in pairs]
                 continue
             before = ((layer.bring(), factor) for layer in layers)
             for layer, pair in zip(layers, of_entry(entry, before), strict=True):

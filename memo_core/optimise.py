@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .checks import shown
 from .errors import CheckpointError
 from .nets.audio_module import AudioModule, JointAttention
 from .nets.fp8 import keep_in_fp8
@@ -58,6 +59,13 @@ class Options:
     fp8_weights: bool = False
     rows_on_threads: bool = False
 
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value, may_be_none = getattr(self, name), name in ("channels_last", "fuse_qkv")
+            if not isinstance(value, bool) and not (value is None and may_be_none):
+                kinds = "None, True or False" if may_be_none else "True or False"
+                raise CheckpointError(f"{name} must be {kinds}, received {shown(value)}")
+
 
 def optimise(nets: Networks, options: Options) -> None:
     """Changes loaded networks, in place and once: `nets.options` then says how, without None.
@@ -68,7 +76,7 @@ def optimise(nets: Networks, options: Options) -> None:
         CheckpointError: the networks have been changed before, or the device or a host's layers do not allow an option.
     """
     if not isinstance(options, Options):
-        raise CheckpointError(f"options must be an Options, received {options!r}")
+        raise CheckpointError(f"options must be an Options, received {shown(options)}")
     if nets.options is not None:
         raise CheckpointError(f"these networks already have options: {nets.options}; load them again for others")
     options = _decided(nets, options)

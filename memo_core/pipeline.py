@@ -15,9 +15,10 @@ from . import budget, checkpoint, emotion, waiting
 from .audio import AudioTrack, encode_audio
 from .budget import Plan
 from .checkpoint import Networks
+from .checks import shown
 from .clips import WINDOW, Clip
 from .emotion import EmotionTrack
-from .errors import PortraitError
+from .errors import CheckpointError, PortraitError, SamplingError
 from .face import EMBEDDING_SIZE, FaceAnalyzer, PortraitImage, prepare_portrait
 from .job import Job, Settings
 from .memory import MemoryState, SumsCache
@@ -60,7 +61,11 @@ class MemoPipeline:
             CheckpointError: names the files, or the first ten keys or layers, that do not fit; or an option that the
                 device does not allow.
         """
-        pairs = [file if isinstance(file, tuple) else (file, 1.0) for file in lora]
+        if isinstance(lora, (str, bytes, os.PathLike)) or not isinstance(lora, Iterable):
+            raise CheckpointError(
+                f"lora must be a list of files, or of pairs of file and strength, received {shown(lora)}"
+            )
+        pairs = [file if isinstance(file, (tuple, list)) else (file, 1.0) for file in lora]
         return cls(checkpoint.load(path, device, dtype, lora=pairs, options=options))
 
     def encode_audio(
@@ -195,6 +200,11 @@ class MemoPipeline:
         **settings: Any,
     ) -> Job:
         """What `sample_clip` would sample; its arguments."""
+        unknown = sorted(settings.keys() - Settings.__dataclass_fields__)
+        if unknown:
+            raise SamplingError(
+                f"unknown settings {', '.join(unknown)}; there are {', '.join(Settings.__dataclass_fields__)}"
+            )
         return Job(
             reference=ref,
             audio=audio,
@@ -208,6 +218,7 @@ class MemoPipeline:
 
     def count_stored(self, job: Job, store: WindowStore | None, on_window: Callable[[], None] = lambda: None) -> int:
         """How many windows, from the job's first on, need not be sampled because the store has them."""
+        _check_types(job, store, on_window=on_window)
         return count_stored(self.nets, job, store, on_window)
 
     def sample_windows(
@@ -231,6 +242,9 @@ class MemoPipeline:
         Raises:
             SamplingError: the job does not fit; names what would.
         """
+        _check_types(job, store, on_progress=on_progress, should_stop=should_stop)
+        if plan is not None and not isinstance(plan, Plan):
+            raise SamplingError(f"plan must be None or a budget.Plan, received {shown(plan)}")
         self._stop_listening()
         return sample_windows(
             self.nets,
@@ -249,6 +263,7 @@ class MemoPipeline:
         Raises:
             SamplingError: it does not fit; names what would.
         """
+        _check_types(job)
         room = budget.available_bytes(self.nets)
         if room is None:
             return None
@@ -314,6 +329,7 @@ class MemoPipeline:
 
     def collect(self, job: Job, windows: Iterable[Window]) -> tuple[Clip, MemoryState]:
         """The clip made of a job's windows, and the memory after them: the job's own, should there be no window."""
+        _check_types(job)
         latents, done, memory = torch.empty(4, job.num_frames, *job.reference.latents.shape[2:]), 0, job.memory
         for window in windows:
             latents[:, done : done + window.latents.shape[1]] = window.latents
@@ -332,11 +348,32 @@ class MemoPipeline:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1]."""
+        shape = list(latents.shape) if isinstance(latents, Tensor) else shown(latents)
+        if not isinstance(latents, Tensor) or latents.ndim != 4 or len(latents) != 4 or 0 in latents.shape:
+            raise SamplingError(f"latents are [4, F, h, w], received {shape}")
+        if not latents.is_floating_point() or latents.itemsize == 1:
+            raise SamplingError(f"latents are floating-point numbers, received {latents.dtype}")
         return decode(self.nets.vae, latents, self.nets.device)
 
 
+def _check_types(job: Job, store: WindowStore | None = None, **functions: Any) -> None:
+    if not isinstance(job, Job):
+        raise SamplingError(f"a job is what MemoPipeline.job makes, received {shown(job)}")
+    if store is not None and not isinstance(store, WindowStore):
+        raise SamplingError(f"store must be None or a WindowStore, received {shown(store)}")
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise SamplingError(f"{name} must be None or a function, received {shown(function)}")
+
+
 def _check_face_embedding(embedding: Tensor | np.ndarray) -> Tensor:
-    embedding = torch.as_tensor(embedding).detach().to("cpu", torch.float32, copy=True)
+    try:
+        embedding = torch.as_tensor(embedding)
+    except Exception as error:  # whatever torch says of a value that is no array of numbers
+        raise PortraitError(f"a face embedding is {EMBEDDING_SIZE} numbers, received {shown(embedding)}") from error
+    if embedding.is_complex() or embedding.dtype == torch.bool or embedding.is_quantized:
+        raise PortraitError(f"a face embedding is {EMBEDDING_SIZE} numbers, received {embedding.dtype}")
+    embedding = embedding.detach().to("cpu", torch.float32, copy=True)
     finite = bool(torch.isfinite(embedding).all())
     if embedding.shape not in ((EMBEDDING_SIZE,), (1, EMBEDDING_SIZE)) or not finite:
         raise PortraitError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .checks import shown, whole
 from .errors import PortraitError
 
 
@@ -30,6 +31,20 @@ class Reference:
     digest: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
+        for name, tensor in (
+            ("pixels", self.pixels),
+            ("latents", self.latents),
+            ("face_embedding", self.face_embedding),
+        ):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.itemsize == 1:
+                what = str(tensor.dtype) if isinstance(tensor, Tensor) else shown(tensor)
+                raise PortraitError(f"a reference's {name} must be a floating-point tensor, received {what}")
+        if self.faces_found is not None and whole(self.faces_found) is None:
+            raise PortraitError(
+                f"faces_found must be None or a whole number from 0, received {shown(self.faces_found)}"
+            )
+        if self.pixels.ndim != 3:
+            raise PortraitError(f"a reference's pixels are [3, H, W], received {list(self.pixels.shape)}")
         height, width = self.pixels.shape[-2:]
         for name, tensor, shape in (
             ("pixels", self.pixels, [3, height, width]),

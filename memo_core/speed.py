@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .checks import number, shown, whole
 from .errors import SamplingError
 from .solvers import SOLVERS
 
@@ -33,18 +34,29 @@ class Speed:
 
     def __post_init__(self) -> None:
         try:
-            low, high = map(float, self.guidance)
-        except (TypeError, ValueError):
-            raise SamplingError(f"guidance must be (lowest, highest) sigma, received {self.guidance!r}") from None
+            low, high = (number(value, 0, 1) for value in self.guidance)
+        except (TypeError, ValueError):  # no two of anything
+            low = high = None
+        if low is None or high is None or low > high:
+            raise SamplingError(
+                f"guidance must be (lowest, highest) sigma within 0 to 1, received {shown(self.guidance)}"
+            )
         object.__setattr__(self, "guidance", (low, high))  # one address for a list and a tuple
-        if self.solver not in SOLVERS:
-            raise SamplingError(f"solver must be one of {', '.join(SOLVERS)}, received {self.solver!r}")
-        if not 0 <= low <= high <= 1:
-            raise SamplingError(f"guidance must be (lowest, highest) sigma within 0 to 1, received {self.guidance!r}")
-        if not isinstance(self.reuse, (int, float)) or not 0 <= self.reuse < 1:
-            raise SamplingError(f"reuse must be at least 0 and below 1, received {self.reuse!r}")
-        if self.max_steps is not None and not (isinstance(self.max_steps, int) and self.max_steps >= 1):
-            raise SamplingError(f"max_steps must be None or a whole number from 1, received {self.max_steps!r}")
+        if not isinstance(self.solver, str) or self.solver not in SOLVERS:
+            raise SamplingError(f"solver must be one of {', '.join(SOLVERS)}, received {shown(self.solver)}")
+        reuse = number(self.reuse, 0)
+        if reuse is None or reuse >= 1:
+            raise SamplingError(f"reuse must be at least 0 and below 1, received {shown(self.reuse)}")
+        object.__setattr__(self, "reuse", reuse)
+        if self.max_steps is not None:
+            steps = whole(self.max_steps, 1)
+            if steps is None:
+                raise SamplingError(
+                    f"max_steps must be None or a whole number from 1, received {shown(self.max_steps)}"
+                )
+            object.__setattr__(self, "max_steps", steps)
+        if not isinstance(self.fp8_sums, bool):
+            raise SamplingError(f"fp8_sums must be True or False, received {shown(self.fp8_sums)}")
 
 
 # What a name means is part of every stored window's address, and tests hold it. What
@@ -64,7 +76,7 @@ def name_of(speed: Speed) -> str:
 def speed_named(name: str) -> Speed:
     """The preset of that name; SamplingError names those there are."""
     if not isinstance(name, str) or name not in PRESETS:
-        raise SamplingError(f"speed must be one of {', '.join(PRESETS)}, received {name!r}")
+        raise SamplingError(f"speed must be one of {', '.join(PRESETS)}, received {shown(name)}")
     return PRESETS[name]
 
 

@@ -8,14 +8,16 @@ import math
 import os
 import re
 import sys
-import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
+
+from .checks import number, shown
+from .errors import SamplingError
+from .files import remove_if_abandoned
+from .tensorfile import UNREADABLE, open_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,6 @@ SUFFIX = ".safetensors"
 MAX_BYTES = 10 * 2**30  # of the whole store, unless MEMO_STORE_GB says otherwise
 MAX_ENTRY_BYTES = 64 * 2**20  # one window at 512 x 512 takes 2 MiB
 _KEPT = 0.9  # share of the allowed size that is left after making room
-_ABANDONED = 3600  # seconds after which a half-written file belongs to nobody
 _KEY = re.compile(r"[0-9a-f]{16,64}")
 
 
@@ -32,17 +33,25 @@ class WindowStore:
 
     Several processes may use one folder: entries appear by renaming a whole file, carry a checksum, and one that is
     damaged or gone is simply not there. When the folder grows beyond `max_bytes`, what was used least recently goes
-    first. Where it cannot be written (a full disk), it says so once and goes on without keeping anything.
+    first. Where it cannot be written (a full disk), it says so once and goes on without keeping anything. Entries have
+    the rights of any new file, so that users who share a folder share them; one that may not be read is not there.
 
     Args:
         folder: made when first written to.
         max_bytes: size at which old entries are removed.
+
+    Raises:
+        SamplingError: a folder that is no path, a size that is no number above 0.
     """
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> None:
+        if not isinstance(folder, (str, os.PathLike)) or "\0" in os.fspath(folder):
+            raise SamplingError(f"a store's folder is a path, received {shown(folder)}")
+        if not number(max_bytes, 0):
+            raise SamplingError(f"a store's max_bytes is a number above 0, received {shown(max_bytes)}")
         self.folder, self.max_bytes = Path(folder), max_bytes
         self._bytes: int | None = None  # what the folder holds; known after the first look
-        self._writes = True
+        self._writes, self._reads_all = True, True
 
     @classmethod
     def default(cls, folder: str | os.PathLike[str] | None = None) -> WindowStore | None:
@@ -54,25 +63,32 @@ class WindowStore:
         return cls(wanted or folder or _user_cache() / "memo" / "windows", allowed_bytes())
 
     def path(self, key: str) -> Path:
-        """Where the entry of a key lies."""
-        if not _KEY.fullmatch(key):
-            raise ValueError(f"a key is 16 to 64 hexadecimal digits, received {key!r}")
+        """Where the entry of a key lies; SamplingError for what is no key."""
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise SamplingError(f"a key is 16 to 64 hexadecimal digits, received {shown(key)}")
         return self.folder / key[:2] / f"{key}{SUFFIX}"
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of an entry, None where there is none. A damaged one is reported, removed, and not there."""
+        """The tensors of an entry, None where there is none. A damaged one is reported, removed, and not there; one
+        that cannot be read (another user's, no file at all) is left alone, and the first is reported."""
         path = self.path(key)
         try:
-            if path.stat().st_size > MAX_ENTRY_BYTES:
-                raise ValueError(f"it has {path.stat().st_size} bytes")
-            with safe_open(path, "pt") as file:
+            with open_tensors(path, MAX_ENTRY_BYTES) as file:
                 checksum = (file.metadata() or {}).get("sha256")
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+                names = list(file.keys())
+                if any(file.get_slice(name).get_dtype() != "F32" for name in names):
+                    raise SafetensorError("it holds other numbers than float32")
+                tensors = {name: file.get_tensor(name).clone() for name in names}
             if checksum != _checksum(tensors):
-                raise ValueError("its checksum differs")
+                raise SafetensorError("its checksum differs")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, SafetensorError, ValueError, TypeError) as error:
+        except OSError as error:
+            if self._reads_all:
+                self._reads_all = False
+                logger.warning("a stored window cannot be read and is made anew: %s; further ones: no word", error)
+            return None
+        except SafetensorError as error:
             logger.warning("a stored window is damaged and is made anew: %s (%s)", path, error)
             _remove(path)
             return None
@@ -89,31 +105,27 @@ class WindowStore:
         path = self.path(key)
         if sum(tensor.nbytes for tensor in tensors.values()) > MAX_ENTRY_BYTES - 2**16:  # room for the header
             return
-        temporary = path.with_name(f".{uuid.uuid4().hex}.part")
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
             if self._bytes is None:
                 self._bytes = self._make_room()
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(whole, temporary, metadata={"sha256": _checksum(whole)})
-            self._bytes += temporary.stat().st_size
             try:
-                os.replace(temporary, path)
+                save_tensors(whole, path, {"sha256": _checksum(whole)})
             except PermissionError:  # on Windows, while another process reads the same entry
                 if not path.is_file():
                     raise
-                _remove(temporary)
+            self._bytes += path.stat().st_size
             if self._bytes > self.max_bytes:
                 self._bytes = self._make_room()
-        except (OSError, SafetensorError) as error:
+        except UNREADABLE as error:
             self._writes = False
-            _remove(temporary)
             logger.warning(
                 "finished windows are no longer kept in %s: %s. Nothing else is affected", self.folder, error
             )
 
     def _make_room(self) -> int:
-        """Removes what is too much, oldest use first, and files left half-written; returns the bytes that stay."""
+        """Removes what is too much, oldest use first, and what killed processes left; returns the bytes that stay."""
         found: list[tuple[float, int, Path]] = []
         for path in self.folder.glob("??/*"):
             try:
@@ -121,8 +133,7 @@ class WindowStore:
             except OSError:
                 continue
             if path.suffix == ".part":
-                if time.time() - about.st_mtime > _ABANDONED:
-                    _remove(path)
+                remove_if_abandoned(path)
             elif path.suffix == SUFFIX:
                 found.append((about.st_mtime, about.st_size, path))
         total = sum(size for _, size, _ in found)

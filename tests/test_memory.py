@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, relative_l2
@@ -528,6 +529,8 @@ def test_damaged_files_are_refused(tmp_path: Path, data) -> None:
         ({"state": "{"}, "damaged"),
         ({"state": "[]"}, "damaged"),
         ({"state": "{}"}, "damaged"),
+        ({"state": "[" * 100_000 + "]" * 100_000}, "damaged"),
+        ({"state": '{"horizon": ' + "9" * 5000 + "}"}, "damaged"),
     ],
 )
 def test_other_files_are_refused(saved: Path, changes: dict[str, str], named: str) -> None:
@@ -549,8 +552,22 @@ def test_other_files_are_refused(saved: Path, changes: dict[str, str], named: st
         {"weights": [1] * 4},
         {"windows": float("inf")},
         {"windows": "many"},
+        {"windows": -1},
+        {"windows": True},
+        {"windows": 1e400},
+        {"horizon": "x"},
+        {"horizon": 10**400},
+        {"model": ["m"]},
+        {"reference": None},
+        {"digest": 3},
+        {"weights": ["1", "1", "1"]},
+        {"weights": [True] * 3},
+        {"weights": [1e300] * 3},
+        {"weights": [1e-12] * 3},
+        {"weights": [1] * 100_000},
+        {"weights": "1"},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:40],
 )
 def test_a_header_that_does_not_fit_is_refused(saved: Path, change: dict) -> None:
     with safe_open(saved, "pt") as file:
@@ -591,11 +608,10 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(saved: Path, monkeypa
 SAVER = """
 import sys, time
 import torch
-from safetensors.torch import save
-from memo_core import MemoryState, memory
+from pathlib import Path
+from memo_core import MemoryState
 
-def half_written(tensors, path, metadata):
-    content = save(tensors, metadata)
+def half_written(path, content):
     with open(path, "wb") as file:
         file.write(content[: len(content) // 2])
     print("half", flush=True)
@@ -604,7 +620,7 @@ def half_written(tensors, path, metadata):
 first = MemoryState.empty().push(torch.zeros(16, 4, 8, 8), torch.ones(1, 512), "m", "r")
 first.save(sys.argv[1])
 print(first.digest, flush=True)
-memory.save_file = half_written
+Path.write_bytes = half_written
 first.push(torch.zeros(16, 4, 8, 8), torch.ones(1, 512), "m", "r").save(sys.argv[1])
 """
 
@@ -621,8 +637,108 @@ def test_a_process_killed_while_it_saves_leaves_the_state_before(tmp_path: Path)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
     assert half == "half" and MemoryState.load(path).digest == digest
-    make([16]).save(path)  # what the killed process left beside it is in nobody's way
+    assert len(list(tmp_path.iterdir())) == 2
+    make([16]).save(path)  # and what the killed process left beside it goes
+    assert list(tmp_path.iterdir()) == [path]
     assert MemoryState.load(path).digest == make([16]).digest
+
+
+def test_a_state_is_a_file_like_any_other(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        make([16]).save(tmp_path / "a.memory")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.memory").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_state_of_another_size_is_refused_before_sampling(
+    pipe: MemoPipeline, small: Reference, track: AudioTrack, tmp_path: Path
+) -> None:
+    """Its digests are what somebody wrote into a file."""
+    state = MemoryState.empty().push(torch.zeros(16, 4, 4, 4), FACE, pipe.nets.digest, small.digest)
+    state.save(tmp_path / "forged")
+    with pytest.raises(MemoryStateError, match=r"latents \[4, 4, 4\].*reference has latents \[4, 8, 8\]"):
+        pipe.job(small, track, memory=MemoryState.load(tmp_path / "forged"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.bool, torch.float16])
+@pytest.mark.parametrize("name", ["latents.1", "face_embedding.0"])
+def test_a_state_of_other_numbers_is_refused(saved: Path, dtype: torch.dtype, name: str) -> None:
+    with safe_open(saved, "pt") as file:
+        header = file.metadata()
+    tensors = load_file(saved)
+    save_file(tensors | {name: tensors[name].to(dtype)}, saved, metadata=header)
+    with pytest.raises(MemoryStateError, match=f"{name} holds"):
+        MemoryState.load(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"extra": torch.zeros(3)},
+        {"latents.3": torch.zeros(16, 4, 8, 8)},
+        {"latents.0": torch.zeros(16, 4, 0, 8)},
+        {"latents.0": torch.zeros(16, 8, 8, 8)},
+        {"latents.0": torch.zeros(16, 4, 4, 4)},
+        {"face_embedding.2": torch.zeros(512)},
+        {"latents.0": torch.full((16, 4, 8, 8), float("nan"))},
+    ],
+    ids=lambda change: f"{next(iter(change))} {list(next(iter(change.values())).shape)}",
+)
+def test_odd_tensors_are_refused(saved: Path, change: dict[str, torch.Tensor]) -> None:
+    with safe_open(saved, "pt") as file:
+        header = file.metadata()
+    save_file(load_file(saved) | change, saved, metadata=header)
+    with pytest.raises(MemoryStateError, match="damaged"):
+        MemoryState.load(saved)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", "a\0b", "x" * 5000, tmp_path / "\udcff", "", 3, None, [tmp_path]):
+        with pytest.raises(MemoryStateError):
+            MemoryState.load(path)
+    for path in (tmp_path / "no" / "x", "a\0b", "x" * 5000, "", 3, None, [tmp_path], tmp_path):
+        with pytest.raises(MemoryStateError):
+            make([16]).save(path)
+
+    def refused(*_: object) -> None:
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr("memo_core.tensorfile.open_regular", refused)  # root may read everything
+    with pytest.raises(MemoryStateError, match="Permission denied"):
+        MemoryState.load(tmp_path / "pipe")
+
+
+def test_numpy_numbers_are_numbers_and_truth_values_are_not() -> None:
+    state = make([16, 16])
+    assert state.with_horizon(np.int64(1)).horizon == 1 and state.decayed(np.float32(0.5)).digest
+    assert MemoryState.blend(state, state, np.float64(0.5)).entries
+    for call in (
+        lambda: MemoryState.empty(True),
+        lambda: MemoryState.empty(1.5),
+        lambda: state.with_horizon("2"),
+        lambda: state.with_horizon([]),
+        lambda: state.decayed(True),
+        lambda: state.decayed(None),
+        lambda: state.decayed(10**400),
+        lambda: MemoryState.blend(state, state, True),
+        lambda: MemoryState.blend(state, state, "0.5"),
+        lambda: MemoryState.blend(state, None, 0.5),
+        lambda: state.push(None, FACE, "m", "r"),
+        lambda: state.push(window(16, 0), FACE, "m", "r", windows="1"),
+        lambda: MemoryState(3),
+        lambda: MemoryState((3,)),
+        lambda: MemoryState(model=["m"]),
+        lambda: MemoryEntry("x", FACE),
+        lambda: MemoryEntry(window(16, 0), FACE, "1"),
+        lambda: MemoryEntry(window(16, 0), FACE, 1e300),
+    ):
+        with pytest.raises(MemoryStateError):
+            call()
+    assert state.decayed(1e300, 1e300).is_empty
 
 
 @pytest.mark.parametrize("seconds, fps", [(-1, 30), (float("nan"), 30), (1, float("nan")), (1, -30), ("2", 30)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference, sampling
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference, sampling, tensorfile
 from memo_core import store as store_module
 from memo_core.errors import MemoError
+from memo_core.files import replace_whole
 from memo_core.store import WindowStore
 
 KEY = "0123456789abcdef"
@@ -172,7 +175,7 @@ def test_a_huge_file_is_not_read(
 ) -> None:
     store.put(KEY, entry())
     monkeypatch.setattr(store_module, "MAX_ENTRY_BYTES", 1000)
-    monkeypatch.setattr(store_module, "safe_open", None)  # would fail if it were called
+    monkeypatch.setattr(tensorfile, "safe_open", None)  # would fail if it were called
     assert store.get(KEY) is None and "bytes" in caplog.text
 
 
@@ -187,11 +190,13 @@ def test_a_full_disk_turns_the_store_off_with_one_warning(
     fresh, _ = sampled(pipe, None, small, track)
     sampled(pipe, store, small, track, num_frames=16)
 
-    def full(tensors, path, metadata) -> None:
-        Path(path).write_bytes(b"half")
+    write_bytes = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> None:
+        write_bytes(path, data[: len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store_module, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with caplog.at_level(logging.WARNING):
         latents, stored = sampled(pipe, store, small, track, num_frames=40)
     assert stored == [True, False, False] and torch.equal(latents, fresh)
@@ -224,14 +229,69 @@ def test_what_was_used_least_recently_goes_first(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in files(store)) <= 5 * entry_bytes
 
 
-def test_half_written_files_of_a_killed_process_are_cleared(store: WindowStore) -> None:
+def test_half_written_files_of_a_killed_process_are_cleared_and_those_of_a_living_one_stay(store: WindowStore) -> None:
     store.put(KEY, entry())
-    old, new = store.path(KEY).with_name(".old.part"), store.path(KEY).with_name(".new.part")
-    for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (time.time() - 86400,) * 2)
-    WindowStore(store.folder).put("f" * 16, entry())
-    assert not old.exists() and new.exists()
+    left = store.path(KEY).with_name(f".{'e' * 16}.safetensors.01234567.part")
+    left.write_bytes(b"half")
+    with replace_whole(store.path(KEY[:2] + "d" * 14)) as written:
+        os.utime(written, (time.time() - 86400,) * 2)  # however long it takes
+        WindowStore(store.folder).put("f" * 16, entry())
+        assert not left.exists() and written.exists()
+        written.write_bytes(b"whole")
+
+
+def test_entries_have_the_rights_of_any_new_file(store: WindowStore) -> None:
+    before = os.umask(0o027)
+    try:
+        store.put(KEY, entry())
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(store.path(KEY).stat().st_mode) == 0o640
+    assert [path.name for path in files(store)] == [f"{KEY}.safetensors"]
+
+
+def test_an_entry_that_may_not_be_read_is_not_damaged(
+    store: WindowStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.put(KEY, entry())
+
+    def refused(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patch:  # root, who runs some tests, may read everything
+        patch.setattr(tensorfile, "open_regular", refused)
+        assert store.get(KEY) is None and store.get(KEY) is None
+    assert len(caplog.records) == 1 and "Permission denied" in caplog.text and "damaged" not in caplog.text
+    assert store.get(KEY) is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_place_of_an_entry_is_no_entry(store: WindowStore, caplog: pytest.LogCaptureFixture) -> None:
+    store.path(KEY).parent.mkdir(parents=True)
+    os.mkfifo(store.path(KEY))
+    assert store.get(KEY) is None and "regular file" in caplog.text
+    store.put(KEY, entry())
+    assert store.get(KEY) is not None
+
+
+def test_an_entry_of_other_numbers_is_damaged(store: WindowStore, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in entry().items()}
+    store.path(KEY).parent.mkdir(parents=True)
+    save_file(tensors, store.path(KEY), {"sha256": "0" * 64})
+    assert store.get(KEY) is None and "damaged" in caplog.text and not store.path(KEY).exists()
+
+
+@pytest.mark.parametrize("key", [3, None, b"0" * 16, ["0" * 16], "0" * 15, "x" * 16])
+def test_what_is_no_key_is_named(store: WindowStore, key: object) -> None:
+    for call in (store.path, store.get, lambda key: store.put(key, entry())):
+        with pytest.raises(MemoError, match="hexadecimal digits, received"):
+            call(key)
+
+
+@pytest.mark.parametrize("folder, size", [(3, 100), ("a\0b", 100), ("a", "much"), ("a", True), ("a", float("nan"))])
+def test_what_is_no_store_is_named(folder: object, size: object) -> None:
+    with pytest.raises(MemoError, match="received"):
+        WindowStore(folder, size)
 
 
 def test_a_key_cannot_leave_the_folder(store: WindowStore) -> None:
