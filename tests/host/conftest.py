@@ -11,7 +11,7 @@ import pytest
 from .harness import Host, find_host, find_python
 
 # A pack like many others: it has a top-level `nodes`, and puts its folder first on the path, where a module waits
-# for whoever imports memo_core by its absolute name.
+# for whoever imports memo_core by its absolute name. Its sound is read when it is asked for.
 OTHER_PACK = {
     "__init__.py": """
 import os, sys
@@ -27,7 +27,30 @@ class Other:
     def run(self, value):
         return {"ui": {"text": [str(value)]}, "result": (value,)}
 
-NODE_CLASS_MAPPINGS = {"OtherPackNode": Other}
+from collections.abc import Mapping
+import torch
+
+class Sound(Mapping):
+    def __init__(self, samples):
+        self.samples = samples
+    def __getitem__(self, key):
+        if not self.samples:
+            raise Exception("failed to extract audio from clip.mp4:\\nno such stream")
+        return {"waveform": torch.sin(torch.arange(self.samples) / 20)[None, None] / 2, "sample_rate": 16000}[key]
+    def __iter__(self):
+        return iter(("waveform", "sample_rate"))
+    def __len__(self):
+        return 2
+
+class LazySound:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("AUDIO",), "run", "other"
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"samples": ("INT", {"default": 1})}}
+    def run(self, samples):
+        return (Sound(samples),)
+
+NODE_CLASS_MAPPINGS = {"OtherPackNode": Other, "OtherPackLazySound": LazySound}
 """,
     "memo_core.py": "raise ImportError('imported the memo_core of another pack')\n",
 }

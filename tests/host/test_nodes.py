@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from memo_core import checkpoint
+from memo_core.face import prepare_portrait
 from memo_core.lora import Adapter, Factors
 from memo_core.nets.weights import WEIGHTS
 
@@ -146,6 +147,44 @@ def test_one_sample_is_a_frame_and_none_is_refused(host: Host) -> None:
     assert error.node == voice[0] and "holds no sound" in error.message
 
 
+def test_sound_that_is_read_when_asked_for_is_sound(host: Host) -> None:
+    graph = Graph()
+    model = graph.model()
+    sound = graph.add("OtherPackLazySound", samples=8000)
+    settings = {"fps": 30.0, "context": "local", "separate_vocals": "off", "silence_gate": False}
+    voice = graph.add("MEMO_EncodeAudio", model=model, audio=[sound, 0], **settings)
+    clip = graph.clip(model, graph.reference(model), [voice, 0])
+    save = graph.save([clip, 0], audio=[sound, 0])
+    frames, heard, rate, _ = video(host, run(host, graph), save)
+    assert len(frames) == 15 and np.abs(heard).max() > 0.3
+    graph[sound]["inputs"]["samples"] = 0  # a video without sound
+    error = fails(host, graph).error
+    assert error.node == voice and error.message.strip() == (
+        "the sound cannot be read (failed to extract audio from clip.mp4: no such stream): does the video or file have "
+        "one?"
+    )
+
+
+@pytest.mark.parametrize(("samples", "fps", "wanted"), [(8533, 24.0, 13), (8534, 30.0, 17)])
+def test_a_recording_and_its_video_last_equally_long(host: Host, samples: int, fps: float, wanted: int) -> None:
+    """16 frames at 30 a second are 8533 samples and a third: one more sample is one more frame."""
+    write_wav(host, "length.wav", (np.sin(np.arange(samples) / 20) * 2**14).astype(np.int16))
+    graph = Graph()
+    model = graph.model()
+    voice = graph.voice(model, "length.wav", fps=fps)
+    first = graph.clip(model, graph.reference(model), voice, duration=8 / fps)
+    second = graph.clip(model, graph.reference(model), voice, start=[first, 2], memory=[first, 1])
+    parts = []
+    for clip in (first, second):
+        decoded = graph.add("MEMO_ClipToImages", clip=[clip, 0])
+        parts.append([graph.add("MEMO_ImagesToClip", images=[decoded, 0], audio=[decoded, 1], fps=fps), 0])
+    save = graph.save(*parts)
+    done = run(host, graph)
+    frames, sound, rate, found = video(host, done, save)
+    assert len(frames) == wanted and found == fps
+    assert sound.shape[1] / rate == pytest.approx(wanted / fps, abs=0.03)
+
+
 def test_vocals_are_separated_from_a_song(host: Host) -> None:
     graph = Graph()
     model = graph.model()
@@ -259,6 +298,10 @@ BAD_NAMES = [
     "C:\\secret.safetensors [input]",
     "link/secret.safetensors [output]",
     "CON.safetensors [input]",
+    "com¹.safetensors [input]",
+    "loop/state.safetensors [output]",
+    "\ud800.safetensors [input]",
+    f"{'x' * 300}.safetensors [input]",
     "memo/memory_00001_.safetensors [temp]",
     "memo/memory_00001_.safetensors",
     "absent.safetensors [input]",
@@ -270,16 +313,19 @@ def test_no_state_is_read_outside_of_the_hosts_folders(host: Host, state: str, n
     (tmp_path / "secret.safetensors").write_bytes(
         (host.base / "output" / "memo" / Path(state.split()[0]).name).read_bytes()
     )
-    link = host.base / "output" / "link"
-    link.unlink(missing_ok=True)
-    link.symlink_to(tmp_path)
+    link, loop = host.base / "output" / "link", host.base / "output" / "loop"
+    for path, target in ((link, tmp_path), (loop, loop)):
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
     graph = Graph()
     loaded = graph.add("MEMO_MemoryState", file=name, horizon=0, silence=0.0)
     graph.add("MEMO_InspectMemoryState", memory=[loaded, 0])
     assert refused(host, graph, loaded)
 
 
-@pytest.mark.parametrize("prefix", ["../outside", "/tmp/outside", "memo/../../outside", "NUL", "link/outside", "~/x"])
+@pytest.mark.parametrize(
+    "prefix", ["../outside", "/tmp/outside", "memo/../../outside", "NUL", "link/outside", "~/x", "nul .txt"]
+)
 def test_no_state_is_written_outside_of_the_output_folder(host: Host, state: str, prefix: str, tmp_path: Path) -> None:
     link = host.base / "output" / "link"
     link.unlink(missing_ok=True)
@@ -351,6 +397,35 @@ def test_a_mask_says_where_the_face_is(host: Host) -> None:
     save = graph.add("SaveImage", images=[cut, 0], filename_prefix="memo/crop")
     frames = pictures(host, run(host, graph), save)
     assert frames.shape == (1, 50, 50, 3)
+
+
+def test_a_cut_out_is_laid_over_white_as_by_the_command(host: Host) -> None:
+    pixels = write_picture(host, "cutout.png", 150, 120)
+    alpha = np.random.default_rng(1).integers(0, 256, (150, 120), np.uint8)
+    Image.fromarray(np.dstack([pixels, alpha])).save(host.base / "input" / "cutout.png")
+    write_picture(host, "opaque.png", 150, 120)
+    graph = Graph()
+    model = graph.model()
+    place = {"face_index": -1, "margin": 0.35, "center_x": 0.5, "center_y": 0.5, "scale": 1.0}
+    saves = []
+    for file in ("cutout.png", "opaque.png"):
+        loaded = graph.add("LoadImage", image=file)
+        reference = graph.reference(model, [loaded, 0], crop="none", size=128, alpha_mask=[loaded, 1])
+        cut = graph.add("MEMO_CropPortrait", image=[loaded, 0], alpha_mask=[loaded, 1], **place)
+        joined = graph.add("JoinImageWithAlpha", image=[loaded, 0], alpha=[loaded, 1])
+        both = graph.reference(model, [joined, 0], crop="none", size=128)
+        for shown in ([reference[0], 1], [cut, 0], [both[0], 1]):
+            saves.append(graph.add("SaveImage", images=shown, filename_prefix="memo/cutout"))
+    done = run(host, graph)
+    for file, (ours, crop, joined) in zip(("cutout.png", "opaque.png"), (saves[:3], saves[3:])):
+        picture = Image.open(host.base / "input" / file)
+        wanted = prepare_portrait(picture, 128, crop="none").pixels.permute(1, 2, 0)
+        wanted = ((wanted + 1) * 127.5).round().to(torch.uint8).numpy()
+        for save in (ours, joined):
+            off = np.abs(pictures(host, done, save)[0].astype(int) - wanted)
+            assert off.max() <= 1 and off.mean() < 0.2, "Save Image rounds down"
+        white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
+        assert np.array_equal(pictures(host, done, crop)[0], np.asarray(white)[15:135])
 
 
 def test_a_face_that_cannot_be_found_is_not_invented(host: Host) -> None:
