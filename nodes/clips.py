@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -179,6 +180,8 @@ class ConcatClips(io.ComfyNode):
                 names.append(name if len(given) == 1 else f"{name}[{number}]")
         if not parts:
             raise SamplingError("there is nothing to join: connect at least one clip or images to Concat Clips")
+        if not 0 <= fps[0] < math.inf:  # of a wire: the host looks at widgets only
+            raise SamplingError(f"fps is {fps[0]!r}; it must be frames per second, or 0 for the clips' own")
         # Plain images come at the video's speed.
         speed = fps[0] or next((part.fps for part in parts if not isinstance(part, Tensor)), FPS)
         parts = [

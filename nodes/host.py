@@ -25,9 +25,10 @@ from server import PromptServer
 from torch import Tensor, nn
 
 from ..memo_core import budget, checkpoint
+from ..memo_core.checks import shown
 from ..memo_core.clips import Sound, check_finite, over_white
 from ..memo_core.errors import AudioError, CheckpointError, MemoError, PortraitError, SamplingError
-from ..memo_core.files import replace_whole
+from ..memo_core.files import open_regular, replace_whole
 from ..memo_core.job import Job
 from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.store import WindowStore
@@ -121,14 +122,10 @@ def inside(root: str | os.PathLike[str], name: str) -> Path:
             bad, why = True, f" ({getattr(error, 'strerror', None) or error})"
     if bad:
         raise MemoError(
-            f"{_shortened(repr(name))} is not a file inside {Path(root).name}/{why}: give a plain name, with "
+            f"{shown(name)} is not a file inside {Path(root).name}/{why}: give a plain name, with "
             "subfolders if you like"
         )
     return path
-
-
-def _shortened(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def user_folder() -> Path:
@@ -386,8 +383,9 @@ class SpeedBook:
 
     def _read(self) -> dict[str, Any]:
         try:
-            book = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+            with open_regular(self._path) as file:
+                book = json.load(file)
+        except (OSError, ValueError, RecursionError):
             return {}
         return book if isinstance(book, dict) else {}
 
@@ -485,7 +483,7 @@ def sound_of(audio: Mapping[str, Any]) -> Sound:
             f"AUDIO holds a waveform and a sample rate; received one without {error}: is there a sound?"
         ) from error
     except Exception as error:  # whatever the pack that reads the file raises
-        reason = _shortened(" ".join(str(error).split()) or type(error).__name__)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise AudioError(f"the sound cannot be read ({reason}): does the video or file have one?") from error
     return Sound(_samples(waveform), _whole_rate(rate))
 
@@ -528,7 +526,7 @@ def _whole_rate(rate: Any) -> int:
     except (OverflowError, RuntimeError, TypeError, ValueError):  # no number, NaN, many
         hertz = 0
     if hertz < 1:
-        raise AudioError(f"the sample rate is {_shortened(repr(rate))}; it must be a positive number of Hz")
+        raise AudioError(f"the sample rate is {shown(rate)}; it must be a positive number of Hz")
     return hertz
 
 

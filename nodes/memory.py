@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.v0_0_2 import io
 
+from ..memo_core.checks import shown
 from ..memo_core.errors import MemoError
 from ..memo_core.memory import MemoryState
 from . import host
@@ -204,10 +205,10 @@ def check_prefix(prefix: str) -> None:
 def state_file(name: str) -> Path:
     """Where a state of this name lies: inside input/ or output/, and nowhere else."""
     if not isinstance(name, str):
-        raise MemoError(f"{name!r} is not the name of a memory state")
+        raise MemoError(f"{shown(name)} is not the name of a memory state")
     plain, _, root = name.removesuffix("]").rpartition(" [")
     if root not in _ROOTS or not plain.endswith(SUFFIX):
         raise MemoError(
-            f"{name!r} is not a saved memory state; a name such as 'memo/memory_00001_.safetensors [output]' is"
+            f"{shown(name)} is not a saved memory state; a name such as 'memo/memory_00001_.safetensors [output]' is"
         )
     return host.inside(_ROOTS[root](), plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -39,6 +40,9 @@ def sample(
 ) -> tuple[Clip, MemoryState]:
     """The clip of a span of the voice, and the memory after it. See the node MEMO Sample Clip."""
     track = voice.track
+    for name, seconds in (("start", start), ("duration", duration)):  # of a wire: the host looks at widgets only
+        if not math.isfinite(seconds):
+            raise SamplingError(f"{name} is {seconds!r}; it must be a number of seconds")
     first, last = round(start * track.fps), track.num_frames
     if first >= last:
         raise SamplingError(

@@ -198,9 +198,9 @@ class TalkingVideo(io.ComfyNode):
         alpha_mask: Tensor | None = None,
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
-        portrait = host.one_picture(image, alpha_mask)
+        portrait, sound = host.one_picture(image, alpha_mask), host.sound_of(audio)
         reference = model.encode_reference(portrait, size=model.default_size, crop="face")
-        voice = encode_voice(model, host.sound_of(audio), node_id=node_id)
+        voice = encode_voice(model, sound, node_id=node_id)
         if emotion == "detect":
             track, _ = detect(model, voice)
         elif emotion == "none":

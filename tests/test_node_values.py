@@ -380,8 +380,9 @@ def test_the_book_of_speeds_is_written_whole(pack: SimpleNamespace, folder: Path
     assert [entry.name for entry in path.parent.iterdir()] == ["speed.json"]
     os.umask(mask := os.umask(0))
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask, "as any new file"
-    path.write_text('{"one": Infinity, "two": NaN, "three": "x"}')
-    assert [pack.host.SpeedBook().get(key) for key in ("one", "two", "three", "four")] == [None] * 4
+    for text in ('{"one": Infinity, "two": NaN, "three": "x"}', "[" * 100_000, "\xff", "[1]"):
+        path.write_text(text, encoding="latin-1")
+        assert [pack.host.SpeedBook().get(key) for key in ("one", "two", "three", "four")] == [None] * 4
 
 
 # --- Lengths ----------------------------------------------------------------------------------------------------------
@@ -427,6 +428,17 @@ def test_a_video_has_the_frames_of_its_sound_and_a_sound_as_long(
     assert shown == frames == max(1, int(np.ceil((samples - 0.5) / 16000 * fps - 1e-9)))
     assert heard == round(frames / fps * 16000) and count_frames(heard, 16000, fps) == frames
     assert seconds == pytest.approx(frames / fps, abs=1024 / 48000)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_times_that_come_by_wire_are_checked_too(pack: SimpleNamespace, value: float) -> None:
+    voice = SimpleNamespace(track=SimpleNamespace(fps=30.0, num_frames=60, num_padded_frames=64))
+    settings = {"steps": 1, "guidance": 1.0, "seed": 0, "speed": "exact"}
+    for name in ("start", "duration"):
+        with pytest.raises(pack.run.SamplingError, match=f"{name} is {value}; it must be a number of seconds"):
+            pack.run.sample(None, None, voice, None, None, **{name: value}, **settings)
+    with pytest.raises(pack.run.SamplingError, match=f"fps is {value}"):
+        pack.clips.ConcatClips.execute([value], [0], ["refuse"], clip_1=[torch.zeros(1, 16, 16, 3)])
 
 
 def test_what_those_lengths_are() -> None:
