@@ -89,7 +89,7 @@ def lora_file(name: str) -> Path:
     """The file of one of `loras`; CheckpointError where it is gone."""
     path = folder_paths.get_full_path(LORAS, name) if name in loras() else None
     if path is None:
-        raise CheckpointError(f"the adapter {name!r} is not in models/loras; press R and choose another, or none")
+        raise CheckpointError(f"the adapter {shown(name)} is not in models/loras; press R and choose another, or none")
     return Path(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
+from ..memo_core.checks import shown
 from ..memo_core.errors import CheckpointError
 from . import host
 from .wires import CATEGORY, MemoModel, one_of
@@ -67,7 +68,7 @@ class LoadMEMO(io.ComfyNode):
         cls, checkpoint: str = "toon", dtype: str = "auto", attention: str = "auto", lora: str = NO_LORA
     ) -> bool | str:
         if lora != NO_LORA and lora not in host.loras():  # too many to list
-            return f"lora is {lora!r}, which is not in models/loras; after adding a file press R"
+            return f"lora is {shown(lora)}, which is not in models/loras; after adding a file press R"
         return one_of(
             checkpoint=(checkpoint, host.checkpoints()),
             dtype=(dtype, ["auto", *host.DTYPES]),

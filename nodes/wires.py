@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from comfy_api.v0_0_2 import io
 
 from ..memo_core.audio import AudioTrack
+from ..memo_core.checks import shown
 from ..memo_core.clips import Sound
 
 MemoModel = io.Custom("MEMO_MODEL")  # host.HostPipeline
@@ -45,5 +46,5 @@ def one_of(**choices: tuple[str, Iterable[str]]) -> bool | str:
     for name, (value, allowed) in choices.items():
         allowed = list(allowed)
         if value not in allowed:
-            return f"{name} is {value!r}; it must be one of: {', '.join(allowed)}"
+            return f"{name} is {shown(value)}; it must be one of: {', '.join(allowed)}"
     return True

@@ -339,6 +339,10 @@ def test_a_name_that_is_no_file_here_is_refused_and_nothing_else_is_raised(
     for file in (name, f"{name}.safetensors [output]", f"{name} [input]"):
         assert pack.memory.LoadMemoryState.validate_inputs(file) is not True
         assert pack.memory.LoadMemoryState.fingerprint_inputs(file) == file
+    load = pack.load.LoadMEMO
+    for refusal in (load.validate_inputs(checkpoint=name), load.validate_inputs(lora=name)):
+        assert isinstance(refusal, str) and len(refusal) < 500
+    assert load.fingerprint_inputs(lora=name) == name
     if isinstance(name, str):
         assert pack.memory.SaveMemoryState.validate_inputs(name) is not True
         with pytest.raises(pack.host.MemoError):
