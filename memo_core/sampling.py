@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -161,7 +162,8 @@ class Window:
     @cached_property
     def frames(self) -> Tensor:
         """[F, 3, H, W] in [0, 1] on the CPU; a stored window is decoded when this is first asked for."""
-        return self.decode(self.latents).cpu()
+        with _naming_window(self.start):
+            return self.decode(self.latents).cpu()
 
 
 class Sampler:
@@ -287,18 +289,54 @@ def few_frames(height: int, width: int) -> int:
 @torch.no_grad()
 def decode(vae, latents: Tensor, device: torch.device | None = None, at_once: int | None = None) -> Tensor:
     """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1], computed on `device` (None: where the VAE is),
-    `at_once` frames at once (None: `few_frames`)."""
+    `at_once` frames at once (None: `few_frames`).
+
+    Raises:
+        SamplingError: the VAE gave NaN or infinite values; names the frames.
+    """
     latents = latents.transpose(0, 1).to(device or vae.device, vae.dtype) / vae.config.scaling_factor
     chunks = latents.split(at_once or few_frames(8 * latents.shape[2], 8 * latents.shape[3]))
     frames = torch.cat([vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
+    _check_pictures(frames, "decoding", vae.dtype)  # before the clamp, which would make white of what is infinite
     return (frames.float() / 2 + 0.5).clamp(0, 1)
 
 
 def encode(vae, frames: Tensor, device: torch.device | None = None, at_once: int | None = None) -> Tensor:
-    """Frames [F, 3, H, W] in [-1, 1] -> scaled VAE means [F, 4, h, w], float32, computed as by `decode`."""
+    """Frames [F, 3, H, W] in [-1, 1] -> scaled VAE means [F, 4, h, w], float32, computed as by `decode`.
+
+    Raises:
+        SamplingError: as `decode`.
+    """
     chunks = frames.to(device or vae.device, vae.dtype).split(at_once or few_frames(*frames.shape[2:]))
     means = torch.cat([vae.encode(chunk, return_dict=False)[0].mean for chunk in chunks])
+    _check_pictures(means, "encoding", vae.dtype)
     return means.float() * vae.config.scaling_factor
+
+
+def _check_pictures(pictures: Tensor, doing: str, dtype: torch.dtype) -> None:
+    """SamplingError if what the VAE made of frames [F, ...] is not finite."""
+    if bool(torch.isfinite(pictures).all()):
+        return
+    bad = (~torch.isfinite(pictures)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    which = f"frame {bad[0]}" if len(bad) == 1 else f"{len(bad)} frames, {bad[0]} to {bad[-1]},"
+    remedy = "a weight or a latent is out of range: use an undamaged checkpoint"
+    if dtype == torch.float16:  # at most 65504, which the released VAE is known to exceed
+        remedy = "the released VAE overflows in float16: use float32 or bfloat16"
+    elif dtype == torch.bfloat16:
+        remedy += ", or float32"
+    raise SamplingError(
+        f"the VAE gave NaN or infinite values in {dtype} when {doing} {which} of {len(pictures)} (counted from 0): "
+        f"{remedy}"
+    )
+
+
+@contextmanager
+def _naming_window(start: int) -> Iterator[None]:
+    """A SamplingError raised inside says at which frame of the audio the window begins."""
+    try:
+        yield
+    except SamplingError as error:
+        raise SamplingError(f"in the window from frame {start} on {error}") from error
 
 
 def window_noise(seed: int, first_frame: int, shape: tuple[int, ...]) -> Tensor:
@@ -376,7 +414,8 @@ def sample_windows(
             the first window that is not in the store.
 
     Raises:
-        SamplingError, MemoryStateError: as `Job.checked`; the device has no 8-bit floats and `speed` wants them.
+        SamplingError, MemoryStateError: as `Job.checked`; the device has no 8-bit floats and `speed` wants them; the
+            networks or the VAE gave NaN or infinite values.
     """
     job = job.checked(nets)
     settings, reference, memory = job.settings, job.reference, job.entering(nets)
@@ -415,12 +454,14 @@ def sample_windows(
                 return
             if not torch.isfinite(latents).all():
                 raise SamplingError(
-                    f"the networks gave NaN or infinite values in {sampler.dtype}; run them in float32 or bfloat16"
+                    f"in the window from frame {inputs.start} on the networks gave NaN or infinite values in "
+                    f"{sampler.dtype}; run them in float32 or bfloat16"
                 )
             latents = latents[0, :, : inputs.frames].cpu().contiguous()
-            frames = decode(nets.vae, latents, nets.device, frames_at_once)
-            # What the viewer sees, not the latents themselves, as released.
-            past = encode(nets.vae, frames * 2 - 1, nets.device, frames_at_once).cpu()
+            with _naming_window(inputs.start):
+                frames = decode(nets.vae, latents, nets.device, frames_at_once)
+                # What the viewer sees, not the latents themselves, as released.
+                past = encode(nets.vae, frames * 2 - 1, nets.device, frames_at_once).cpu()
         memory = memory.push(past, reference.face_embedding, nets.digest, reference.digest)  # checks it: before keeping
         if store is not None and found is None:
             store.put(key, {"latents": latents, "past": past})

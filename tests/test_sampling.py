@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import relative_l2
 from torch import Tensor
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference, sampling
 from memo_core.errors import MemoryStateError, SamplingError
 from memo_core.sampling import Window, window_noise
+from memo_core.store import WindowStore
 
 CHAINED = 1e-4  # relative L2
 WINDOWS = 3
@@ -276,3 +279,87 @@ def test_a_network_that_overflows_is_reported(
     monkeypatch.setattr(bias, "data", torch.full_like(bias, float("inf")))
     with pytest.raises(SamplingError, match="NaN or infinite values in torch.float32"):
         pipe.sample_clip(small, track, num_frames=16, steps=1)
+
+
+# --- Pictures that are not finite though their latents are ------------------------------------------------------------
+
+
+@pytest.fixture
+def bad_decoder(pipe: MemoPipeline, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has the VAE's decoder spoil a pixel of some of the pictures it is given from now on, counted from 0."""
+
+    def spoil(value: float, *numbers: int) -> None:
+        decode, count = pipe.nets.vae.decode, itertools.count()
+
+        def decoded(latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+            pictures = decode(latents, return_dict=return_dict)[0].clone()
+            for picture in pictures:
+                if next(count) in numbers:
+                    picture[0, 3, 5] = value
+            return (pictures,)
+
+        monkeypatch.setattr(pipe.nets.vae, "decode", decoded)
+
+    return spoil
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_frames_that_are_not_finite_are_refused_before_they_are_kept(
+    pipe: MemoPipeline,
+    small: Reference,
+    track: AudioTrack,
+    bad_decoder: Callable[..., None],
+    value: float,
+    tmp_path: Path,
+) -> None:
+    bad_decoder(value, 16 + 2, 16 + 9)
+    store, seen = WindowStore(tmp_path), []
+    job = pipe.job(small, track, num_frames=32, steps=1, guidance_scale=1)
+    wanted = r"window from frame 16 on the VAE .* torch.float32 .* 2 frames, 2 to 9, of 16"
+    with pytest.raises(SamplingError, match=wanted):
+        seen.extend(window.start for window in pipe.sample_windows(job, store=store))
+    assert seen == [0]
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1, "the first window alone"
+
+
+def test_stored_windows_that_cannot_be_decoded_are_refused(
+    pipe: MemoPipeline, small: Reference, track: AudioTrack, bad_decoder: Callable[..., None], tmp_path: Path
+) -> None:
+    store, job = WindowStore(tmp_path), pipe.job(small, track, start=7, num_frames=20, steps=1, guidance_scale=1)
+    list(pipe.sample_windows(job, store=store))
+    bad_decoder(float("nan"), 16)
+    first, second = pipe.sample_windows(job, store=store)
+    assert first.stored and second.stored and torch.isfinite(first.frames).all()
+    with pytest.raises(SamplingError, match="window from frame 23 on the VAE .* frame 0 of 4"):
+        _ = second.frames
+
+
+def test_clips_that_cannot_be_decoded_are_refused(
+    pipe: MemoPipeline, small: Reference, track: AudioTrack, bad_decoder: Callable[..., None]
+) -> None:
+    clip, _ = pipe.sample_clip(small, track, num_frames=16, steps=1, guidance_scale=1)
+    bad_decoder(float("nan"), *range(100))
+    with pytest.raises(SamplingError, match="16 frames, 0 to 15, of 16"):
+        clip.to_tensor()
+    with pytest.raises(SamplingError, match="NaN or infinite"):
+        next(clip.frames())
+
+
+def test_a_vae_that_overflows_in_float16_is_named(pipe: MemoPipeline) -> None:
+    class Overflowing:
+        config, device, dtype = pipe.nets.vae.config, torch.device("cpu"), torch.float16
+
+        def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+            return (latents.new_full((len(latents), 3, 64, 64), 65504) * 2,)
+
+    with pytest.raises(
+        SamplingError, match="torch.float16 .* released VAE overflows in float16: use float32 or bfloat16"
+    ):
+        sampling.decode(Overflowing(), torch.zeros(4, 2, 8, 8))
+
+
+def test_a_portrait_that_cannot_be_encoded_is_refused(pipe: MemoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    bias = pipe.nets.vae.quant_conv.bias
+    monkeypatch.setattr(bias, "data", torch.full_like(bias, float("nan")))
+    with pytest.raises(SamplingError, match="when encoding frame 0 of 1"):
+        pipe.encode_reference(torch.zeros(3, 64, 64))
