@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import lora as adapters
+from .checks import number, shown
 from .errors import CheckpointError
-from .nets.config import NetConfig
+from .files import replace_whole
+from .nets.config import NetConfig, require_layers, settings_like
 from .nets.diffusion_net import DiffusionNet
 from .nets.projections import AudioProjection, ImageProjection
 from .nets.reference_net import ReferenceNet
-from .nets.weights import WEIGHTS, load_strict, read_json, read_tensors
+from .nets.weights import WEIGHTS, check_fit, load_strict, on_meta, read_json, read_tensors
 from .optimise import Options, optimise
+from .tensorfile import save_tensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -42,8 +44,24 @@ if TYPE_CHECKING:
 EMBEDDED = ("toon",)  # checkpoints that ship with the program, loaded by name
 EMOTION_HEAD = "misc/audio_emotion_classifier"
 VOCAL_SEPARATOR = "misc/vocal_separator/Kim_Vocal_2.onnx"  # optional
-# What libraries raise for settings that contradict each other or are of the wrong kind.
-_IMPOSSIBLE = (ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+_NETS = ("reference_net", "diffusion_net", "image_proj", "audio_proj")
+# What the VAE's pictures depend on, with the values of diffusers' AutoencoderKL.
+_VAE_SETTINGS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+    "force_upcast": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
 
 
 @dataclass(kw_only=True)
@@ -102,12 +120,13 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: there is no such folder, or required files are missing; names them.
     """
-    folder = assets() / checkpoint if str(checkpoint) in EMBEDDED else Path(checkpoint).expanduser()
-    required = [
-        f"{net}/{name}"
-        for net in ("reference_net", "diffusion_net", "image_proj", "audio_proj")
-        for name in ("config.json", WEIGHTS)
-    ]
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise CheckpointError(f"a checkpoint is a folder or one of {', '.join(EMBEDDED)}, received {shown(checkpoint)}")
+    try:
+        folder = assets() / checkpoint if str(checkpoint) in EMBEDDED else Path(checkpoint).expanduser()
+    except (RuntimeError, TypeError) as error:  # ~nobody; a path of bytes
+        raise CheckpointError(f"no checkpoint at {shown(checkpoint)}: {error}") from error
+    required = [f"{net}/{name}" for net in _NETS for name in ("config.json", WEIGHTS)]
     required += [
         "vae/config.json",
         f"vae/{WEIGHTS}",
@@ -116,11 +135,12 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
         "emotion2vec/model.pt",
         f"{EMOTION_HEAD}/{WEIGHTS}",
     ]
-    missing = [name for name in required if not (folder / name).is_file()]
-    if not folder.is_dir():
+    # Not Path's own questions, which fail where a folder may not be read.
+    missing = [name for name in required if not os.path.isfile(folder / name)]
+    if not os.path.isdir(folder):
         raise CheckpointError(
-            f"no checkpoint at {str(checkpoint)!r}: give one of {', '.join(EMBEDDED)}, or a folder in the released "
-            f"layout. This fetches the released weights (13 GB): {download_command(folder)} (files: "
+            f"no checkpoint at {shown(str(checkpoint))}: give one of {', '.join(EMBEDDED)}, or a folder in the "
+            f"released layout. This fetches the released weights (13 GB): {download_command(folder)} (files: "
             f"{', '.join(missing)})"
         )
     if missing:
@@ -163,12 +183,12 @@ def _short_hash(text: str) -> str:
 def base_digest(checkpoint: str | os.PathLike[str]) -> str:
     """`Networks.base_digest` of a checkpoint, without building its networks; CheckpointError as from `load`."""
     folder = find(checkpoint)
-    digests = [
-        _net_digest(folder / name, read_tensors(folder / name / WEIGHTS))
-        for name in ("reference_net", "diffusion_net", "image_proj", "audio_proj")
-    ]
-    vae = _current_vae_keys(read_tensors(folder / "vae" / WEIGHTS))
-    return _short_hash("".join([*digests, _net_digest(folder / "vae", vae)]))
+    try:
+        digests = [_net_digest(folder / name, read_tensors(folder / name / WEIGHTS)) for name in _NETS]
+        vae = _current_vae_keys(read_tensors(folder / "vae" / WEIGHTS))
+        return _short_hash("".join([*digests, _net_digest(folder / "vae", vae)]))
+    except (RuntimeError, TypeError) as error:  # numbers that torch cannot compute with
+        raise CheckpointError(f"{folder} holds weights that cannot be read: {error}") from error
 
 
 def load(
@@ -200,6 +220,12 @@ def load(
     from .nets.emotion_head import EmotionHead
     from .nets.speech_encoder import SpeechEncoder
 
+    device, dtype = _check_place(device, dtype)
+    if options is not None and not isinstance(options, Options):
+        raise CheckpointError(f"options must be None or an Options, received {shown(options)}")
+    for pair in lora:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or number(pair[1]) is None:
+            raise CheckpointError(f"an adapter is given as a file and a finite strength, received {shown(pair)}")
     folder = find(checkpoint)
     wanted = [(adapters.read(file), strength) for file, strength in lora]  # before the networks, which take long
     digests: list[str] = []
@@ -207,19 +233,14 @@ def load(
     def net(
         name: str,
         build: Callable[[dict[str, Tensor]], nn.Module],
+        layers: int = 0,
         rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda weights: weights,
     ) -> Any:
         path = folder / name / WEIGHTS
         weights = rename(read_tensors(path))
-        try:
-            with torch.device("meta"):
-                module = build(weights)
-        except CheckpointError:
-            raise
-        except KeyError as error:
-            raise CheckpointError(f"{path} lacks {error}, which gives the network's size") from error
-        except _IMPOSSIBLE as error:
-            raise CheckpointError(f"no network fits {path} and the config.json beside it: {error}") from error
+        require_layers(layers, len(weights), folder / name / "config.json")
+        module = on_meta(lambda: build(weights), path)
+        check_fit(module, weights, path)
         load_strict(module, {key: tensor.to(device, dtype) for key, tensor in weights.items()}, path)
         digests.append(_net_digest(folder / name, weights))
         return module.eval().requires_grad_(False)
@@ -227,22 +248,20 @@ def load(
     def shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
         return {key: tensor.shape for key, tensor in weights.items()}
 
+    # All that takes no time before what does.
+    sample_size = _sample_size(folder / "diffusion_net" / "config.json")
+    vae_settings = _vae_settings(folder / "vae" / "config.json")
     reference_config, diffusion_config = (_net_config(folder / name) for name in ("reference_net", "diffusion_net"))
-    reference_net = net("reference_net", lambda _: ReferenceNet(reference_config, ops))
-    diffusion_net = net("diffusion_net", lambda _: DiffusionNet(diffusion_config, ops))
+    reference_net = net("reference_net", lambda _: ReferenceNet(reference_config, ops), reference_config.layers(False))
+    diffusion_net = net("diffusion_net", lambda _: DiffusionNet(diffusion_config, ops), diffusion_config.layers(True))
     image_proj = net("image_proj", lambda weights: ImageProjection.from_shapes(shapes(weights), ops))
     audio_proj = net("audio_proj", lambda weights: AudioProjection.from_shapes(shapes(weights), ops))
-    vae_config = read_json(folder / "vae" / "config.json")
-    vae = net("vae", lambda _: AutoencoderKL.from_config(vae_config), _current_vae_keys)
+    vae_layers = 2 * len(vae_settings["block_out_channels"]) * vae_settings["layers_per_block"]
+    vae = net("vae", lambda _: AutoencoderKL(**vae_settings), vae_layers, _current_vae_keys)
 
-    try:
-        speech_encoder = SpeechEncoder.from_pretrained(folder / "wav2vec2", dtype=torch.float32, device=device)
-        emotion_encoder = Emotion2Vec.from_pretrained(folder / "emotion2vec").to(device)
-        emotion_head = EmotionHead.from_pretrained(folder / EMOTION_HEAD).to(device)
-    except CheckpointError:
-        raise
-    except _IMPOSSIBLE as error:
-        raise CheckpointError(f"{folder}: wav2vec2, emotion2vec or {EMOTION_HEAD} cannot be built: {error}") from error
+    speech_encoder = SpeechEncoder.from_pretrained(folder / "wav2vec2", dtype=torch.float32, device=device)
+    emotion_encoder = Emotion2Vec.from_pretrained(folder / "emotion2vec").to(device)
+    emotion_head = EmotionHead.from_pretrained(folder / EMOTION_HEAD).to(device)
     nets = Networks(
         reference_net=reference_net,
         diffusion_net=diffusion_net,
@@ -255,7 +274,7 @@ def load(
         folder=folder,
         device=torch.device(device),
         base_digest=_short_hash("".join(digests)),
-        sample_size=read_json(folder / "diffusion_net" / "config.json").get("sample_size") or 64,
+        sample_size=sample_size,
     )
     for adapter, strength in wanted:
         adapters.apply(nets, adapter, strength)
@@ -264,12 +283,42 @@ def load(
     return nets
 
 
+def _check_place(device: torch.device | str, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"device must be a device of torch's, received {shown(device)}: {error}") from error
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    if dtype not in floats:
+        raise CheckpointError(f"dtype must be one of {', '.join(map(str, floats))}, received {shown(dtype)}")
+    return place, dtype
+
+
 def _net_config(folder: Path) -> NetConfig:
     path = folder / "config.json"
+    settings = read_json(path)
     try:
-        return NetConfig.from_json(read_json(path))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not the configuration of a MEMO network: {error!r}") from error
+        config = NetConfig.from_json(settings)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}") from error
+    if (config.in_channels, config.out_channels) != (4, 4):
+        raise CheckpointError(f"{path}: latents have 4 channels, not {config.in_channels} and {config.out_channels}")
+    return config
+
+
+def _sample_size(path: Path) -> int:
+    settings = {name: value for name, value in read_json(path).items() if value}  # none, or none worth the name
+    return settings_like(settings, {"sample_size": 64}, path)["sample_size"]
+
+
+def _vae_settings(path: Path) -> dict[str, Any]:
+    settings = settings_like(read_json(path), _VAE_SETTINGS, path)
+    channels = [settings[name] for name in ("in_channels", "latent_channels", "out_channels")]
+    if channels != [3, 4, 3]:
+        raise CheckpointError(f"{path}: pictures have 3 channels and latents 4, received {channels}")
+    if not settings["scaling_factor"]:
+        raise CheckpointError(f"{path}: scaling_factor must be above 0, received 0")
+    return settings
 
 
 # Stable Diffusion's VAE was saved before diffusers renamed the layers of its attention block.
@@ -295,12 +344,7 @@ def save_module(folder: Path, module: nn.Module, config: dict[str, Any], dtype: 
 def save_weights(folder: Path, weights: dict[str, Tensor], config: dict[str, Any], dtype: torch.dtype) -> None:
     """As `save_module`, of weights by name. Files are replaced, never written into: others may be linked to them."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "unfinished.tmp"
-    temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "config.json")
-    save_file(
-        {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()},
-        temporary,
-        metadata={"format": "pt"},
-    )
-    os.replace(temporary, folder / WEIGHTS)
+    with replace_whole(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
+    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 from collections import Counter
@@ -23,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .checks import number, shown, whole
 from .errors import CheckpointError
+from .tensorfile import FLOATS, UNREADABLE, open_tensors, save_tensors
 
 if TYPE_CHECKING:
     from .checkpoint import Networks
@@ -38,7 +37,7 @@ NETS = ("reference_net", "diffusion_net", "image_proj", "audio_proj")
 FORMAT, VERSION = "memo-lora", 1
 MAX_FILE_BYTES = 2**32  # all layers of the released networks at rank 256 take half of it
 _KEY = re.compile(rf"((?:{'|'.join(NETS)})(?:\.\w+)+)\.lora_([AB])\.weight")
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_MAX_ALPHA = 1e9
 
 
 class Factors(NamedTuple):
@@ -109,7 +108,9 @@ class Adapter:
         Raises:
             CheckpointError: it cannot be written, or holds no module.
         """
-        path = Path(path)
+        path = _path(path)
+        if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise CheckpointError(f"an adapter is written in a floating-point dtype, received {shown(dtype)}")
         if not self.modules:
             raise CheckpointError(f"cannot write {path}: the adapter changes no layer")
         ranks = {module: len(factors.down) for module, factors in self.modules.items()}
@@ -130,21 +131,18 @@ class Adapter:
         for module, factors in self.modules.items():
             for letter, factor in (("A", factors.down), ("B", factors.up)):
                 tensors[f"{module}.lora_{letter}.weight"] = factor.detach().to("cpu", dtype, copy=True).contiguous()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            save_tensors(tensors, path, metadata)
+        except UNREADABLE as error:
             raise CheckpointError(f"cannot write the adapter to {path}: {error}") from error
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Whether a file says that it is a MEMO adapter; its tensors are not looked at."""
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             return (file.metadata() or {}).get("format") == FORMAT
-    except (OSError, SafetensorError):
+    except UNREADABLE:
         return False
 
 
@@ -156,30 +154,53 @@ def read(path: str | os.PathLike[str]) -> Adapter:
             version, or damaged: keys in no pair, shapes that do not fit each other, a rank of 0, a number that is not
             finite.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise CheckpointError(f"no adapter at {path}")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, an adapter at most {MAX_FILE_BYTES}")
+    path = _path(path)
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path, MAX_FILE_BYTES) as file:
             about = file.metadata() or {}
             if about.get("format") != FORMAT:
                 raise CheckpointError(f"{path.name} is not a MEMO adapter: LoRAs of other networks do not fit MEMO's")
-            if about.get("version") != str(VERSION):
+            version = about.get("version", "-")
+            if version != str(VERSION):
                 raise CheckpointError(
-                    f"{path.name} has version {about.get('version')}, this program reads version {VERSION}: update it"
+                    f"{path.name} has version {version[:40]}, this program reads version {VERSION}: update it"
                 )
             modules = _modules(file, about, path.name)
-            targets = tuple(str(target) for target in json.loads(about.get("targets", "[]")))
-    except (OSError, SafetensorError) as error:
+            targets = _json(about, "targets", list, path.name)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise CheckpointError(f"no adapter at {path}") from error
+    except UNREADABLE as error:
         raise CheckpointError(f"{path} is not a readable adapter: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path.name} is damaged, its metadata do not make sense: {error!r}") from error
+    for target in targets:
+        if not isinstance(target, str):
+            raise CheckpointError(f"{path.name} is damaged: its targets are no names but {shown(targets)}")
     settings, base = about.get("settings", ""), about.get("base", "")
-    return Adapter(modules=modules, base=base, targets=targets, settings=settings, name=path.name)
+    return Adapter(modules=modules, base=base, targets=tuple(targets), settings=settings, name=path.name)
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).expanduser()
+    except (TypeError, RuntimeError) as error:  # no path; ~nobody
+        raise CheckpointError(f"an adapter's file is a path, received {shown(path)}: {error}") from error
+
+
+def _json(about: Mapping[str, str], name: str, kind: type, file: str) -> Any:
+    """What a text of the metadata holds; nothing, where there is none."""
+    try:
+        value = json.loads(about[name]) if name in about else kind()
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: its {name} is no JSON ({type(error).__name__})") from error
+    if not isinstance(value, kind):
+        raise CheckpointError(f"{file} is damaged: its {name} should be a {kind.__name__}, it is {shown(value)}")
+    return value
+
+
+def _text_number(about: Mapping[str, str], name: str, kind: type, file: str) -> Any:
+    try:
+        return kind(about[name][:100])
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{file} is damaged: its {name} is {shown(about.get(name))}, not a number") from None
 
 
 def _modules(file: Any, about: Mapping[str, str], name: str) -> dict[str, Factors]:
@@ -188,25 +209,25 @@ def _modules(file: Any, about: Mapping[str, str], name: str) -> dict[str, Factor
     for key in file.keys():
         entry, match = file.get_slice(key), _KEY.fullmatch(key)
         if match is None:
-            problems.append(f"unexpected {key}")
-        elif entry.get_dtype() not in _FLOATS:
-            problems.append(f"{key} holds {entry.get_dtype()}, not floating-point numbers")
+            problems.append(f"unexpected {key[:200]}")
+        elif entry.get_dtype() not in FLOATS:
+            problems.append(f"{key} holds {entry.get_dtype()}, not floating-point numbers of 16 bits or more")
         else:
             shapes.setdefault(match[1], {})[match[2]] = entry.get_shape()
-    ranks, alphas = json.loads(about.get("rank_pattern", "{}")), json.loads(about.get("alpha_pattern", "{}"))
-    rank, alpha = int(about["rank"]), float(about["alpha"])
-    alphas = {module: float(alphas.get(module, alpha)) for module in shapes}
+    ranks, alphas = (_json(about, f"{what}_pattern", dict, name) for what in ("rank", "alpha"))
+    rank, alpha = _text_number(about, "rank", int, name), _text_number(about, "alpha", float, name)
+    alphas = {module: number(alphas.get(module, alpha), -_MAX_ALPHA, _MAX_ALPHA) for module in shapes}
     for module, pair in shapes.items():
         down, up = pair.get("A"), pair.get("B")
-        wanted = ranks.get(module, rank)
+        wanted = whole(ranks.get(module, rank), 1)
         if down is None or up is None:
             problems.append(f"{module} lacks lora_{'A' if down is None else 'B'}")
         elif len(down) != len(up) or len(down) not in (2, 4) or 0 in (*down, *up) or {*down[2:], *up[2:]} - {1}:
             problems.append(f"{module} has shapes {down} and {up}, not [r, in] and [out, r] with a rank r from 1")
         elif not down[0] == up[1] == wanted:
             problems.append(f"{module} has shapes {down} and {up}, but its rank is said to be {wanted}")
-        elif not math.isfinite(alphas[module]):
-            problems.append(f"{module} has alpha {alphas[module]}")
+        elif alphas[module] is None:
+            problems.append(f"{module} has an alpha that is no finite number up to {_MAX_ALPHA:g}")
     _refuse(problems or ([] if shapes else ["it changes no layer"]), f"{name} is damaged")
     modules = {}
     for module in sorted(shapes):
@@ -234,8 +255,11 @@ def apply(nets: Networks, adapter: Adapter, strength: float = 1.0) -> None:
         CheckpointError: a layer of the adapter is not there or has another shape; or strength is not finite, or so
             large that the weights' number format cannot hold the result, which leaves the networks partly changed.
     """
-    if not math.isfinite(strength):
-        raise CheckpointError(f"the strength of {adapter.name} is {strength}; it must be a finite number")
+    if not isinstance(adapter, Adapter):
+        raise CheckpointError(f"an adapter is what lora.read gives, received {shown(adapter)}")
+    if number(strength) is None:
+        raise CheckpointError(f"the strength of {adapter.name} is {shown(strength)}; it must be a finite number")
+    strength = float(strength)
     if nets.options is not None and (nets.options.fuse_qkv or nets.options.fp8_weights):
         raise CheckpointError(f"{adapter.name}: fused or 8-bit weights cannot take an adapter; give it while loading")
     layers, problems = {}, []

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tracemalloc
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -242,3 +247,166 @@ def test_reading_says_what_is_wrong(tmp_path: Path) -> None:
         read_json(tmp_path / "list.json")
     with pytest.raises(CheckpointError, match="absent.json cannot be read"):
         read_json(tmp_path / "absent.json")
+
+
+HUGE = 10**9
+WRONG = [
+    ("diffusion_net/config.json", "layers_per_block", HUGE),
+    ("diffusion_net/config.json", "layers_per_block", 60_000),
+    ("diffusion_net/config.json", "layers_per_block", True),
+    ("diffusion_net/config.json", "block_out_channels", [32] * 10_000),
+    ("diffusion_net/config.json", "block_out_channels", [32, 32, 64, "64"]),
+    ("diffusion_net/config.json", "block_out_channels", [32, 32, 64, 10**400]),
+    ("diffusion_net/config.json", "attention_head_dim", 0),
+    ("diffusion_net/config.json", "attention_head_dim", 7),
+    ("diffusion_net/config.json", "norm_eps", "1e-5"),
+    ("diffusion_net/config.json", "norm_eps", float("nan")),
+    ("diffusion_net/config.json", "sample_size", [64, 64]),
+    ("diffusion_net/config.json", "sample_size", 1e400),
+    ("diffusion_net/config.json", "motion_module_kwargs", ["x"]),
+    ("diffusion_net/config.json", "motion_module_kwargs", {"num_transformer_block": HUGE}),
+    ("diffusion_net/config.json", "motion_module_kwargs", {"num_transformer_block": 60_000}),
+    ("diffusion_net/config.json", "motion_module_resolutions", 3),
+    ("diffusion_net/config.json", "down_block_types", [1, 2, 3, 4]),
+    ("reference_net/config.json", "in_channels", 5),
+    ("vae/config.json", "layers_per_block", HUGE),
+    ("vae/config.json", "layers_per_block", 60_000),
+    ("vae/config.json", "scaling_factor", 0),
+    ("vae/config.json", "scaling_factor", "x"),
+    ("vae/config.json", "act_fn", {}),
+    ("wav2vec2/config.json", "num_hidden_layers", HUGE),
+    ("wav2vec2/config.json", "num_hidden_layers", 60_000),
+    ("wav2vec2/config.json", "hidden_size", 60_000),
+    ("wav2vec2/config.json", "layerdrop", "x"),
+    ("wav2vec2/config.json", "conv_stride", [60_000] * 7),
+    ("wav2vec2/config.json", "num_attention_heads", 0),
+    ("wav2vec2/config.json", "hidden_act", "no such"),
+    ("wav2vec2/preprocessor_config.json", "do_normalize", "yes"),
+    ("emotion2vec/config.yaml", "depth", HUGE),
+    ("emotion2vec/config.yaml", "depth", 60_000),
+    ("emotion2vec/config.yaml", "embed_dim", 60_000),
+    ("emotion2vec/config.yaml", "num_heads", 3),
+    ("emotion2vec/config.yaml", "mlp_ratio", "x"),
+    ("emotion2vec/config.yaml", "modalities", ["audio"]),
+    ("emotion2vec/config.yaml", "modalities", {"audio": {"feature_encoder_spec": "[(1,1,1)]" + "*100" * 9}}),
+    ("emotion2vec/config.yaml", "modalities", {"audio": {"feature_encoder_spec": "[(1,1,60000)]*9"}}),
+]
+
+
+@pytest.fixture(scope="module")
+def quick(memo_tiny: Path) -> Callable[[Path, str], object]:
+    """Reads one file's settings as a load does, without the files before it."""
+    from memo_core.nets.emotion2vec import Emotion2Vec
+    from memo_core.nets.speech_encoder import SpeechEncoder
+
+    def read(folder: Path, name: str) -> object:
+        part = name.partition("/")[0]
+        if part in ("wav2vec2", "emotion2vec"):
+            return (SpeechEncoder if part == "wav2vec2" else Emotion2Vec).from_pretrained(folder / part)
+        return checkpoint.load(folder)
+
+    return read
+
+
+@pytest.mark.parametrize("name, setting, value", WRONG, ids=[f"{n} {s} {str(v)[:20]}" for n, s, v in WRONG])
+def test_a_wrong_setting_is_refused_before_anything_is_built(
+    folder: Path, quick: Callable, name: str, setting: str, value: object
+) -> None:
+    path = folder / name
+    settings = yaml.safe_load(path.read_text())
+    (settings["model_conf"] if path.suffix == ".yaml" else settings)[setting] = value
+    path.unlink()
+    path.write_text(yaml.safe_dump(settings) if path.suffix == ".yaml" else json.dumps(settings))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            quick(folder, name)
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 2000
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 60))
+
+
+@pytest.mark.parametrize("name", ["diffusion_net/config.json", "wav2vec2/config.json", "emotion2vec/config.yaml"])
+@pytest.mark.parametrize(
+    "content",
+    [DEEP, '{"a": ' * 100_000 + "1" + "}" * 100_000, '{"model_conf": ' + "[" * 900 + "]" * 900 + "}", "9" * 5000]
+    + [LAUGHS + "model_conf: {}", MERGES + "model_conf: {}", "model_conf: &a [*a]", "model_conf: {a: 2001-99-99}"]
+    + [" " * 2**20 + "{}", "\xff", "", "!!python/object/apply:os.system [true]"],
+    ids=range(12),
+)
+def test_settings_that_are_bombs_are_refused(folder: Path, quick: Callable, name: str, content: str) -> None:
+    (folder / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=name.partition("/")[0]):
+        quick(folder, name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_is_no_file_is_not_waited_for(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    for read in (read_json, read_tensors):
+        for path in (tmp_path / "config.json", tmp_path, tmp_path / "a\0b", tmp_path / ("x" * 300)):
+            with pytest.raises(CheckpointError):
+                read(path)
+    (folder / "vae" / "config.json").unlink()
+    os.mkfifo(folder / "vae" / "config.json")
+    with pytest.raises(CheckpointError, match="vae/config.json"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "a\0b", "x" * 5000, 3, None, ["toon"], b"toon", "\udcff"])
+def test_what_is_no_checkpoint_is_named(path: object) -> None:
+    for call in (checkpoint.find, checkpoint.load, checkpoint.base_digest):
+        with pytest.raises(CheckpointError):
+            call(path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"device": "x"}, {"device": None, "dtype": 3}, {"dtype": "float32"}, {"dtype": torch.int8}, {"lora": [3]}]
+    + [{"lora": [("a", "b")]}, {"lora": [("a", True)]}, {"options": {"compile": True}}],
+    ids=str,
+)
+def test_wrong_arguments_are_named(memo_tiny: Path, wrong: dict) -> None:
+    with pytest.raises(CheckpointError, match="received"):
+        checkpoint.load(memo_tiny, **wrong)
+
+
+def test_torch_files_that_hold_more_than_they_weigh_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.zeros(1).expand(10**5, 10**5)}, path)
+    with pytest.raises(CheckpointError, match="as large as the file"):
+        read_tensors(path)
+    torch.save({"a": torch.zeros(10, 10)}, path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for part in old.infolist():
+            new.writestr(part, old.read(part).ljust(2**20, b"\0"), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="are in it"):
+        read_tensors(tmp_path / "packed.pt")
+    for odd in ({3: torch.zeros(1)}, {"a": torch.zeros(2, device="meta")}, {"a": torch.zeros(3, 3).to_sparse()}):
+        torch.save(odd, path)
+        with pytest.raises(CheckpointError):
+            read_tensors(path)
+
+
+def test_weights_of_whole_numbers_are_refused(folder: Path) -> None:
+    change_weights(
+        folder, "audio_proj", lambda weights: weights.update({"norm.weight": torch.ones(32).to(torch.int32)})
+    )
+    with pytest.raises(CheckpointError, match="norm.weight holds torch.int32"):
+        checkpoint.load(folder)
+
+
+def test_files_are_written_as_any_other(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        checkpoint.save_module(tmp_path / "net", torch.nn.Linear(2, 2), {})
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "net").iterdir()}
+    assert found == {"config.json": 0o644, checkpoint.WEIGHTS: 0o644}

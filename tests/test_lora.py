@@ -94,10 +94,15 @@ BROKEN = {
     "3x3 convolution": (dict(tensors={A: torch.ones(4, 32, 3, 3), B: torch.ones(32, 4, 1, 1)}), "not [r, in]"),
     "whole numbers": (dict(tensors={A: torch.ones(4, 32, dtype=torch.int8)}), "holds I8, not floating-point"),
     "NaN": (dict(tensors={A: torch.full((4, 32), torch.nan)}), f"{TO_Q} has NaN or infinite values"),
-    "infinite alpha": (dict(alpha="inf"), f"{TO_Q} has alpha inf"),
-    "no rank": (dict(rank="many"), "its metadata do not make sense"),
-    "deep metadata": (dict(targets="[" * 100_000), "its metadata do not make sense"),
-    "odd metadata": (dict(alpha_pattern="5"), "its metadata do not make sense"),
+    "8 bits": (dict(tensors={A: torch.ones(4, 32).to(torch.float8_e4m3fn)}), "holds F8_E4M3, not floating-point"),
+    "infinite alpha": (dict(alpha="inf"), f"{TO_Q} has an alpha that is no finite number"),
+    "huge alpha": (dict(alpha_pattern='{"%s": 1e300}' % TO_Q), f"{TO_Q} has an alpha that is no finite number"),
+    "truth for alpha": (dict(alpha_pattern='{"%s": true}' % TO_Q), f"{TO_Q} has an alpha that is no finite number"),
+    "no rank": (dict(rank="many"), "its rank is 'many', not a number"),
+    "endless rank": (dict(rank="9" * 5000), "its rank is said to be None"),
+    "deep metadata": (dict(targets="[" * 100_000), "its targets is no JSON"),
+    "odd metadata": (dict(alpha_pattern="5"), "its alpha_pattern should be a dict, it is 5"),
+    "odd targets": (dict(targets="[3]"), "its targets are no names"),
 }
 
 
@@ -117,7 +122,7 @@ def test_what_is_no_file_of_tensors_is_refused(tmp_path: Path, file: Path, monke
         with pytest.raises(CheckpointError, match="is not a readable adapter"):
             lora.read(tmp_path / "x")
     monkeypatch.setattr(lora, "MAX_FILE_BYTES", 1000)
-    with pytest.raises(CheckpointError, match="an adapter at most 1000"):
+    with pytest.raises(CheckpointError, match="at most 1000 are allowed"):
         lora.read(file)
 
 

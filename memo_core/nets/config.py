@@ -1,11 +1,68 @@
-"""Sizes of the two networks, read from the released config.json files."""
+"""Settings of networks as files give them, checked; sizes of the two MEMO networks from the released config.json."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import number, shown, whole
 from ..errors import CheckpointError
+
+LARGEST = 2**16  # width, number of heads, kernel, ...: far beyond any network, and nothing to build on the meta device
+LONGEST = 64  # list, as of widths by level
+DEEPEST = 1000  # layers of a kind
+
+
+def settings_like(settings: Mapping[str, Any], defaults: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """The defaults, with the settings of those names in their place; what else the settings say is left out.
+
+    A setting must be of its default's kind: True or False, a whole number from 1 (from 0 where that is the default), a
+    number from 0, a text, or a list of what the default's first item is.
+
+    Args:
+        source: where the settings come from, for the message.
+
+    Raises:
+        CheckpointError: names the setting, its value and what is allowed.
+    """
+    checked = dict(defaults)
+    for name in defaults.keys() & settings.keys():
+        try:
+            checked[name] = _like(settings[name], defaults[name])
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {name} = {shown(settings[name])} must be {error}") from None
+    return checked
+
+
+def _like(value: Any, default: Any) -> Any:
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError("true or false")
+        return value
+    if isinstance(default, int):
+        low = min(default, 1)
+        if whole(value, low, LARGEST) is None:
+            raise ValueError(f"a whole number from {low} to {LARGEST}")
+        return int(value)
+    if isinstance(default, float):
+        if number(value, 0, 1e9) is None:
+            raise ValueError("a number from 0")
+        return float(value)
+    if isinstance(default, str):
+        if not isinstance(value, str) or len(value) > 1000:
+            raise ValueError("a text")
+        return value
+    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= LONGEST:
+        raise ValueError(f"a list of 1 to {LONGEST} items")
+    return tuple(_like(item, default[0]) for item in value)
+
+
+def require_layers(announced: int, tensors: int, source: object) -> None:
+    """CheckpointError where a configuration announces more layers than there are tensors: before they are built."""
+    if announced > min(tensors, 100 * DEEPEST):
+        raise CheckpointError(f"{source} announces {announced} layers, the file beside it holds {tensors} tensors")
+
 
 # Settings this code does not implement: a checkpoint that asks for anything else is refused, not misread.
 _ONLY = {
@@ -59,35 +116,78 @@ class NetConfig:
         for name, allowed in _ONLY.items():
             if name in config and config[name] not in allowed:
                 raise CheckpointError(
-                    f"config.json: {name} = {config[name]!r} is not supported, only {allowed[0]!r} is"
+                    f"config.json: {name} = {shown(config[name])} is not supported, only {allowed[0]!r} is"
                 )
-        channels = tuple(config["block_out_channels"])
-        levels = len(channels)
-        attention = tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"])
-        if tuple(kind.startswith("CrossAttn") for kind in reversed(config["up_block_types"])) != attention:
+        # Every setting that is read, with the released value, which also tells its kind.
+        read = settings_like(
+            config,
+            {
+                "in_channels": 4,
+                "out_channels": 4,
+                "block_out_channels": (320,),
+                "layers_per_block": 2,
+                "down_block_types": ("",),
+                "up_block_types": ("",),
+                "attention_head_dim": 8,  # the released configs keep the number of heads under this name
+                "cross_attention_dim": 768,
+                "norm_num_groups": 32,
+                "norm_eps": 1e-5,
+                "audio_attention_dim": 768,
+            },
+            "config.json",
+        )
+        for name in ("block_out_channels", "down_block_types", "up_block_types"):
+            if name not in config:
+                raise CheckpointError(f"config.json lacks {name}")
+        channels, levels = read["block_out_channels"], len(read["block_out_channels"])
+        attention = tuple(kind.startswith("CrossAttn") for kind in read["down_block_types"])
+        if tuple(kind.startswith("CrossAttn") for kind in reversed(read["up_block_types"])) != attention:
             raise CheckpointError("config.json: up_block_types must mirror down_block_types")
-        heads = config.get("attention_head_dim", 8)  # the released configs keep the number of heads under this name
-        if not isinstance(heads, int):
-            raise CheckpointError(f"config.json: attention_head_dim = {heads!r} must be one number")
+        if len(attention) != levels:
+            raise CheckpointError(
+                f"config.json: block_out_channels has {levels} levels, down_block_types {len(attention)}"
+            )
         motion = config.get("motion_module_kwargs") or {}
+        if not isinstance(motion, dict):
+            raise CheckpointError(f"config.json: motion_module_kwargs = {shown(motion)} must hold settings by name")
         for name, allowed in _ONLY_MOTION.items():
             values = motion.get(name, allowed)
             if any(value != allowed for value in (values if isinstance(values, (list, tuple)) else [values])):
-                raise CheckpointError(f"config.json: motion_module_kwargs.{name} = {values!r} must be {allowed!r}")
-        resolutions = config.get("motion_module_resolutions", [2**i for i in range(levels)])
-        return cls(
-            in_channels=config.get("in_channels", 4),
-            out_channels=config.get("out_channels", 4),
-            block_out_channels=channels,
-            layers_per_block=config.get("layers_per_block", 2),
-            attention=attention,
-            heads=heads,
-            cross_attention_dim=config.get("cross_attention_dim", 768),
-            norm_num_groups=config.get("norm_num_groups", 32),
-            norm_eps=config.get("norm_eps", 1e-5),
-            audio_attention_dim=config.get("audio_attention_dim", 768),
-            memory=tuple(2**i in resolutions for i in range(levels)),
-            memory_heads=motion.get("num_attention_heads", 8),
-            memory_blocks=motion.get("num_transformer_block", 1),
-            memory_layers_per_block=len(motion.get("attention_block_types", ("Temporal_Self",) * 2)),
+                raise CheckpointError(f"config.json: motion_module_kwargs.{name} = {shown(values)} must be {allowed!r}")
+        motion = settings_like(
+            motion,
+            {"num_attention_heads": 8, "num_transformer_block": 1, "attention_block_types": ("Temporal_Self",) * 2},
+            "config.json: motion_module_kwargs",
         )
+        resolutions = settings_like(
+            config, {"motion_module_resolutions": tuple(2**i for i in range(levels))}, "config.json"
+        )
+        made = cls(
+            in_channels=read["in_channels"],
+            out_channels=read["out_channels"],
+            block_out_channels=channels,
+            layers_per_block=read["layers_per_block"],
+            attention=attention,
+            heads=read["attention_head_dim"],
+            cross_attention_dim=read["cross_attention_dim"],
+            norm_num_groups=read["norm_num_groups"],
+            norm_eps=read["norm_eps"],
+            audio_attention_dim=read["audio_attention_dim"],
+            memory=tuple(2**i in resolutions["motion_module_resolutions"] for i in range(levels)),
+            memory_heads=motion["num_attention_heads"],
+            memory_blocks=motion["num_transformer_block"],
+            memory_layers_per_block=len(motion["attention_block_types"]),
+        )
+        for i, width in enumerate(channels):
+            parts = [("norm_num_groups", made.norm_num_groups)]
+            parts += [("attention_head_dim", made.heads)] * (attention[i] or i == levels - 1)
+            parts += [("motion_module_kwargs.num_attention_heads", made.memory_heads)] * made.memory[i]
+            for name, value in parts:
+                if width % value:
+                    raise CheckpointError(f"config.json: {name} = {value} does not divide block_out_channels = {width}")
+        return made
+
+    def layers(self, memory: bool) -> int:
+        """Residual blocks, and with `memory` the memory layers beside them: no net of these sizes has fewer tensors."""
+        each = 1 + memory * self.memory_blocks * self.memory_layers_per_block
+        return (2 * self.layers_per_block + 1) * sum(each if remembers else 1 for remembers in self.memory)

@@ -16,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import shown
 from ..errors import CheckpointError
-from .weights import load_strict, read_tensors
+from ..files import replace_whole
+from .config import DEEPEST, LARGEST, require_layers, settings_like
+from .weights import built, read_tensors, read_text
 
 # What is not written in a configuration, in the released form (emotion2vec base).
 _DEFAULTS = {
@@ -53,6 +56,7 @@ _AUDIO_ONLY = {
     "extractor_mode": "layer_norm",
     "conv_pos_pre_ln": False,
 }
+_MOST_NODES = 10_000  # values of a config.yaml; released ones have a hundred
 # Entries of a model.pt that features do not need: the averaged teacher, the decoder and the heads of pre-training, and
 # the classifier that the "plus" models carry.
 _UNUSED = ("_ema", "modality_encoders.AUDIO.decoder.", "shared_decoder.", "recon_proj.", "cls_proj.", "proj.")
@@ -65,27 +69,38 @@ class Emotion2Vec(nn.Module):
         config: the `model_conf` part of a released config.yaml, or the whole of it; absent settings take emotion2vec
             base's values. LayerDrop and stochastic depth, which it may name, are never applied; dropout is, in training
             mode.
+        num_tensors: that the encoder's file holds; a configuration of more layers is refused before they are built.
 
     Raises:
         CheckpointError: for a setting that is not implemented.
     """
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: dict[str, Any], num_tensors: int = 100 * DEEPEST):
         super().__init__()
         conf = config.get("model_conf", config)
-        audio = (conf.get("modalities") or {}).get("audio") or {}
+        modalities = conf.get("modalities") or {} if isinstance(conf, dict) else None
+        audio = modalities.get("audio") or {} if isinstance(modalities, dict) else None
+        if not isinstance(audio, dict):
+            raise CheckpointError(f"emotion2vec: its settings are no dictionaries by name: {shown(conf)}")
         for name, allowed in _ONLY.items():
             if conf.get(name, allowed) != allowed:
-                raise CheckpointError(f"emotion2vec: {name} = {conf[name]!r} is not supported, only {allowed!r} is")
+                raise CheckpointError(
+                    f"emotion2vec: {name} = {shown(conf[name])} is not supported, only {allowed!r} is"
+                )
         for name, allowed in _AUDIO_ONLY.items():
             if audio.get(name, allowed) != allowed:
-                raise CheckpointError(f"emotion2vec: {name} = {audio[name]!r} is not supported, only {allowed!r} is")
-        conf = {**_DEFAULTS, **_ONLY, **conf}
-        audio = {**_AUDIO_DEFAULTS, **_AUDIO_ONLY, **audio}
+                raise CheckpointError(
+                    f"emotion2vec: {name} = {shown(audio[name])} is not supported, only {allowed!r} is"
+                )
+        conf = {**_ONLY, **conf, **settings_like(conf, _DEFAULTS, "emotion2vec")}
+        audio = {**_AUDIO_ONLY, **audio, **settings_like(audio, _AUDIO_DEFAULTS, "emotion2vec")}
+        if conf["embed_dim"] % conf["num_heads"]:
+            raise CheckpointError(f"emotion2vec: num_heads {conf['num_heads']} does not divide {conf['embed_dim']}")
         if audio["num_alibi_heads"] > conf["num_heads"]:
             raise CheckpointError(
                 f"emotion2vec: num_alibi_heads {audio['num_alibi_heads']} exceeds num_heads {conf['num_heads']}"
             )
+        require_layers(conf["depth"] + audio["prenet_depth"] + audio["conv_pos_depth"], num_tensors, "emotion2vec")
         self.config = {"model": "Emotion2vec", "model_conf": copy.deepcopy(conf | {"modalities": {"audio": audio}})}
         self.modality_encoders = nn.ModuleDict({"AUDIO": _AudioEncoder(conf, audio)})
         self.dropout_input = nn.Dropout(conf["dropout_input"])
@@ -145,9 +160,8 @@ class Emotion2Vec(nn.Module):
                 tensors = tensors[key]
         prefixes = tuple(_prefixes(config))
         tensors = {_strip(name, prefixes): value for name, value in tensors.items()}
-        encoder = cls(config)
-        load_strict(encoder, {name: value for name, value in tensors.items() if not name.startswith(_UNUSED)}, path)
-        return encoder.to(device=device, dtype=dtype).eval()
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(_UNUSED)}
+        return built(lambda: cls(config, len(tensors)), tensors, path, dtype, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes model.pt and config.yaml into `folder`; `dtype` (for example torch.float16) only changes the file."""
@@ -155,9 +169,12 @@ class Emotion2Vec(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=True), encoding="utf-8")
+        text = yaml.safe_dump(self.config, sort_keys=True)
+        with replace_whole(folder / "config.yaml") as temporary:
+            temporary.write_text(text, encoding="utf-8")
         tensors = {name: value.to("cpu", dtype or value.dtype) for name, value in self.state_dict().items()}
-        torch.save({"model": tensors}, folder / "model.pt")
+        with replace_whole(folder / "model.pt") as temporary:
+            torch.save({"model": tensors}, temporary)
 
 
 class _AudioEncoder(nn.Module):
@@ -170,6 +187,8 @@ class _AudioEncoder(nn.Module):
         self.min_samples = 1
         for _, kernel, stride in reversed(layers):
             self.min_samples = (self.min_samples - 1) * stride + kernel
+        if self.min_samples > LARGEST:
+            raise CheckpointError(f"emotion2vec: the first feature takes {self.min_samples} samples, at most {LARGEST}")
         self.local_encoder = nn.Module()
         self.local_encoder.conv_layers = nn.ModuleList()
         width = 1
@@ -325,18 +344,23 @@ def _parse_layers(text: str) -> list[tuple[int, int, int]]:
             case ast.List(elts=items):
                 return [value(item) for item in items]
             case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return value(left) + value(right)
+                return bounded(value(left) + value(right))
             case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int(times))) if 0 < times <= 100:
-                return value(left) * times
-        raise ValueError(ast.dump(node))
+                return bounded(value(left) * times)
+        raise ValueError(ast.dump(node)[:100])
+
+    def bounded(layers: list) -> list:  # a hundred times a hundred times ...
+        if not isinstance(layers, list) or len(layers) > 100:
+            raise ValueError("too many layers")
+        return layers
 
     try:
         layers = value(ast.parse(text, mode="eval").body)
-        if not layers or any(len(layer) != 3 or min(layer) < 1 for layer in layers):
+        if not layers or any(len(layer) != 3 or min(layer) < 1 or max(layer) > LARGEST for layer in layers):
             raise ValueError(layers)
-    except (ValueError, TypeError, SyntaxError, RecursionError) as error:
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise CheckpointError(
-            f"emotion2vec: feature_encoder_spec {text!r} is not a list of (channels, kernel, stride)"
+            f"emotion2vec: feature_encoder_spec {shown(text)} is not a list of (channels, kernel, stride)"
         ) from error
     return layers
 
@@ -344,19 +368,36 @@ def _parse_layers(text: str) -> list[tuple[int, int, int]]:
 def _read_config(path: Path) -> dict[str, Any]:
     import yaml
 
+    text = read_text(path)
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None or _expanded(node, {}) > _MOST_NODES:
+            raise ValueError(f"it is empty, or has more than {_MOST_NODES} values")
+        config = loader.construct_document(node)
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {str(error)[:500]}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_conf"), dict):
         raise CheckpointError(f"{path} has no model_conf section")
     return config
 
 
+def _expanded(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node stands for, with every alias written out: ten lines of aliases can be billions."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_NODES + 1  # should it hold itself
+        parts = node.value if isinstance(node.value, list) else []
+        parts = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
+
+
 def _prefixes(config: dict[str, Any]) -> list[str]:
     """Prefixes that may precede every name: `scope_map` lists pairs (prefix in the file, prefix here or "none")."""
     scope = config.get("scope_map") or []
-    scope = scope.split(",") if isinstance(scope, str) else list(scope)
+    if not isinstance(scope, (str, list)):
+        raise CheckpointError(f"emotion2vec: scope_map = {shown(scope)} must be a list of prefixes")
+    scope = scope.split(",") if isinstance(scope, str) else scope
     named = [str(name) for name, here in zip(scope[::2], scope[1::2]) if str(here).lower() == "none"]
     return [name for name in named if name.lower() != "none"] + ["d2v_model.", "module."]
 

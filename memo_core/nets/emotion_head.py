@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .weights import WEIGHTS, load_strict, read_tensors
+from ..files import replace_whole
+from ..tensorfile import save_tensors
+from .config import require_layers
+from .weights import WEIGHTS, built, read_tensors
 
 
 class EmotionHead(nn.Module):
@@ -69,18 +72,14 @@ class EmotionHead(nn.Module):
         first, last = shapes.get("layers.fc1.weight"), shapes.get(f"layers.fc{depth}.weight")
         if first is None or last is None or len(first) != 2 or len(last) != 2:
             raise CheckpointError(f"{path} is not an emotion head: it holds {sorted(shapes)[:10]}")
-        head = cls(feature_dim=first[1], hidden_dim=first[0], classes=last[0], depth=depth)
-        load_strict(head, tensors, path)
-        return head.to(device=device, dtype=dtype).eval()
+        require_layers(depth, 100, path)
+        return built(lambda: cls(first[1], first[0], last[0], depth), tensors, path, dtype, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the released layout into `folder`; `dtype` (for example torch.float16) only changes the file."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"_class_name": "AudioEmotionClassifierModel"}, indent=2) + "\n")
-        save_file(
-            {name: value.to(dtype=dtype or value.dtype).contiguous() for name, value in self.state_dict().items()},
-            folder / WEIGHTS,
-        )
+        with replace_whole(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps({"_class_name": "AudioEmotionClassifierModel"}, indent=2) + "\n")
+        tensors = {name: value.to(dtype=dtype or value.dtype).contiguous() for name, value in self.state_dict().items()}
+        save_tensors(tensors, folder / WEIGHTS)

@@ -15,11 +15,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
+from ..checks import shown
 from ..errors import CheckpointError
-from .weights import load_strict, read_json, read_tensors
+from ..files import replace_whole
+from ..tensorfile import save_tensors
+from .config import LARGEST, require_layers, settings_like
+from .weights import built, read_json, read_tensors
 
 SAMPLE_RATE = 16000
 
+# What hidden states depend on, with wav2vec 2.0 base's values. Nothing else of a configuration reaches transformers,
+# which would, for one, fetch and run the attention that a file names.
+_SETTINGS = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout": 0.1,
+    "activation_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.1,
+    "layerdrop": 0.1,
+    "layer_norm_eps": 1e-5,
+    "feat_extract_norm": "group",
+    "feat_extract_activation": "gelu",
+    "conv_dim": (512,) * 7,
+    "conv_stride": (5, 2, 2, 2, 2, 2, 2),
+    "conv_kernel": (10, 3, 3, 3, 3, 2, 2),
+    "conv_bias": False,
+    "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16,
+    "do_stable_layer_norm": False,
+    "add_adapter": False,
+    "mask_time_prob": 0.05,
+    "mask_feature_prob": 0.0,
+}
 # Entries of published wav2vec 2.0 files that hidden states do not need: the CTC head, the pre-training
 # quantiser and its projections, and the embedding that stands for masked frames.
 _UNUSED = ("lm_head.", "quantizer.", "project_q.", "project_hid.", "masked_spec_embed")
@@ -47,6 +79,10 @@ class SpeechEncoder(nn.Module):
         self.feature_extractor = model.feature_extractor
         self.feature_projection = model.feature_projection
         self.encoder = model.encoder
+        if self.min_samples > LARGEST:
+            raise CheckpointError(
+                f"speech encoder: its first feature takes {self.min_samples} samples, at most {LARGEST}"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -110,26 +146,29 @@ class SpeechEncoder(nn.Module):
         folder = Path(folder)
         config = read_json(folder / "config.json")
         if config.get("model_type") != "wav2vec2":
-            raise CheckpointError(f"{folder}/config.json: model_type {config.get('model_type')!r} is not 'wav2vec2'")
+            raise CheckpointError(
+                f"{folder}/config.json: model_type {shown(config.get('model_type'))} is not 'wav2vec2'"
+            )
         preprocessing = folder / "preprocessor_config.json"
         settings = read_json(preprocessing) if preprocessing.is_file() else {}
         if settings.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
-            raise CheckpointError(f"{preprocessing}: sampling_rate {settings['sampling_rate']} is not {SAMPLE_RATE}")
+            raise CheckpointError(
+                f"{preprocessing}: sampling_rate {shown(settings['sampling_rate'])} is not {SAMPLE_RATE}"
+            )
         path = folder / "model.safetensors"
         if not path.is_file():
             path = folder / "pytorch_model.bin"
         if not path.is_file():
             raise CheckpointError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
-        encoder = cls.from_config(Wav2Vec2Config.from_dict(config), settings.get("do_normalize", True))
-        load_strict(
-            encoder, {_rename(name): value for name, value in read_tensors(path).items() if not _unused(name)}, path
-        )
-        return encoder.to(device=device, dtype=dtype).eval()
+        settings = settings_like(settings, {"do_normalize": True}, preprocessing)
+        config = settings_like(config, _SETTINGS, folder / "config.json")
+        tensors = {_rename(name): value for name, value in read_tensors(path).items() if not _unused(name)}
+        require_layers(config["num_hidden_layers"], len(tensors), folder / "config.json")
+        config |= {name: list(value) for name, value in config.items() if isinstance(value, tuple)}
+        return built(lambda: cls.from_config(config, settings["do_normalize"]), tensors, path, dtype, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes a folder that `from_pretrained` and transformers read; `dtype` only changes the file."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # No masking in training, so that transformers does not look for the embedding of masked frames.
@@ -145,9 +184,10 @@ class SpeechEncoder(nn.Module):
             "sampling_rate": SAMPLE_RATE,
             "do_normalize": self.normalize,
         }
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        with replace_whole(folder / "preprocessor_config.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         tensors = {name: value.to(dtype=dtype or value.dtype).contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def _unused(name: str) -> bool:

@@ -3,28 +3,64 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import shown
 from ..errors import CheckpointError
+from ..files import open_regular
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # as diffusers names it
+MAX_SETTINGS_BYTES = 2**20  # released ones have two thousand
+MAX_DEPTH = 50  # of settings in settings
+_SHARED = 16  # times the size of their file that the tensors of a torch file may have, where some share their numbers
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of settings; CheckpointError where there is none, or far too much."""
+    try:
+        with open_regular(path) as file:
+            content = file.read(MAX_SETTINGS_BYTES + 1)
+        if len(content) > MAX_SETTINGS_BYTES:
+            raise ValueError(f"it has more than {MAX_SETTINGS_BYTES} bytes")
+        return content.decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(path))
+        _check_depth(content)
+    except CheckpointError:
+        raise
+    except RecursionError as error:
+        raise CheckpointError(f"{path} cannot be read: it is nested too deep") from error
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not settings by name")
     return content
+
+
+def _check_depth(content: Any) -> None:
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        level = [item for value in level for item in _items(value)]
+    if level:
+        raise RecursionError
+
+
+def _items(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def read_tensors(path: Path) -> dict:
@@ -34,24 +70,81 @@ def read_tensors(path: Path) -> dict:
     Returns the dictionary as stored; a torch file may nest further dictionaries. Raises CheckpointError when the file
     is absent, damaged, or holds anything but tensors and plain containers.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
 
-            return load_file(path)
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+                return load_file(path)
+            if zipfile.is_zipfile(file):  # torch compresses nothing: what is compressed is a bomb
+                unpacked = sum(part.file_size for part in zipfile.ZipFile(file).infolist())
+                if unpacked > size:
+                    raise CheckpointError(f"{path} has {size} bytes and says that {unpacked} are in it")
+            file.seek(0)
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged, or holds Python objects besides tensors, which are never run; "
             "re-save it with tensors only"
         ) from error
-    except Exception as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the two libraries make of bytes that nobody checked
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(stored, dict):
         raise CheckpointError(f"{path} holds a {type(stored).__name__}, not a dictionary of tensors")
+    _check_stored(stored, path, _SHARED * size)
     return stored
+
+
+def _check_stored(stored: dict, path: Path, room: int) -> None:
+    """Names are texts, tensors plain ones in memory, and all of them not much larger than their file, as views may be
+    that repeat one number."""
+    level, seen = [stored], set()
+    for _ in range(MAX_DEPTH):
+        following = []
+        for item in (item for part in level for item in part.items()):
+            if not isinstance(item[0], str):
+                raise CheckpointError(f"{path} holds something under {shown(item[0])}, which is no name")
+            value = item[1]
+            if isinstance(value, Tensor):
+                if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+                    raise CheckpointError(f"{path}: {item[0]} is no plain tensor")
+                room -= value.numel() * value.element_size()
+            elif isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))
+                following.append(value)
+        level = following
+    if level:
+        raise CheckpointError(f"{path} cannot be read: it is nested too deep")
+    if room < 0:
+        raise CheckpointError(f"{path} holds tensors {_SHARED} times as large as the file itself")
+
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
+    """Raises CheckpointError, listing the first ten keys that are missing, unexpected, misshapen or of whole numbers.
+
+    Args:
+        source: where the tensors come from, for the message.
+    """
+    own = module.state_dict()
+    problems = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in tensors]
+    for name, value in tensors.items():
+        if name not in own:
+            problems.append(f"unexpected {str(name)[:200]}")
+        elif not isinstance(value, Tensor):
+            problems.append(f"{name} is a {type(value).__name__}, not a tensor")
+        elif value.shape != own[name].shape:
+            problems.append(f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+        elif value.is_floating_point() != own[name].is_floating_point() or value.is_complex():
+            problems.append(f"{name} holds {value.dtype}, expected {own[name].dtype}")
+    if problems:
+        listed = "\n  ".join(problems[:10])
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CheckpointError(f"{source} does not fit {type(module).__name__}:\n  {listed}{more}")
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
@@ -59,23 +152,41 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: object
 
     They are copied, keeping the module's dtype and device; a module on the meta device takes them over as they are.
 
-    Args:
-        source: where the tensors come from, for the message.
+    Raises:
+        CheckpointError: as `check_fit`.
+    """
+    check_fit(module, tensors, source)
+    on_meta = any(value.is_meta for value in module.state_dict().values())
+    module.load_state_dict(tensors, strict=True, assign=on_meta)
+
+
+def built(
+    build: Callable[[], nn.Module],
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """The module of `build` with these tensors, ready to run. It takes no memory before they are found to fit.
 
     Raises:
-        CheckpointError: listing the first ten missing, unexpected or misshapen keys.
+        CheckpointError: as `check_fit`, or where nothing can be built.
     """
-    own = module.state_dict()
-    problems = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in tensors]
-    for name, value in tensors.items():
-        if name not in own:
-            problems.append(f"unexpected {name}")
-        elif not isinstance(value, Tensor):
-            problems.append(f"{name} is a {type(value).__name__}, not a tensor")
-        elif value.shape != own[name].shape:
-            problems.append(f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
-    if problems:
-        listed = "\n  ".join(problems[:10])
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(f"{source} does not fit {type(module).__name__}:\n  {listed}{more}")
-    module.load_state_dict(tensors, strict=True, assign=any(value.is_meta for value in own.values()))
+    module = on_meta(build, source)
+    check_fit(module, tensors, source)
+    module = module.to(dtype).to_empty(device=device)
+    load_strict(module, tensors, source)
+    return module.eval()
+
+
+def on_meta(build: Callable[[], nn.Module], source: Path) -> Any:
+    """The module of `build`, without memory; CheckpointError where the settings beside `source` make none."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{source} lacks {error}, which gives the network's size") from error
+    except Exception as error:  # what libraries raise for settings that contradict each other is theirs to choose
+        raise CheckpointError(f"no network fits {source} and the configuration beside it: {shown(error)}") from error
