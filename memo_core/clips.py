@@ -111,8 +111,8 @@ class Clip(_Frames):
 
     def frames(self) -> Iterator[np.ndarray]:
         """Decodes window by window; yields uint8 [H, W, 3]."""
-        for number, window in enumerate(self._windows()):
-            yield from to_uint8(self.decode(window), number * WINDOW)
+        for window in self._windows():
+            yield from to_uint8(self.decode(window))
 
     def to_tensor(self) -> Tensor:
         """All frames, float32 [F, H, W, 3] in [0, 1]."""
@@ -160,29 +160,28 @@ class ImageClip(_Frames):
 
     def frames(self) -> Iterator[np.ndarray]:
         """Yields uint8 [H, W, 3]."""
-        for number, chunk in enumerate(self.images.split(WINDOW)):
-            yield from to_uint8(over_white(chunk).permute(0, 3, 1, 2), number * WINDOW)
+        for chunk in self.images.split(WINDOW):
+            yield from to_uint8(over_white(chunk).permute(0, 3, 1, 2))
 
     def to_tensor(self) -> Tensor:
         """[F, H, W, 3] in [0, 1]."""
         return over_white(self.images)
 
 
-def check_finite(images: Tensor, first: int = 0) -> None:
+def check_finite(images: Tensor) -> None:
     """SamplingError that names the first of the frames [F, ...] with NaN or infinite values, which would be saved as
-    black or as noise.
-
-    Args:
-        first: number of the first frame, counted from 0. The error counts from 1.
-    """
+    black or as noise."""
     if not images.is_floating_point():
         return
-    for start in range(0, len(images), WINDOW):
-        chunk = images[start : start + WINDOW]
+    for first in range(0, len(images), WINDOW):
+        chunk = images[first : first + WINDOW]
         # A tenth of the time of isfinite, and no memory: NaN is the extreme of whatever it is in.
         if chunk.numel() and not all(math.isfinite(value) for value in chunk.aminmax()):
-            bad = next(number for number, frame in enumerate(chunk, first + start + 1) if not frame.isfinite().all())
-            raise SamplingError(f"frame {bad} holds NaN or infinite values: look at the node or model that made it")
+            bad = next(number for number, frame in enumerate(chunk, first) if not frame.isfinite().all())
+            raise SamplingError(
+                f"frame {bad} of {len(images)} (counted from 0) holds NaN or infinite values: look at the node or model "
+                "that made it"
+            )
 
 
 def over_white(images: Tensor, transparency: Tensor | None = None) -> Tensor:
@@ -216,7 +215,6 @@ def over_white(images: Tensor, transparency: Tensor | None = None) -> Tensor:
     return images[..., :3] if result is None else result
 
 
-def to_uint8(frames: Tensor, first: int = 0) -> np.ndarray:
-    """[F, 3, H, W] in [0, 1] -> uint8 [F, H, W, 3]; SamplingError for NaN or infinite values, see `check_finite`."""
-    check_finite(frames, first)
+def to_uint8(frames: Tensor) -> np.ndarray:
+    """[F, 3, H, W] in [0, 1] -> uint8 [F, H, W, 3]."""
     return (frames.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
