@@ -179,8 +179,8 @@ def check_finite(images: Tensor) -> None:
         if chunk.numel() and not all(math.isfinite(value) for value in chunk.aminmax()):
             bad = next(number for number, frame in enumerate(chunk, first) if not frame.isfinite().all())
             raise SamplingError(
-                f"frame {bad} of {len(images)} (counted from 0) holds NaN or infinite values: look at the node or model "
-                "that made it"
+                f"frame {bad} of {len(images)} (counted from 0) holds NaN or infinite values: look at the node or "
+                "model that made it"
             )
 
 
