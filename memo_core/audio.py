@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import AudioError
+from .media import MAX_CHANNELS, MAX_RATE, MAX_SECONDS, Recording, too_long
 
 if TYPE_CHECKING:
     from .nets.speech_encoder import SpeechEncoder
 
 SAMPLE_RATE = 16000  # Hz, what the speech encoder and emotion2vec listen to
-MAX_SECONDS = 3 * 3600  # a longer recording is refused: at 16 kHz three hours are 0.7 GB
 MAX_EMBEDDING_BYTES = 8 * 2**30  # embeddings of the released encoder take 1.1 MB a second: 2 hours
 WHOLE_SECONDS = 60  # up to here context="auto" encodes the recording whole, as released
 MAX_WHOLE_SECONDS = 300  # whole encoding beyond this is refused: 6 GB of working memory with the released encoder
@@ -38,7 +39,6 @@ SILENCE_SECONDS = 0.3  # a shorter pause is part of speech
 SILENCE_BLOCK = 0.02  # seconds over which the level is taken
 NEIGHBOURS = 2  # frames of context on either side of each frame's embedding
 
-_MAX_CHANNELS = 64
 _MAX_PEAK = 1e6
 _INTEGER_SCALES = {torch.uint8: (128.0, 128.0), torch.int16: (0.0, 2.0**15), torch.int32: (0.0, 2.0**31)}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -68,53 +68,20 @@ class AudioTrack:
         return self.embeddings.shape[0]
 
 
-def load_audio(path: str | Path) -> tuple[Tensor, int]:
+def load_audio(path: str | os.PathLike[str]) -> tuple[Tensor, int]:
     """Reads the first audio stream of any file that PyAV opens (wav, mp3, flac, m4a, the sound of a video, ...).
+
+    Samples lie at their times in the file: see `media.Recording`, which also reads it piece by piece.
 
     Returns:
         waveform [channels, T] float32 in [-1, 1], and its sample rate in Hz.
 
     Raises:
-        AudioError: the file is absent, cannot be decoded, has no sound, or is longer than MAX_SECONDS.
+        AudioError: the file is absent, cannot be decoded, has no sound, is longer than MAX_SECONDS or larger than
+            media.MAX_BYTES.
     """
-    import av
-
-    path = Path(path)
-    if not path.is_file():
-        raise AudioError(f"{path} is not a file")
-    if path.stat().st_size == 0:
-        raise AudioError(f"{path} is empty")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                raise AudioError(f"{path} has no audio stream")
-            declared = max(0, container.duration or 0) / av.time_base
-            if declared > MAX_SECONDS:
-                raise _too_long(declared)
-            # Unused room at the end of the buffer costs no memory, the system gives pages when they are written.
-            buffer, rate, filled, resampler = np.empty((0, 0), np.float32), 0, 0, None
-            for frame in container.decode(container.streams.audio[0]):
-                if resampler is None:
-                    rate = frame.sample_rate
-                    resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=rate)
-                    buffer = np.empty((frame.layout.nb_channels, int((declared + 1) * rate)), np.float32)
-                for piece in resampler.resample(frame):
-                    if filled + piece.samples > buffer.shape[1]:
-                        room = np.empty((len(buffer), buffer.shape[1] // 2 + piece.samples), np.float32)
-                        buffer = np.concatenate([buffer, room], axis=1)
-                    buffer[:, filled : filled + piece.samples] = piece.to_ndarray()
-                    filled += piece.samples
-                if filled > MAX_SECONDS * rate:
-                    raise _too_long(filled / rate)
-    except AudioError:
-        raise
-    except MemoryError as error:  # also of a small file that declares hours
-        raise AudioError(f"{path} declares {declared:.0f} s of sound, more than the memory holds") from error
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise AudioError(f"{path} cannot be decoded: {error}") from error
-    if not filled:
-        raise AudioError(f"{path} holds no audio samples")
-    return torch.from_numpy(buffer[:, :filled]), rate
+    recording = Recording(path)
+    return recording.read(), recording.sample_rate
 
 
 def count_frames(samples: int, sample_rate: float, fps: float) -> int:
@@ -133,14 +100,14 @@ def prepare_waveform(waveform: Tensor | np.ndarray, sample_rate: float) -> Tenso
     Args:
         waveform: [T] or [channels, T], at most 64 channels. Floating point (about in [-1, 1]; louder is allowed up to a
             peak of 1e6, because what follows normalises), or int16, int32, uint8, which are scaled to [-1, 1].
-        sample_rate: in Hz, any positive number.
+        sample_rate: in Hz, above 0 and at most 768,000.
 
     Returns:
         [T at 16 kHz] float32 on the CPU, at least one sample.
 
     Raises:
-        AudioError: wrong shape or number format, no samples, samples that are not finite, a rate that is not positive,
-            more than MAX_SECONDS.
+        AudioError: wrong shape or number format, no samples, samples that are not finite, a rate out of
+            range, more than MAX_SECONDS.
     """
     rate = _check_rate(sample_rate)
     mono = _mono(_as_channels(waveform), rate)
@@ -156,6 +123,7 @@ def encode_audio(
     window_frames: int = 16,
     progress: Callable[[int, int], None] | None = None,
     silence_gate: bool = False,
+    num_frames: int | None = None,
 ) -> AudioTrack:
     """Encodes a recording into per-frame speech embeddings (MEMO section 3.1).
 
@@ -190,6 +158,8 @@ def encode_audio(
         silence_gate: gives frames inside a silent stretch the embedding of digital silence, so that mouths rest: at
             least SILENCE_SECONDS below SILENCE_LEVEL. The level is absolute, so that the gate, too, hears only what is
             near; a recording whose speech is that quiet has to be amplified first.
+        num_frames: how many frames the recording spans, where it was resampled before, so that its samples no longer
+            say it exactly; None counts them (`count_frames`).
 
     Raises:
         AudioError: bad recording or argument, or embeddings that would exceed MAX_EMBEDDING_BYTES.
@@ -202,7 +172,11 @@ def encode_audio(
     samples = prepare_waveform(waveform, sample_rate)
     seconds = len(samples) / SAMPLE_RATE
     context = _resolve_context(context, seconds)
-    num_frames = count_frames(_as_channels(waveform).shape[1], sample_rate, fps)
+    counted = count_frames(_as_channels(waveform).shape[1], sample_rate, fps)
+    if num_frames is None:
+        num_frames = counted
+    if isinstance(num_frames, bool) or not isinstance(num_frames, int) or abs(num_frames - counted) > 1:
+        raise AudioError(f"num_frames is {num_frames!r}, but the recording spans {counted} frames at {fps:g} fps")
     padded = math.ceil(num_frames / window_frames) * window_frames
     size = padded * speech_encoder.num_layers * speech_encoder.hidden_dim * 4
     if size > MAX_EMBEDDING_BYTES:
@@ -389,8 +363,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_rate(sample_rate: Any) -> float:
-    if not _is_number(sample_rate) or sample_rate <= 0:
-        raise AudioError(f"the sample rate is {sample_rate!r}; it must be a positive number of Hz")
+    if not _is_number(sample_rate) or not 0 < sample_rate <= MAX_RATE:
+        raise AudioError(f"the sample rate is {sample_rate!r}; it must be a number of Hz above 0, at most {MAX_RATE}")
     return float(sample_rate)
 
 
@@ -411,9 +385,9 @@ def _as_channels(waveform: Any) -> Tensor:
         raise AudioError(f"the waveform has shape {shape}; [samples] or [channels, samples] is expected")
     if waveform.numel() == 0:
         raise AudioError(f"the waveform is empty, its shape is {shape}")
-    if waveform.ndim == 2 and shape[0] > _MAX_CHANNELS:
+    if waveform.ndim == 2 and shape[0] > MAX_CHANNELS:
         raise AudioError(
-            f"the waveform has shape {shape}, that is {shape[0]} channels and at most {_MAX_CHANNELS} are allowed; "
+            f"the waveform has shape {shape}, that is {shape[0]} channels and at most {MAX_CHANNELS} are allowed; "
             "[channels, samples] is expected, should it be transposed?"
         )
     return waveform.reshape(-1, shape[-1])
@@ -429,7 +403,7 @@ def _mono(channels: Tensor, rate: float) -> Tensor:
     """Averages the channels and checks length and values; [channels, T] -> [T] float32."""
     seconds = channels.shape[1] / rate
     if seconds > MAX_SECONDS:
-        raise _too_long(seconds)
+        raise too_long(seconds)
     # One channel after the other: an hour of 16-bit stereo would double in size if converted at once.
     mono = _to_float(channels[0])
     for channel in channels[1:]:
@@ -452,13 +426,6 @@ def resample(samples: Tensor, rate: float, target: float) -> Tensor:
 
     resampled = librosa.resample(samples.numpy(), orig_sr=rate, target_sr=target, res_type="soxr_hq")
     return torch.from_numpy(np.ascontiguousarray(resampled, dtype=np.float32))
-
-
-def _too_long(seconds: float) -> AudioError:
-    return AudioError(
-        f"the recording lasts {seconds:.0f} s; "
-        f"at most {MAX_SECONDS} s ({MAX_SECONDS / 3600:g} hours) are allowed, cut it"
-    )
 
 
 def _resolve_context(context: Any, seconds: float) -> float | Literal["local"] | None:

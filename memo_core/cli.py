@@ -15,13 +15,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .errors import MemoError
+from .files import replace_whole
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from PIL import Image
 
     from .memory import MemoryState
@@ -39,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 when all is done, 1 after an error (one line on stderr says which), 2 for wrong usage, 130 after Ctrl-C or a
     SIGTERM.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what no text can
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="memo: %(message)s")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     parser = build_parser()
@@ -68,9 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("out of memory: try a smaller --size, or --dtype bfloat16")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong in one line, without all that would be right."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     about = "A portrait and a voice in, a talking video out."
-    parser = argparse.ArgumentParser("memo", description=about, allow_abbrev=False)
+    parser = _Parser("memo", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"memo {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -180,7 +192,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
 
 
 def generate(args: argparse.Namespace) -> int:
-    output = Path(args.output or Path(Path(args.voice).stem + ".mp4"))
+    output = Path(args.output or _named_after(args.voice, ".mp4"))
     for given in (args.portrait, args.voice):
         if output.exists() and Path(given).exists() and output.samefile(given):
             raise MemoError(f"the video would replace {given}; name another with -o")
@@ -191,12 +203,14 @@ def generate(args: argparse.Namespace) -> int:
         raise MemoError("--horizon is for a new video; the state given with --memory-in brings its own")
 
     from . import checkpoint
-    from .audio import count_frames, load_audio, separate_vocals
+    from .audio import SAMPLE_RATE, count_frames, separate_vocals
     from .emotion import EmotionTrack, emotion_index
     from .face import check_size
     from .job import Settings
+    from .media import Recording
     from .memory import MemoryState
     from .optimise import Options
+    from .pictures import open_picture
     from .pipeline import MemoPipeline
     from .video import VideoWriter
 
@@ -213,9 +227,11 @@ def generate(args: argparse.Namespace) -> int:
         check_size(args.size)
     memory = MemoryState.load(args.memory_in) if args.memory_in else MemoryState.empty(args.horizon)
     store = None if args.no_store else _store(args.store)
-    portrait = _open_picture(args.portrait)
-    waveform, rate = load_audio(args.voice)
-    start, count = _span(args, count_frames(waveform.shape[1], rate, FPS), waveform.shape[1] / rate)
+    portrait = open_picture(args.portrait)
+    recording = Recording(args.voice)
+    waveform, rate = recording.mono(SAMPLE_RATE), SAMPLE_RATE  # an hour as it was recorded may not fit into memory
+    num_frames = count_frames(recording.num_samples, recording.sample_rate, FPS)
+    start, count = _span(args, num_frames, recording.seconds)
     device, dtype = _device(args)
 
     options = Options(rows_on_threads=device.type == "cpu")
@@ -238,13 +254,14 @@ def generate(args: argparse.Namespace) -> int:
     }
     if args.speed != "exact":
         about["speed"] = args.speed
-    with VideoWriter(output, width, height, FPS, rate, about) as writer:
-        sound = waveform[:, round(start * rate / FPS) : round((start + count) * rate / FPS)]
-        writer.write_audio(sound)
+    with VideoWriter(output, width, height, FPS, recording.sample_rate, about) as writer:
+        sound = (round(frame * recording.sample_rate / FPS) for frame in (start, start + count))
+        writer.write_audio(recording.span(*sound))
         if args.separate_vocals:
-            waveform, rate = separate_vocals(waveform, rate, pipe.nets.folder / checkpoint.VOCAL_SEPARATOR)
-        audio = pipe.encode_audio(waveform, rate, FPS, None if args.context == "whole" else args.context)
-        count = min(count, audio.num_frames - start)
+            separator = pipe.nets.folder / checkpoint.VOCAL_SEPARATOR
+            waveform, rate = separate_vocals(recording.read(), recording.sample_rate, separator)
+        context = None if args.context == "whole" else args.context
+        audio = pipe.encode_audio(waveform, rate, FPS, context, num_frames=num_frames)
         if args.emotion == "detect":
             emotion = pipe.detect_emotion(waveform, rate, audio.num_padded_frames, FPS)
         else:
@@ -389,9 +406,12 @@ def _device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         device = torch.device(name)
     except RuntimeError as error:
         raise MemoError(f"--device is {args.device!r}; allowed are auto, cpu, cuda, cuda:0, ...") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        seen = f"torch {torch.__version__} sees {torch.cuda.device_count()} cuda devices"
-        raise MemoError(f"--device is {args.device!r}, but {seen}")
+    # What torch has a name for need not be there; on `meta` nothing is ever computed.
+    found = getattr(torch, device.type, None)
+    count = 1 if device.type == "cpu" else found.device_count() if hasattr(found, "device_count") else 0
+    if (device.index or 0) >= count:
+        seen = f"torch {torch.__version__} sees {count} devices of that kind"
+        raise MemoError(f"--device is {args.device!r}, but {seen}; allowed are auto, cpu, cuda, cuda:0, ...")
     dtype = args.dtype
     if dtype == "auto":
         dtype = "float32"
@@ -429,24 +449,25 @@ class _Bar:
 
 
 def detect(args: argparse.Namespace) -> int:
-    output = Path(args.output or Path(args.voice).with_suffix(".emotion.png").name)
+    output = Path(args.output or _named_after(args.voice, ".emotion.png"))
     _check_folder(output)
 
-    from .audio import count_frames, load_audio
+    from .audio import SAMPLE_RATE, count_frames
     from .checkpoint import EMOTION_HEAD, find
     from .clips import WINDOW
     from .drawing import draw_emotion
     from .emotion import EMOTIONS, detect_emotion
+    from .media import Recording
     from .nets.emotion2vec import Emotion2Vec
     from .nets.emotion_head import EmotionHead
 
     folder = find(args.checkpoint)
-    waveform, rate = load_audio(args.voice)
+    recording = Recording(args.voice)
+    waveform, seconds = recording.mono(SAMPLE_RATE), recording.seconds
     encoder = Emotion2Vec.from_pretrained(folder / "emotion2vec")
     head = EmotionHead.from_pretrained(folder / EMOTION_HEAD)
-    seconds = waveform.shape[1] / rate
-    frames = WINDOW * math.ceil(count_frames(waveform.shape[1], rate, FPS) / WINDOW)
-    track = detect_emotion(waveform, rate, encoder, head, frames, FPS)
+    frames = WINDOW * math.ceil(count_frames(recording.num_samples, recording.sample_rate, FPS) / WINDOW)
+    track = detect_emotion(waveform, SAMPLE_RATE, encoder, head, frames, FPS)
 
     labels = track.probabilities.argmax(dim=1).tolist()
     times = [*track.segment_starts.tolist(), seconds]
@@ -455,7 +476,7 @@ def detect(args: argparse.Namespace) -> int:
     for first, last in zip(changes, changes[1:]):
         mean = float(track.probabilities[first:last, labels[first]].mean())
         print(f"{times[first]:7.2f} s {times[last]:7.2f} s  {EMOTIONS[labels[first]]:<10} {mean:11.2f}")
-    _save_picture(draw_emotion(track, waveform, rate), output)
+    _save_picture(draw_emotion(track, waveform, SAMPLE_RATE), output)
     return OK
 
 
@@ -540,48 +561,53 @@ def sheet(args: argparse.Namespace) -> int:
 
     from .video import read_video
 
-    output = Path(args.output or Path(args.video).with_suffix(".png").name)
+    output = Path(args.output or _named_after(args.video, ".png"))
     about, frames = read_video(args.video)
-    count = min(args.frames, about.frames)
-    wanted = {round((i + 0.5) * about.frames / count - 0.5) for i in range(count)}
-    columns = min(args.columns, count)
-    picture = Image.new("RGB", (columns * about.width, -(-count // columns) * (about.height + 20)), "white")
+    count = about.frames
+    pictures = _evenly(frames, count, args.frames)
+    if len(pictures) < min(args.frames, count):  # fewer than listed, as where parts were cut out
+        count = sum(1 for _ in read_video(args.video)[1])
+        pictures = _evenly(read_video(args.video)[1], count, args.frames)
+    if not pictures:
+        raise MemoError(f"{args.video} holds no frame that can be decoded")
+    columns = min(args.columns, len(pictures))
+    height, width = pictures[0][1].shape[:2]
+    picture = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * (height + 20)), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
-    place = 0
-    for number, pixels in enumerate(frames):
-        if number in wanted:
-            x, y = place % columns * about.width, place // columns * (about.height + 20)
-            picture.paste(Image.fromarray(pixels), (x, y))
-            draw.text((x + 4, y + about.height + 3), f"{number / about.fps:.2f} s", fill="black", font=font)
-            place += 1
+    for place, (number, pixels) in enumerate(pictures):
+        x, y = place % columns * width, place // columns * (height + 20)
+        picture.paste(Image.fromarray(pixels), (x, y))
+        draw.text((x + 4, y + height + 3), f"{number / about.fps:.2f} s", fill="black", font=font)
     _save_picture(picture, output)
     return OK
+
+
+def _evenly(frames: Iterator[NDArray[np.uint8]], listed: int, wanted: int) -> list[tuple[int, NDArray[np.uint8]]]:
+    """Evenly spaced ones of so many listed frames, at most `wanted`, with their numbers."""
+    count = min(wanted, listed)
+    numbers = {round((i + 0.5) * listed / count - 0.5) for i in range(count)}
+    return [(number, frame) for number, frame in enumerate(frames) if number in numbers]
 
 
 # --- Helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _open_picture(path: str) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        picture = Image.open(path)
-        picture.load()
-    except UnidentifiedImageError as error:
-        raise MemoError(f"{path} is not a picture") from error
-    except Image.DecompressionBombError as error:
-        raise MemoError(f"{path} is too large: {error}") from error
-    except SyntaxError as error:  # what Pillow raises for some damaged files
-        raise MemoError(f"{path} is damaged: {error}") from error
-    return picture
-
-
 def _save_picture(picture: Image.Image, path: Path) -> None:
-    try:
-        picture.save(path)
-    except ValueError as error:
-        raise MemoError(f"cannot write {path}: {error}; name a .png") from error
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise MemoError(f"cannot write {path}: name a .png")
+    with replace_whole(path) as temporary:
+        picture.save(temporary, kind)
     print(path)
+
+
+def _named_after(source: str, suffix: str) -> str:
+    """Name of a file here for what is made of `source`."""
+    if not Path(source).name:
+        raise MemoError(f"{source!r} is no file")
+    return Path(source).stem + suffix
 
 
 def _check_folder(path: str | Path | None) -> None:
@@ -600,22 +626,20 @@ def _positive_int(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return value
+    return _number(text, 0, 1e6, "a number of seconds")
 
 
 def _gigabytes(text: str) -> float:
+    return _number(text, 0.001, 1e6, "a number of gigabytes above 0")
+
+
+def _number(text: str, low: float, high: float, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes above 0")
+        value = math.nan
+    if not low <= value <= high:  # also refuses NaN
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}" + (f", at most {high:.0f}" if value > high else ""))
     return value
 
 

@@ -7,7 +7,6 @@ The released code asks the insightface package for this. Here the same two ONNX 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .checks import number, shown, whole
 from .errors import CheckpointError, PortraitError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float64
 )
 SIZE_MULTIPLE = 64  # VAE 8, then three halvings in the networks
+MAX_SIDE = 4096  # pixels of a video: the memory's sums alone would take half a terabyte there
 
 Box = tuple[float, float, float, float]
 PortraitImage = Image.Image | NDArray[Any] | Tensor
@@ -261,10 +262,10 @@ def prepare_portrait(
     height, width = check_size(size)
     if crop not in ("face", "none") or no_face not in ("warn", "error"):
         raise PortraitError(f"crop is {crop!r}, no_face {no_face!r}; allowed are 'face', 'none' and 'warn', 'error'")
-    if not (math.isfinite(margin) and 0 <= margin <= 10):
-        raise PortraitError(f"margin is {margin}; allowed is 0 to 10 times the face's size")
-    if face_index is not None and face_index < 0:
-        raise PortraitError(f"face_index is {face_index}; allowed is 0 (the largest face) and up, or None")
+    if number(margin, 0, 10) is None:
+        raise PortraitError(f"margin is {shown(margin)}; allowed is 0 to 10 times the face's size")
+    if face_index is not None and whole(face_index) is None:
+        raise PortraitError(f"face_index is {shown(face_index)}; allowed is 0 (the largest face) and up, or None")
     pixels = _to_rgb(image)
     given = None if face_box is None else read_box(face_box, *pixels.shape[:2])
 
@@ -292,8 +293,8 @@ def prepare_portrait(
     box = given if given is not None else face.box if face is not None else None
     target = box if crop == "face" else None
     region = crop_region(pixels.shape[0], pixels.shape[1], height, width, target, margin)
-    whole = region == (0, 0, pixels.shape[1], pixels.shape[0]) and pixels.shape[:2] == (height, width)
-    if whole and isinstance(image, Tensor) and image.is_floating_point():
+    uncut = region == (0, 0, pixels.shape[1], pixels.shape[0]) and pixels.shape[:2] == (height, width)
+    if uncut and isinstance(image, Tensor) and image.is_floating_point():
         result = image.detach().to("cpu", torch.float32, copy=True)  # nothing to do: not even rounded to 8 bits
     else:
         result = _cut(pixels, region, height, width)
@@ -357,8 +358,14 @@ def _cut(pixels: NDArray[np.uint8], region: tuple[int, int, int, int], height: i
 
 
 def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a video; PortraitError, with the nearest allowed ones, unless both are multiples of 64."""
-    height, width = (size, size) if isinstance(size, int) else size
+    """Height and width of a video; PortraitError, with the nearest allowed ones, unless both are multiples of 64 up to
+    MAX_SIDE."""
+    sides = [whole(side, -(2**53)) for side in (size if isinstance(size, (tuple, list)) else (size, size))]
+    if len(sides) != 2 or None in sides:
+        raise PortraitError(f"size is {shown(size)}; it is a whole number, or two: height and width")
+    height, width = sides
+    if max(height, width) > MAX_SIDE:
+        raise PortraitError(f"size is {height}x{width} (height x width); up to {MAX_SIDE} pixels a side are made")
     near = []
     for value in (height, width):
         below = value // SIZE_MULTIPLE * SIZE_MULTIPLE
@@ -374,7 +381,10 @@ def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
 def read_box(face_box: Any, height: int, width: int) -> Box:
     """Left, top, right, bottom from four numbers, clipped to the picture, or from a mask [H, W] or [1, H, W] that is
     above 0.5 on the face; PortraitError where that is no part of the picture."""
-    given = np.asarray(face_box.cpu() if isinstance(face_box, Tensor) else face_box)
+    try:
+        given = np.asarray(face_box.detach().cpu() if isinstance(face_box, Tensor) else face_box, np.float64)
+    except (TypeError, ValueError) as error:
+        raise PortraitError(f"face_box is {shown(face_box)}; allowed are four numbers or a mask") from error
     if given.shape == (4,):
         left, top, right, bottom = (float(value) for value in given)
         clipped = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
@@ -400,7 +410,7 @@ def _to_rgb(image: PortraitImage) -> NDArray[np.uint8]:
     if isinstance(image, Tensor) and image.is_floating_point():
         if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise PortraitError(f"the portrait is a tensor {list(image.shape)}; allowed is [3, H, W] in [-1, 1]")
-        low, high = (float(value) for value in image.detach().aminmax())
+        low, high = (float(value) for value in image.detach().float().aminmax())
         if not -1.001 <= low <= high <= 1.001:  # also refuses NaN
             raise PortraitError(f"the portrait's values reach from {low:g} to {high:g}; allowed is [-1, 1]")
         levels_8bit = image.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255)
@@ -408,7 +418,10 @@ def _to_rgb(image: PortraitImage) -> NDArray[np.uint8]:
     if isinstance(image, Image.Image):
         picture = image
     else:
-        array = np.asarray(image)
+        try:
+            array = np.asarray(image)
+        except Exception as error:  # whatever an object's own conversion raises
+            raise PortraitError(f"the portrait is a {type(image).__name__} and no picture ({error})") from error
         channels = array.shape[2] if array.ndim == 3 else 1
         if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
             raise PortraitError(
@@ -426,8 +439,8 @@ def _to_rgb(image: PortraitImage) -> NDArray[np.uint8]:
             opaque = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque)
         return np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise PortraitError(f"the portrait cannot be read: {error}") from error
+    except Exception as error:  # pictures are decoded here at the latest, and of damaged ones decoders raise what comes
+        raise PortraitError(f"the portrait cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _network_input(image: NDArray[np.uint8], scale: float) -> NDArray[np.float32]:

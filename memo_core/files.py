@@ -31,16 +31,17 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """
     try:
         name = os.fspath(path)
-        number = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        file = open(name, "rb", opener=_open_without_waiting)
     except (TypeError, ValueError) as error:  # no path; a NUL or a lone surrogate in it
         raise OSError(errno.EINVAL, f"this is no file name ({error})", repr(path)) from error
-    try:
-        if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", name)
-        return os.fdopen(number, "rb")
-    except BaseException:
-        os.close(number)
-        raise
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", name)
+    return file
+
+
+def _open_without_waiting(name: str | bytes, flags: int) -> int:
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 class Unfinished:

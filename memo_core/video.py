@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,12 +24,18 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import ArrayLike, NDArray
 
+from .checks import number, shown, whole
 from .errors import VideoError
+from .files import Unfinished
+from .media import open_media, reason
 
 # Other rates are resampled to 48 kHz: every player takes it, and one AAC packet (1024 samples, the grain in which sound
 # can end) is then shorter than a frame at 30 fps; at 16 kHz it would be twice as long.
 AAC_RATES = (44100, 48000)
 BT709, LIMITED_RANGE = 1, 1  # codes of ITU-T H.273: what players assume of MP4, here also written into the stream
+_X264 = {"crf": "17", "preset": "medium"}
+ENCODER_THREADS = 4  # x264 codes the same pictures to the same bytes only where their number is the same
+_SHORT = 0.5  # seconds by which a video may end before its own length without being called damaged
 _Result = TypeVar("_Result")
 
 
@@ -92,10 +98,10 @@ class VideoWriter:
         self.width, self.height = width, height
         self.frames_written = 0
         _check_size(width, height)
-        if not 0.01 <= fps <= 1000:  # also refuses NaN
-            raise VideoError(f"fps is {fps}; allowed is 0.01 to 1000")
-        if sample_rate is not None and not 1 <= sample_rate <= 768_000:
-            raise VideoError(f"sample_rate is {sample_rate} Hz; allowed is 1 to 768000, or None for no sound")
+        if not isinstance(fps, Fraction) and number(fps, 0.01, 1000) is None or not 0.01 <= fps <= 1000:
+            raise VideoError(f"fps is {shown(fps)}; allowed is 0.01 to 1000")
+        if sample_rate is not None and whole(sample_rate, 1, 768_000) is None:
+            raise VideoError(f"sample_rate is {shown(sample_rate)} Hz; allowed is 1 to 768000, or None for no sound")
         if self.path.suffix.lower() not in (".mp4", ".m4v"):
             raise VideoError(f"{self.path.name!r} does not end in .mp4; only MP4 is written")
         if not self.path.parent.is_dir():
@@ -104,14 +110,17 @@ class VideoWriter:
             raise VideoError(f"cannot write {self.path}: it is a folder")
         self.fps = Fraction(fps).limit_denominator(1001)  # 29.97 stays 2997/100, 30000/1001 is met exactly
         self.sample_rate = sample_rate
-        self._temporary = self.path.with_name(f".{self.path.stem}.{uuid.uuid4().hex[:8]}.part")
-        self._sound: deque[NDArray[np.float32]] = deque()  # [2, T], not encoded yet
+        self._sound: deque[NDArray[np.float32] | Iterator[ArrayLike]] = deque()  # [2, T], not encoded yet
         self._samples_written = 0
         self._to_yuv: Any = VideoReformatter()  # one for all frames: setting it up costs more than a small frame
         self._file: Any = None
         self._video: Any = None
         self._audio: Any = None
         self._open = True
+        try:
+            self._unfinished = Unfinished(self.path)
+        except (OSError, ValueError) as error:
+            raise VideoError(f"cannot write {self.path}: {reason(error)}") from error
         # PyAV runs in one thread of its own: Ctrl-C then interrupts the waiting caller, never a packet halfway into the
         # file, and the file can still be closed properly.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="video-writer")
@@ -148,26 +157,20 @@ class VideoWriter:
         self._check_open()
         self._run(lambda: self._encode_frames(pixels.reshape(-1, self.height, self.width, 3)))
 
-    def write_audio(self, waveform: ArrayLike) -> None:
+    def write_audio(self, waveform: ArrayLike | Iterator[ArrayLike]) -> None:
         """Adds sound after what was added before: float [T] or [C, T] in [-1, 1] (louder is clipped).
 
-        An array or a CPU tensor. One channel plays on both sides, two are left and right, more are averaged. The array
-        is not copied before it is encoded, which happens when the picture has come that far: do not change it.
+        An array, a CPU tensor, or an iterator over such, which is asked for the next one when the picture has come that
+        far. One channel plays on both sides, two are left and right, more are averaged. An array is not copied before
+        it is encoded: do not change it.
 
-        Raises VideoError for another shape or type, or samples that are not finite.
+        Raises VideoError for another shape or type, or samples that are not finite; for those of an iterator, and
+        whatever it raises itself, while frames are written.
         """
-        samples = np.asarray(waveform)
-        if samples.ndim not in (1, 2) or not np.issubdtype(samples.dtype, np.floating) or 0 in samples.shape[:-1]:
-            raise VideoError(f"sound is {samples.dtype} {list(samples.shape)}; allowed is float [T] or [C, T]")
         if self.sample_rate is None:
             raise VideoError("sound for a video that was opened without a sample_rate; give one to VideoWriter")
-        if not np.isfinite(samples).all():
-            raise VideoError("sound holds NaN or infinite samples; allowed is [-1, 1]")
         self._check_open()
-        channels = np.atleast_2d(samples.astype(np.float32, copy=False))
-        if len(channels) > 2:
-            channels = channels.mean(0, keepdims=True)
-        self._sound.append(np.broadcast_to(channels, (2, channels.shape[-1])))
+        self._sound.append(waveform if isinstance(waveform, Iterator) else _as_stereo(waveform))
 
     def finish(self, partial: bool = False) -> Path | None:
         """Ends both streams, moves the index to the front and gives the file its final name.
@@ -204,7 +207,7 @@ class VideoWriter:
         self._open = False
         self._thread.submit(self._abandon).exception()  # its errors no longer matter: the file goes away
         self._thread.shutdown()
-        self._temporary.unlink(missing_ok=True)
+        self._unfinished.discard()
 
     def _check_open(self) -> None:
         if not self._open:
@@ -215,27 +218,28 @@ class VideoWriter:
         try:
             return self._thread.submit(work).result()
         except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"cannot write {self.path}: {error}") from error
+            raise VideoError(f"cannot write {self.path}: {reason(error)}") from error
 
     # Below here everything runs in the writer's thread.
 
     def _start(self, metadata: dict[str, Any]) -> None:
         encoder = _h264_encoder(self.width, self.height)
-        # "use_metadata_tags" keeps keys of any name; "faststart" puts the index first, so that players start at once.
-        self._file = av.open(
-            str(self._temporary), "w", format="mp4", options={"movflags": "faststart+use_metadata_tags"}
-        )
+        # "file:" before a whole path: or a colon in its name would make it an address. "use_metadata_tags" keeps keys
+        # of any name; "faststart" puts the index first, so that players start at once.
+        address = f"file:{self._unfinished.temporary.absolute()}"
+        self._file = av.open(address, "w", format="mp4", options={"movflags": "faststart+use_metadata_tags"})
         statement = ai_statement(metadata)
         tags = {"comment": statement} | metadata | {"description": statement}
         for key, value in tags.items():
             self._file.metadata[str(key)] = value if isinstance(value, str) else json.dumps(value, default=str)
-        quality = {"crf": "17", "preset": "medium"} if encoder == "libx264" else {}
+        quality = _X264 | _without_avx512() if encoder == "libx264" else {}
         self._video = self._file.add_stream(encoder, rate=self.fps, options=quality)
         context = self._video.codec_context
         context.width, context.height, context.pix_fmt = self.width, self.height, "yuv420p"
         context.time_base = 1 / self.fps
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
+        context.thread_type, context.thread_count = "FRAME", ENCODER_THREADS
         if not quality:  # other encoders have no constant quality in common: 0.2 bits a pixel is generous
             context.bit_rate = int(0.2 * self.width * self.height * self.fps)
         if self.sample_rate is not None:
@@ -256,6 +260,11 @@ class VideoWriter:
         """Encodes waiting sound up to the end of the last frame."""
         while self._sound and (room := self._samples_due() - self._samples_written) > 0:
             samples = self._sound.popleft()
+            if isinstance(samples, Iterator):
+                piece = next(samples, None)
+                if piece is not None:
+                    self._sound.extendleft((samples, _as_stereo(piece)))
+                continue
             if samples.shape[1] > room:
                 self._sound.appendleft(samples[:, room:])
             self._encode_samples(samples[:, :room])
@@ -284,10 +293,10 @@ class VideoWriter:
         if self._audio is not None:
             self._file.mux(self._audio.encode(None))
         self._file.close()
-        found = probe(self._temporary).frames
+        found = probe(self._unfinished.temporary).frames
         if found != self.frames_written:
             raise VideoError(f"{self.path} holds {found} of {self.frames_written} frames; is the disk full?")
-        os.replace(self._temporary, self.path)
+        self._unfinished.finish(self.path)
         return True
 
     def _abandon(self) -> None:
@@ -295,43 +304,85 @@ class VideoWriter:
             self._file.close()
 
 
+def _as_stereo(waveform: ArrayLike) -> NDArray[np.float32]:
+    """[T] or [C, T] -> [2, T]; VideoError for what is no sound."""
+    samples = np.asarray(waveform)
+    if samples.ndim not in (1, 2) or not np.issubdtype(samples.dtype, np.floating) or 0 in samples.shape[:-1]:
+        raise VideoError(f"sound is {samples.dtype} {list(samples.shape)}; allowed is float [T] or [C, T]")
+    if not np.isfinite(samples).all():
+        raise VideoError("sound holds NaN or infinite samples; allowed is [-1, 1]")
+    channels = np.atleast_2d(samples.astype(np.float32, copy=False))
+    if len(channels) > 2:
+        channels = channels.mean(0, keepdims=True)
+    return np.broadcast_to(channels, (2, channels.shape[-1]))
+
+
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """Reads what a video file holds from its header; where that does not count the frames, from its packets.
 
     Raises VideoError if the file cannot be opened or holds no video.
     """
-    with _open_file(path) as file:
+    with _opened(path) as file:
         return _info(file, path)
 
 
 def read_video(path: str | os.PathLike[str]) -> tuple[VideoInfo, Iterator[NDArray[np.uint8]]]:
     """What a video holds, and an iterator over its frames, each uint8 [H, W, 3] RGB, decoded as they are asked for.
 
-    Raises VideoError if the file cannot be opened, holds no video, or, while iterating, is damaged.
+    Frames stand upright, as players show them, whichever way the camera was held.
+
+    Raises VideoError if the file cannot be opened, holds no video, or, while iterating, is damaged or ends early.
     """
-    return probe(path), _frames(path)
+    about = probe(path)
+    return about, _frames(path, about)
 
 
-def _frames(path: str | os.PathLike[str]) -> Iterator[NDArray[np.uint8]]:
-    with _open_file(path) as file:
-        frames = file.decode(video=0)
-        while True:
-            try:
-                frame = next(frames)
-            except StopIteration:
-                return
-            except av.FFmpegError as error:
-                raise VideoError(f"cannot read on in {path}: {error}") from error
-            # PyAV before 17 takes all for BT.601 unless given two matrices that differ; that of RGB has no effect.
-            matrices = {"src_colorspace": "ITU709", "dst_colorspace": "ITU601"} if frame.colorspace == BT709 else {}
-            yield frame.to_ndarray(format="rgb24", **matrices)
+def _frames(path: str | os.PathLike[str], about: VideoInfo) -> Iterator[NDArray[np.uint8]]:
+    count, last = 0, 0.0
+    with _opened(path) as file:
+        zero = (file.streams.video[0].start_time or 0) * (file.streams.video[0].time_base or 0)
+        for frame in file.decode(video=0):
+            count, last = count + 1, last if frame.time is None else frame.time - float(zero)
+            yield to_rgb(frame)
+    # Half a file plays to its middle, and no decoder minds. Fewer frames than listed is no sign: what was cut out of a
+    # video without coding it anew lists them all.
+    if count < about.frames and last + _SHORT < about.duration - 1 / about.fps:
+        raise VideoError(
+            f"{path} is incomplete: it ends at {last:.2f} s of {about.duration:.2f} s, after {count} frames"
+        )
 
 
-def _open_file(path: str | os.PathLike[str]) -> Any:
+def quarter_turns(frame: Any) -> int:
+    """Anticlockwise, that make a frame upright: telephones film as they are held and write the angle beside it."""
+    return round(frame.rotation / 90) % 4
+
+
+def to_rgb(frame: Any, longest_side: int | None = None) -> NDArray[np.uint8]:
+    """A decoded frame upright, uint8 [H, W, 3]; smaller where a side would be longer than `longest_side`."""
+    shrink = min(1.0, (longest_side or math.inf) / max(frame.width, frame.height))
+    size = {} if shrink == 1 else {"width": max(2, round(frame.width * shrink))}
+    if size:
+        size["height"] = max(2, round(frame.height * shrink))
+    # PyAV before 17 takes all for BT.601 unless given two matrices that differ; that of RGB has no effect.
+    matrices = {"src_colorspace": "ITU709", "dst_colorspace": "ITU601"} if frame.colorspace == BT709 else {}
+    picture = frame.to_ndarray(format="rgb24", **size, **matrices)
+    turns = quarter_turns(frame)
+    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The container, and a VideoError for whatever goes wrong with it, at opening or while it is read."""
     try:
-        return av.open(str(path), "r")
+        with open_media(path) as container:
+            yield container
+    except VideoError:
+        raise
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"cannot read {path}: {error}") from error
+        raise VideoError(f"cannot read {path}: {reason(error)}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # What a damaged file makes FFmpeg say, PyAV may not understand.
+        raise VideoError(f"cannot read {path}: {type(error).__name__}: {error}") from error
 
 
 def _info(file: Any, path: str | os.PathLike[str]) -> VideoInfo:
@@ -340,15 +391,20 @@ def _info(file: Any, path: str | os.PathLike[str]) -> VideoInfo:
     stream = file.streams.video[0]
     fps = stream.average_rate or stream.guessed_rate
     frames = stream.frames
+    width, height = stream.codec_context.width, stream.codec_context.height
+    first = next(file.decode(stream), None)  # it alone says how it is turned
+    if first is not None and quarter_turns(first) % 2:
+        width, height = height, width
     if not frames:
+        file.seek(0)
         frames = sum(packet.size > 0 for packet in file.demux(stream))
     audio = file.streams.audio[0] if file.streams.audio else None
     return VideoInfo(
         frames=frames,
         duration=_seconds(stream, file),
         audio_duration=None if audio is None else _seconds(audio, file),
-        width=stream.codec_context.width,
-        height=stream.codec_context.height,
+        width=width,
+        height=height,
         fps=float(fps or math.nan),
         metadata=dict(file.metadata),
     )
@@ -361,6 +417,8 @@ def _seconds(stream: Any, file: Any) -> float:
 
 
 def _check_size(width: int, height: int) -> None:
+    if whole(width) is None or whole(height) is None:
+        raise VideoError(f"the frame is {shown(width)} x {shown(height)} (width x height); whole numbers are allowed")
     if min(width, height) < 2 or max(width, height) > 16384:
         raise VideoError(f"the frame is {width}x{height} (width x height); allowed is 2 to 16384 pixels a side")
     if width % 2 or height % 2:
@@ -370,6 +428,15 @@ def _check_size(width: int, height: int) -> None:
 
         near = " or ".join(f"{w}x{h}" for w in even(width) for h in even(height) if w and h)
         raise VideoError(f"the frame is {width}x{height} (width x height); H.264 wants even sizes, nearest are {near}")
+
+
+def _without_avx512() -> dict[str, str]:
+    """An option for x264, whose AVX-512 code reads memory that nobody wrote: small pictures then come out as other
+    bytes at every run."""
+    import torch
+
+    # Only where AVX-512 is there may x264 be told to use AVX2: it does not ask the processor again.
+    return {"x264-params": "asm=avx2"} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
 
 
 def _h264_encoder(width: int, height: int) -> str:

@@ -19,7 +19,7 @@ from conftest import relative_l2
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memo_core import audio
+from memo_core import audio, media
 from memo_core.audio import (
     count_frames,
     encode_audio,
@@ -518,8 +518,8 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         (text, "cannot be decoded"),
         (empty, "is empty"),
         (silent_film, "no audio stream"),
-        (tmp_path / "absent.wav", "not a file"),
-        (tmp_path, "not a file"),
+        (tmp_path / "absent.wav", "No such file"),
+        (tmp_path, "Is a directory"),
     ]
     for path, message in cases:
         with pytest.raises(AudioError, match=message) as caught:
@@ -544,7 +544,7 @@ def test_truncated_files_give_what_is_there(tmp_path: Path) -> None:
 
 def test_long_files_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_file(tmp_path / "a.flac", tone(16000, 3)[None], 16000, "flac")
-    monkeypatch.setattr(audio, "MAX_SECONDS", 2)
+    monkeypatch.setattr(media, "MAX_SECONDS", 2)
     monkeypatch.setattr(av.AudioResampler, "resample", None)  # would fail if a frame got there
     with pytest.raises(AudioError, match="lasts 3 s; at most 2 s"):
         load_audio(path)
@@ -654,7 +654,8 @@ def test_speech_encoder_survives_saving_in_halves(encoder: SpeechEncoder, tmp_pa
     assert 0 < relative_l2(found, wanted) < 3e-3
     half = SpeechEncoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    assert relative_l2(encode_audio(voice, RATE, half).embeddings, wanted) < 3e-2
+    with torch.backends.mkldnn.flags(enabled=False):  # oneDNN's grouped convolutions in bf16 are wrong on AMX (torch 2.13)
+        assert relative_l2(encode_audio(voice, RATE, half).embeddings, wanted) < 3e-2
 
 
 def test_transformers_reads_what_is_saved(encoder: SpeechEncoder, tmp_path: Path, voice: Tensor) -> None:

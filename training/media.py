@@ -1,14 +1,9 @@
-"""Pictures and sound of a part of any video, decoded as a stream: memory holds one picture, whatever the length.
-
-Files are read through Python's own file objects, so that a container cannot name other files or addresses to read, and
-a file's name may hold any bytes.
-"""
+"""Pictures and sound of a part of any video, decoded as a stream: memory holds one picture, whatever the length."""
 
 from __future__ import annotations
 
 import math
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from memo_core.video import BT709
+from memo_core.media import GAP, Damage, open_media, reason, sound_pieces
+from memo_core.video import quarter_turns, to_rgb
 
 from .prepare.rows import Drop
 
-SOUND_GAP = 0.05  # seconds by which sound may run ahead of or behind its time stamps before it is moved
 SOUND_LEAD = 0.5  # seconds decoded before a span: the first packet after a jump may sound wrong
 LEAD = 0.2  # seconds before a span whose pictures are handed over, because one may be the nearest to its start
 INSTANT = 1e-6  # seconds, less than any time stamp's unit: sums of times are not exact
@@ -45,18 +40,12 @@ def opened(path: str | os.PathLike[str], kind: str = "video") -> Iterator[Any]:
     import av
 
     try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        raise Drop("cannot be read", error.strerror or str(error)) from error
-    if not stat.S_ISREG(mode):
-        raise Drop("cannot be read", "it is not a regular file")
-    try:
-        with open(path, "rb") as file, av.open(file, "r", metadata_errors="replace") as container:
+        with open_media(path) as container:
             if not getattr(container.streams, kind):
                 raise Drop(f"no {'picture' if kind == 'video' else 'sound'}", f"the file has no {kind} stream")
             yield container
     except (av.FFmpegError, OSError, EOFError) as error:
-        raise Drop("cannot be read", f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
+        raise Drop("cannot be read", f"{type(error).__name__}: {reason(error)}") from error
 
 
 def header(path: str | os.PathLike[str], max_pixels: float = math.inf) -> Header:
@@ -70,7 +59,7 @@ def header(path: str | os.PathLike[str], max_pixels: float = math.inf) -> Header
         width, height = stream.codec_context.width, stream.codec_context.height
         _check_pixels(width, height, max_pixels)
         frame = next(container.decode(stream), None)  # it alone says how it is turned
-        if frame is not None and _quarter_turns(frame) % 2:
+        if frame is not None and quarter_turns(frame) % 2:
             width, height = height, width
         return Header(float(seconds) if seconds > 0 else None, width, height, float(rate) if rate else None)
 
@@ -122,27 +111,12 @@ def _decode(container: Any, start: float, max_pixels: float, longest_side: int |
             said = f"from {size[0]}x{size[1]} to {frame.width}x{frame.height} at {time:.1f} s"
             raise Drop("picture size changes", said)
         size = frame.width, frame.height
-        yield time, lambda frame=frame: _rgb(frame, longest_side)
+        yield time, lambda frame=frame: to_rgb(frame, longest_side)
 
 
 def _check_pixels(width: int, height: int, max_pixels: float) -> None:
     if width * height > max_pixels:
         raise Drop("picture too large", f"{width}x{height}, more than --max-pixels {max_pixels:g}")
-
-
-def _quarter_turns(frame: Any) -> int:
-    """Anticlockwise, that make a frame upright: telephones film as they are held and write the angle beside it."""
-    return round(frame.rotation / 90) % 4
-
-
-def _rgb(frame: Any, longest_side: int | None) -> NDArray[np.uint8]:
-    shrink = min(1.0, (longest_side or math.inf) / max(frame.width, frame.height))
-    width, height = (max(2, round(side * shrink)) for side in (frame.width, frame.height))
-    # PyAV before 17 takes all for BT.601 unless given two matrices that differ; that of RGB has no effect.
-    matrices = {"src_colorspace": "ITU709", "dst_colorspace": "ITU601"} if frame.colorspace == BT709 else {}
-    picture = frame.to_ndarray(format="rgb24", width=width, height=height, **matrices)
-    turns = _quarter_turns(frame)
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
 
 
 def at_rate(
@@ -176,8 +150,6 @@ def sound(path: str | os.PathLike[str], start: float, end: float, rate: int) -> 
     Returns:
         float32 [round((end - start) rate)], and how many seconds of it the file has.
     """
-    import av
-
     samples = np.zeros(round((end - start) * rate), np.float32)
     heard = 0
     for jump in (True, False):
@@ -186,24 +158,22 @@ def sound(path: str | os.PathLike[str], start: float, end: float, rate: int) -> 
             zero = (container.start_time or 0) / 1_000_000
             if jump and start > SOUND_LEAD:
                 container.seek(int((start - SOUND_LEAD + zero) / stream.time_base), stream=stream)
-            # Channels are kept, and averaged below: FFmpeg's own mixing makes the sum of two equal ones louder.
-            resampler, cursor = av.AudioResampler(format="fltp", rate=rate), None
-            for frame in container.decode(stream):
-                if frame.time is not None:
-                    place = round((frame.time - zero - start) * rate)
+            cursor = None
+            for time, _, piece in sound_pieces(container, Damage(), rate):
+                if time is not None:
+                    place = round((time - zero - start) * rate)
                     if cursor is None and jump and start > SOUND_LEAD and place > 0:
                         break  # an index that leads past the place: read from the beginning
-                    if cursor is None or abs(place - cursor) > SOUND_GAP * rate:
+                    if cursor is None or abs(place - cursor) > GAP * rate:
                         cursor = place
                 cursor = cursor or 0
                 if cursor >= len(samples):
                     break
-                for piece in resampler.resample(frame):
-                    first, last = max(cursor, 0), min(cursor + piece.samples, len(samples))
-                    if last > first:
-                        samples[first:last] = piece.to_ndarray().mean(axis=0)[first - cursor : last - cursor]
-                        heard += last - first
-                    cursor += piece.samples
+                first, last = max(cursor, 0), min(cursor + piece.shape[1], len(samples))
+                if last > first:
+                    samples[first:last] = piece.mean(axis=0)[first - cursor : last - cursor]
+                    heard += last - first
+                cursor += piece.shape[1]
         if heard:
             break
     np.nan_to_num(samples, copy=False)

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from memo_core.audio import SAMPLE_RATE, load_audio, prepare_waveform
+from memo_core.audio import SAMPLE_RATE
 from memo_core.checkpoint import weights_digest
 from memo_core.errors import AudioError
+from memo_core.media import Recording
 from memo_core.nets.emotion2vec import Emotion2Vec
 
 from .readers import Clip, Rejected
@@ -44,12 +45,10 @@ def load_windows(path: str | Path, min_samples: int = 400) -> list[Tensor]:
     Raises AudioError for what is no file (a pipe would wait for ever), cannot be read, holds fewer than `min_samples`
     samples at 16 kHz, lasts longer than MAX_SECONDS, or is nothing but silence.
     """
-    if Path(path).exists() and not Path(path).is_file():
-        raise AudioError(f"{Path(path).name} is not a file, but a folder or a pipe")
-    _check_length(_declared_seconds(path))  # before hours of sound are decoded
-    waveform, rate = load_audio(path)
-    _check_length(waveform.shape[-1] / rate)
-    samples = prepare_waveform(waveform, rate)
+    recording = Recording(path)
+    _check_length(recording.declared)  # before hours of sound are decoded
+    samples = recording.mono(SAMPLE_RATE)
+    _check_length(recording.seconds)
     if len(samples) < min_samples:
         raise AudioError(f"it lasts {len(samples)} samples at 16 kHz; at least {min_samples} make a feature")
     if samples.std() < 1e-6:
@@ -149,17 +148,6 @@ def _try_windows(path: str, min_samples: int) -> tuple[tuple[int, int], list[Ten
         return stamp, load_windows(path, min_samples)
     except Exception as error:  # whatever a broken file makes a decoder raise costs this row, not the run
         return stamp, str(error) or type(error).__name__
-
-
-def _declared_seconds(path: str | Path) -> float:
-    """What the container says; 0 where it says nothing or cannot be opened, which `load_audio` puts in words."""
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            return (container.duration or 0) / av.time_base
-    except (av.FFmpegError, OSError, ValueError):
-        return 0.0
 
 
 def _check_length(seconds: float) -> None:
