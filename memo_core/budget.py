@@ -185,6 +185,17 @@ class Needs:
     encoding: int
     pictures: int
 
+    def times(self, factor: float) -> Needs:
+        """The same at `factor` times as many pixels."""
+        weights = ("reference_net", "diffusion_net", "others", "layers")
+        grown = {name: int(factor * getattr(self, name)) for name in self.__slots__ if name not in weights}
+        return replace(self, layers=tuple(int(factor * layer) for layer in self.layers), **grown)
+
+    def unguided(self) -> Needs:
+        """At most what is needed with guidance 1, from what is needed with guidance."""
+        halved = {name: getattr(self, name) // 2 for name in ("layer", "restored", "features", "summing", "conditions")}
+        return replace(self, layers=tuple(layer // 2 for layer in self.layers), step=self.step_by_row, **halved)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Counted:
@@ -241,7 +252,7 @@ def _count(nets: Networks, height: int, width: int, batch: int) -> _Counted:
     reading, past = peak_of(lambda: read(batch * WINDOW))
     summing, shapes = peak_of(lambda: [(kv.shape, z.shape) for kv, z in net.memory_sums(past, *size, WINDOW)])
     sums = [(numbers(*kv), numbers(*z)) for kv, z in shapes]
-    portrait = read(2 if batch == 2 else 1)
+    portrait = [feature[:batch].clone() for feature in past]
     given = net.prepare(
         reference=[feature[None] for feature in portrait],
         face_tokens=face_tokens(batch),
@@ -416,11 +427,15 @@ def plan(
     need = needs(nets, height, width, settings)
     if budget_bytes is None:
         return Plan.of(need, vae_frames=few_frames(height, width))
-    for choices in _choices(nets, height, width, settings, host_moves_weights):
+    for choices in _choices(need, nets.device, height, width, settings, host_moves_weights):
         made = Plan.of(need, **choices)
         if made.peak <= budget_bytes:
             return made
-    raise SamplingError(_too_large(nets, height, width, settings, budget_bytes, host_moves_weights))
+
+    def smallest(how: Settings) -> Plan:
+        return least(nets, height, width, how, host_moves_weights)
+
+    raise SamplingError(_too_large(smallest, nets.device, height, width, settings, budget_bytes))
 
 
 def smaller(
@@ -437,19 +452,19 @@ def smaller(
 def least(nets: Networks, height: int, width: int, settings: Settings, host_moves_weights: bool = False) -> Plan:
     """The plan that takes least."""
     need = needs(nets, height, width, settings)
-    return Plan.of(need, **list(_choices(nets, height, width, settings, host_moves_weights))[-1])
+    return Plan.of(need, **list(_choices(need, nets.device, height, width, settings, host_moves_weights))[-1])
 
 
 def _choices(
-    nets: Networks, height: int, width: int, settings: Settings, host_moves_weights: bool
+    need: Needs, device: torch.device, height: int, width: int, settings: Settings, host_moves_weights: bool
 ) -> Iterator[dict[str, Any]]:
     """What `Plan.of` may be given, fastest first."""
     ways = (False, True) if settings.guided else (False,)
-    if nets.device.type == "cpu":
+    if device.type == "cpu":
         fixed = {"streamed": True, "reserve": 0, "vae_frames": few_frames(height, width)}
         yield from ({"row_by_row": row_by_row, **fixed} for row_by_row in ways)
         return
-    layers = len(needs(nets, height, width, settings).layers)
+    layers = len(need.layers)
     weights = {"streamed": True} if host_moves_weights else {"reference_net_stays": False}
     # A host that streams weights does so at every step: the last resort.
     places = [{}] + [
@@ -462,23 +477,67 @@ def _choices(
 
 
 def _too_large(
-    nets: Networks, height: int, width: int, settings: Settings, budget: int, host_moves_weights: bool
+    smallest: Callable[[Settings], Plan], device: torch.device, height: int, width: int, settings: Settings, budget: int
 ) -> str:
+    """Says that a size does not fit, and what does.
+
+    Args:
+        smallest: the plan at this size that takes least, for these settings or others.
+    """
     what: list[tuple[int, str]] = []
     for name, how in (("", settings), (" with guidance 1", replace(settings, guidance_scale=1.0))):
-        smallest = least(nets, height, width, how, host_moves_weights)
-        fixed = smallest.weights + (0 if nets.device.type == "cpu" else RESERVE)
-        per_pixel = (smallest.peak - fixed) / (height * width)
+        fewest = smallest(how)
+        fixed = fewest.weights + (0 if device.type == "cpu" else RESERVE)
+        per_pixel = (fewest.peak - fixed) / (height * width)
         side = int((max(0, budget - fixed) / per_pixel) ** 0.5) // 64 * 64
         side = min(side, -(-max(height, width) // 64) * 64)
         if side and side not in [other for other, _ in what]:
             what.append((side, name))
     sizes = " or ".join(f"size {side}{name}" for side, name in what)
-    needed = least(nets, height, width, settings, host_moves_weights).peak
     return (
-        f"{width}x{height} pixels need at least {needed / GIB:.1f} GB and {budget / GIB:.1f} GB are available. "
-        f"What fits: {sizes or 'nothing'}"
+        f"{width}x{height} pixels need at least {smallest(settings).peak / GIB:.1f} GB and {budget / GIB:.1f} GB are "
+        f"available. What fits: {sizes or 'nothing'}"
     )
+
+
+def check_room(
+    nets: Networks,
+    height: int,
+    width: int,
+    settings: Settings,
+    room: int | None = None,
+    host_moves_weights: bool = False,
+) -> None:
+    """Refuses a size that cannot fit before anything is computed at it.
+
+    Counted where it is cheap, at the size the checkpoint was trained at, and scaled by the number of pixels, as every
+    part but the weights grows. `plan` counts exactly, later.
+
+    Args:
+        settings: of which guidance and speed matter.
+        room: bytes that sampling may take, as `plan`'s budget; None: what is free where the networks run. On the CPU
+            without the weights, which are there already.
+        host_moves_weights: as for `plan`.
+
+    Raises:
+        SamplingError: it does not fit; names the largest size that does.
+    """
+    if room is None:
+        room = free_bytes(nets.device) if nets.device.type == "cpu" else available_bytes(nets)
+    if room is None:  # nobody says what is free
+        return
+    side = 8 * nets.sample_size
+
+    def smallest(how: Settings) -> Plan:
+        need = needs(nets, side, side, settings).times(height * width / side**2)
+        if settings.guided and not how.guided:  # not counted, for a message alone
+            need = need.unguided()
+        choices = list(_choices(need, nets.device, height, width, how, host_moves_weights))
+        # On the CPU nothing is planned, unless a host does: both rows at once.
+        return Plan.of(need, **choices[0 if nets.device.type == "cpu" and not host_moves_weights else -1])
+
+    if smallest(settings).peak > room:
+        raise SamplingError(_too_large(smallest, nets.device, height, width, settings, room))
 
 
 # --- What there is ----------------------------------------------------------------------------------------------------
