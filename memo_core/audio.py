@@ -110,7 +110,7 @@ def prepare_waveform(waveform: Tensor | np.ndarray, sample_rate: float) -> Tenso
             range, more than MAX_SECONDS.
     """
     rate = _check_rate(sample_rate)
-    mono = _mono(_as_channels(waveform), rate)
+    mono = _mono(as_channels(waveform), rate)
     return mono if rate == SAMPLE_RATE else resample(mono, rate, SAMPLE_RATE)
 
 
@@ -172,7 +172,7 @@ def encode_audio(
     samples = prepare_waveform(waveform, sample_rate)
     seconds = len(samples) / SAMPLE_RATE
     context = _resolve_context(context, seconds)
-    counted = count_frames(_as_channels(waveform).shape[1], sample_rate, fps)
+    counted = count_frames(as_channels(waveform).shape[1], sample_rate, fps)
     if num_frames is None:
         num_frames = counted
     if isinstance(num_frames, bool) or not isinstance(num_frames, int) or abs(num_frames - counted) > 1:
@@ -228,7 +228,7 @@ def separate_vocals(waveform: Tensor | np.ndarray, sample_rate: float, model: st
         model: the released misc/vocal_separator/Kim_Vocal_2.onnx.
 
     Returns:
-        the voice alone, [2, T] float32, and its sample rate (44100 Hz).
+        the voice alone, [2, T] float32, as long as what was given, and its sample rate (44100 Hz).
 
     Raises:
         AudioError: the package or the model is absent (the message says how to get it), a bad recording, or the package
@@ -236,7 +236,7 @@ def separate_vocals(waveform: Tensor | np.ndarray, sample_rate: float, model: st
     """
     model = Path(model)
     rate = _check_rate(sample_rate)
-    waveform = _as_channels(waveform)
+    waveform = as_channels(waveform)
     if not model.is_file():
         raise AudioError(f"{model} does not exist; it comes with the released weights (memo download)")
     try:
@@ -246,7 +246,7 @@ def separate_vocals(waveform: Tensor | np.ndarray, sample_rate: float, model: st
             f'separating vocals needs the audio-separator package: pip install "audio-separator[cpu]" ({error})'
         ) from error
     _mono(waveform, rate)  # the same checks as everywhere
-    mixture = torch.stack([resample(_to_float(channel), rate, _SEPARATOR_RATE) for channel in waveform[:2]])
+    mixture = torch.stack([resample(to_float(channel), rate, _SEPARATOR_RATE) for channel in waveform[:2]])
     with tempfile.TemporaryDirectory(prefix="memo-vocals-") as folder:
         models, output = Path(folder, "models"), Path(folder, "output")
         models.mkdir()
@@ -266,7 +266,8 @@ def separate_vocals(waveform: Tensor | np.ndarray, sample_rate: float, model: st
             raise AudioError(f"audio-separator failed: {type(error).__name__}: {error}") from error
         if not names:
             raise AudioError("audio-separator wrote no vocals")
-        return load_audio(output / names[0])
+        voice, voice_rate = load_audio(output / names[0])
+        return F.pad(voice, (0, round(waveform.shape[1] * voice_rate / rate) - voice.shape[1])), voice_rate
 
 
 _SPECTRAL_FRAME = 0.064  # seconds, rounded to a power of two of samples; a quarter of it from frame to frame
@@ -296,9 +297,9 @@ def separate_vocals_spectral(waveform: Tensor | np.ndarray, sample_rate: float) 
         AudioError: bad recording.
     """
     rate = _check_rate(sample_rate)
-    channels = _as_channels(waveform)
+    channels = as_channels(waveform)
     _mono(channels, rate)  # the same checks as everywhere
-    channels = torch.stack([_to_float(channel) for channel in channels])
+    channels = torch.stack([to_float(channel) for channel in channels])
     length = channels.shape[1]
     block, overlap = round(_SPECTRAL_BLOCK * rate), round(_SPECTRAL_OVERLAP * rate)
     if length < 3 * _SPECTRAL_APART * rate or rate < 1000:
@@ -368,7 +369,7 @@ def _check_rate(sample_rate: Any) -> float:
     return float(sample_rate)
 
 
-def _as_channels(waveform: Any) -> Tensor:
+def as_channels(waveform: Any) -> Tensor:
     """Checks shape and number format; returns [channels, T] on the CPU."""
     if not isinstance(waveform, Tensor):
         try:
@@ -393,7 +394,7 @@ def _as_channels(waveform: Any) -> Tensor:
     return waveform.reshape(-1, shape[-1])
 
 
-def _to_float(samples: Tensor) -> Tensor:
+def to_float(samples: Tensor) -> Tensor:
     """A float32 copy; integers are scaled to [-1, 1]."""
     offset, scale = _INTEGER_SCALES.get(samples.dtype, (0.0, 1.0))
     return samples.to(torch.float32, copy=True).sub_(offset).div_(scale)
@@ -405,9 +406,9 @@ def _mono(channels: Tensor, rate: float) -> Tensor:
     if seconds > MAX_SECONDS:
         raise too_long(seconds)
     # One channel after the other: an hour of 16-bit stereo would double in size if converted at once.
-    mono = _to_float(channels[0])
+    mono = to_float(channels[0])
     for channel in channels[1:]:
-        mono += _to_float(channel)
+        mono += to_float(channel)
     mono /= len(channels)
     finite = torch.isfinite(mono)
     if not finite.all():

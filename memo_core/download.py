@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DownloadError
+from .files import replace_whole
 
 MANIFEST = "memo_download.json"
 PARTIAL = ".download"  # folder of files on their way
@@ -370,9 +371,8 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     text = json.dumps({"files": dict(sorted(files.items()))}, indent=2) + "\n"
-    temporary = folder / PARTIAL / MANIFEST
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    with replace_whole(folder / MANIFEST) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _digest(path: Path, digest: hashlib._Hash) -> str:

@@ -392,7 +392,10 @@ def _info(file: Any, path: str | os.PathLike[str]) -> VideoInfo:
     fps = stream.average_rate or stream.guessed_rate
     frames = stream.frames
     width, height = stream.codec_context.width, stream.codec_context.height
-    first = next(file.decode(stream), None)  # it alone says how it is turned
+    try:
+        first = next(file.decode(stream), None)  # it alone says how it is turned
+    except av.FFmpegError:  # damaged; the rest may not be
+        first = None
     if first is not None and quarter_turns(first) % 2:
         width, height = height, width
     if not frames:

@@ -490,7 +490,7 @@ def sound_of(audio: Mapping[str, Any]) -> Sound:
 
 def _samples(waveform: Any) -> Tensor:
     """One recording as float32 [channels, samples] on the CPU, the same memory where it is that already."""
-    from ..memo_core.audio import _as_channels, _to_float
+    from ..memo_core.audio import as_channels, to_float
 
     if not isinstance(waveform, Tensor):
         try:
@@ -507,9 +507,9 @@ def _samples(waveform: Any) -> Tensor:
         )
     if 0 in shape:
         raise AudioError(f"the recording holds no sound: [1, channels, samples] is expected, received {shape}")
-    channels = _as_channels(waveform)
+    channels = as_channels(waveform)
     if channels.dtype != torch.float32:
-        channels = torch.stack([_to_float(channel) for channel in channels])
+        channels = torch.stack([to_float(channel) for channel in channels])
     if not all(math.isfinite(value) for value in channels.aminmax()):
         bad = ~channels.isfinite().all(0)
         raise AudioError(

@@ -129,7 +129,7 @@ def encode_voice(
     node_id: str | None = None,
 ) -> Voice:
     """See EncodeAudio."""
-    from ..memo_core.audio import MAX_WHOLE_SECONDS, separate_vocals, separate_vocals_spectral
+    from ..memo_core.audio import MAX_WHOLE_SECONDS, count_frames, separate_vocals, separate_vocals_spectral
 
     if context == "whole" and sound.seconds > MAX_WHOLE_SECONDS:
         raise AudioError(
@@ -146,7 +146,7 @@ def encode_voice(
                 f"{model_file} does not exist: set separate_vocals to 'spectral', or fetch it with "
                 f"{download_command(model.nets.folder)} --only vocal_separator"
             )
-        speech = Sound(*separate_vocals(sound.waveform, sound.sample_rate, model_file)).span(0, sound.seconds)
+        speech = Sound(*separate_vocals(sound.waveform, sound.sample_rate, model_file))
     bar = host.Progress(node_id, 1000)
 
     def progress(done: int, total: int) -> None:
@@ -160,5 +160,6 @@ def encode_voice(
         None if context == "whole" else context,
         silence_gate=silence_gate,
         progress=progress,
+        num_frames=count_frames(sound.waveform.shape[1], sound.sample_rate, fps),
     )
     return Voice(track, sound, speech)

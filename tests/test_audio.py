@@ -654,7 +654,8 @@ def test_speech_encoder_survives_saving_in_halves(encoder: SpeechEncoder, tmp_pa
     assert 0 < relative_l2(found, wanted) < 3e-3
     half = SpeechEncoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    with torch.backends.mkldnn.flags(enabled=False):  # oneDNN's grouped convolutions in bf16 are wrong on AMX (torch 2.13)
+    # oneDNN's grouped convolutions in bf16 are wrong on processors with AMX (torch 2.13).
+    with torch.backends.mkldnn.flags(enabled=False):
         assert relative_l2(encode_audio(voice, RATE, half).embeddings, wanted) < 3e-2
 
 

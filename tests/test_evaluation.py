@@ -665,3 +665,20 @@ def test_lpips_reads_torchvisions_alexnet(tmp_path: Path) -> None:
         ours.data.copy_(theirs)
     expected = net(made / 127.5 - 1, real / 127.5 - 1).flatten()
     np.testing.assert_allclose(reading.curve, expected.detach().numpy(), rtol=1e-4)
+
+
+def test_names_of_videos_are_text_in_the_report() -> None:
+    import html.parser
+
+    from training.evaluation.report import _escaped, _row
+
+    name = "a|b`c`*d* <script>alert(1)</script> [x](javascript:y) ![z](w)\n# head &lt; https://x www.y \x1b[0m\u2028_i_"
+    name += " a_b"
+    cell = _escaped(name)
+    assert "\n" not in cell and cell.isprintable() and "a_b" in cell
+    for mark in "|`*<>[]!&#":
+        assert all(cell[place - 1] == "\\" for place, found in enumerate(cell) if found == mark), mark
+    parser = html.parser.HTMLParser()
+    parser.handle_starttag = lambda *_: pytest.fail("a tag")
+    parser.feed(cell.replace("\\<", "&lt;"))
+    assert len(re.findall(r"(?<!\\)\|", _row([cell, "1"]))) == 3

@@ -195,3 +195,36 @@ def test_checkpoints(copied: Path) -> None:
         restore = replaced(copied / name, harm(copied / name, rng))
         assert_no_foreign(lambda: checkpoint.load(copied), CheckpointError, seconds=20)
         restore()
+
+
+def test_shards(tmp_path: Path) -> None:
+    pytest.importorskip("training")
+    from training.shards import INDEX, ShardError, Shards, ShardWriter
+
+    with ShardWriter(tmp_path, {"vae": "abc"}, samples_per_shard=2) as writer:
+        for number in range(4):
+            writer.add(f"clip{number}", {"latents": torch.zeros(16, 4, 2, 2).half()}, {"video": "x", "rate": [30, 1.5]})
+    index, shard = tmp_path / INDEX, tmp_path / "clips-000000.tar"
+
+    def read() -> None:
+        shards = Shards(tmp_path)
+        for number in range(len(shards)):
+            for call in (shards.names, lambda i: shards.read(i, "latents", slice(2, 5)), shards.meta):
+                try:
+                    call(number)
+                except ShardError:
+                    pass
+
+    for seed in range(RUNS):
+        rng = random.Random(seed)
+        whole = {path: path.read_bytes() for path in (index, shard)}
+        kind = rng.randrange(3)
+        if kind == 0:
+            index.write_text(json_text(altered(json.loads(whole[index]), rng)))
+        elif kind == 1:
+            index.write_bytes(damaged(whole[index], rng))
+        else:  # as long as it was, or it is refused at once
+            shard.write_bytes(damaged(whole[shard], rng).ljust(len(whole[shard]), b"\0")[: len(whole[shard])])
+        assert_no_foreign(read, ShardError)
+        for path, content in whole.items():
+            path.write_bytes(content)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -188,3 +192,158 @@ def test_clips_too_short_or_silent_are_said(tmp_path: Path) -> None:
         writer.add("a", {"latents": clip()["latents"]})
     with pytest.raises(ShardError, match="have latents, but windows need speech and emotion"):
         batches.TrainingSet(tmp_path / "silent", WINDOWS)
+
+
+# --- Indexes and shards of strangers ----------------------------------------------------------------------------------
+
+
+def change_index(folder: Path, change: Callable[[dict], object]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("shards"),
+        lambda index: index.update(shards={}),
+        lambda index: index.update(encoders=["vae"]),
+        lambda index: index["shards"].append(3),
+        lambda index: index["shards"][0].update(name="/etc/passwd"),
+        lambda index: index["shards"][0].update(name="../other/clips-000000.tar"),
+        lambda index: index["shards"][0].update(name=".."),
+        lambda index: index["shards"][0].update(name=3),
+        lambda index: index["shards"][0].update(name="a\0b.tar"),
+        lambda index: index["shards"][0].update(bytes="many"),
+        lambda index: index["shards"][0].update(bytes=10**30),
+        lambda index: index["shards"][0].update(samples="x"),
+        lambda index: index["shards"][0]["samples"].append([1, 2]),
+        lambda index: index["shards"][0]["samples"][0].__setitem__(0, "../x"),
+        lambda index: index["shards"][0]["samples"][0].__setitem__(1, -512),
+        lambda index: index["shards"][0]["samples"][0].__setitem__(1, True),
+        lambda index: index["shards"][0]["samples"][0].__setitem__(2, 10**9),
+        lambda index: index["shards"][0]["samples"][0].__setitem__(2, 2.5),
+        lambda index: index["shards"][0]["samples"][0].__setitem__(3, 0),
+        lambda index: index["shards"][0]["samples"][1].__setitem__(1, index["shards"][0]["samples"][0][1] + 8),
+    ],
+    ids=range(20),
+)
+def test_an_index_that_makes_no_sense_is_refused(folder: Path, change: Callable[[dict], object]) -> None:
+    change_index(folder, change)
+    for kind in (Shards, lambda folder: ShardWriter(folder, {"vae": "abc"})):
+        with pytest.raises(ShardError, match="damaged"):
+            kind(folder)
+
+
+def test_bombs_and_pipes_for_an_index_are_refused(folder: Path) -> None:
+    (folder / INDEX).write_text("[" * 100_000)
+    with pytest.raises(ShardError, match="nested too deep"):
+        Shards(folder)
+    (folder / INDEX).unlink()
+    os.mkfifo(folder / INDEX)
+    with pytest.raises(ShardError, match="regular file"):
+        Shards(folder)
+
+
+def test_nothing_outside_the_folder_is_read(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    shard = folder / "clips-000001.tar"
+    away = tmp_path_factory.mktemp("away") / shard.name
+    shard.rename(away)
+    shard.symlink_to(away)
+    with pytest.raises(ShardError, match="leads out of its folder"):
+        Shards(folder)
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(ShardError, match="regular file"):
+        Shards(folder)
+    shard.unlink()
+    away.rename(folder / "elsewhere.tar")
+    shard.symlink_to("elsewhere.tar")  # within it
+    assert len(Shards(folder).read(3, "emotion")) == 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "F8_E4M3"},
+        {"dtype": 3},
+        {"shape": [64, 4, 2, 3]},
+        {"shape": [-64, -4, 2, 2]},
+        {"shape": "x"},
+        {"shape": [True] * 4},
+        {"data_offsets": [0, 10**9]},
+        {"data_offsets": [-8, 2040]},
+        {"data_offsets": [2048, 0]},
+        {"data_offsets": ["0", "2048"]},
+        {"data_offsets": [0.0, 2048.0]},
+        {"data_offsets": None},
+    ],
+    ids=str,
+)
+def test_headers_that_make_no_sense_are_refused(folder: Path, change: dict) -> None:
+    sample, path = Shards(folder).samples[1], folder / "clips-000000.tar"
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[sample.offset : sample.offset + 8], "little")
+    header = json.loads(data[sample.offset + 8 : sample.offset + 8 + length])
+    del header["emotion"], header["speech"]
+    header["latents"] |= change
+    data[sample.offset + 8 : sample.offset + 8 + length] = json.dumps(header).encode().ljust(length)
+    path.write_bytes(data)
+    shards = Shards(folder)
+    for read in (lambda: shards.read(1, "latents"), lambda: shards.names(1)):
+        with pytest.raises(ShardError, match="does not make sense"):
+            read()
+    assert len(shards.read(0, "latents")) == 64
+
+
+def test_a_huge_header_is_not_read(folder: Path) -> None:
+    sample, path = Shards(folder).samples[1], folder / "clips-000000.tar"
+    data = bytearray(path.read_bytes())
+    for length in (2**62, 2**64 - 1, sample.size - 7):
+        data[sample.offset : sample.offset + 8] = length.to_bytes(8, "little")
+        path.write_bytes(data)
+        with pytest.raises(ShardError, match="holds no safetensors"):
+            Shards(folder).names(1)
+
+
+def test_damaged_members_are_named(folder: Path) -> None:
+    path = folder / "clips-000000.tar"
+    data = path.read_bytes()
+    path.write_bytes(b"\0" * 512 + data[512:])
+    with pytest.raises(ShardError, match="does not tell about clip1"):
+        Shards(folder).meta(1)
+    with pytest.raises(ShardError), ShardWriter(folder, {"vae": "abc"}) as writer:
+        writer.remove({"clip0"})
+    assert not list(folder.glob(".*")) and path.is_file()
+
+
+def test_values_of_the_wrong_kind_are_named(folder: Path) -> None:
+    shards, writer = Shards(folder), ShardWriter(folder, {"vae": "abc"})
+    for call in (
+        lambda: Shards(3),
+        lambda: Shards(None),
+        lambda: Shards("a\0b"),
+        lambda: ShardWriter(3),
+        lambda: ShardWriter(folder, ["vae"]),
+        lambda: ShardWriter(folder, {"vae": "abc"}, samples_per_shard="3"),
+        lambda: shards.read("0", "latents"),
+        lambda: shards.read(10, "latents"),
+        lambda: shards.read(True, "latents"),
+        lambda: shards.read(0, 3),
+        lambda: shards.read(0, ["latents"]),
+        lambda: shards.read(0, "latents", 3),
+        lambda: shards.read(0, "latents", slice(None, 3)),
+        lambda: shards.read(0, "latents", slice("0", 3)),
+        lambda: shards.meta(None),
+        lambda: shards.names(-1),
+        lambda: writer.add(3, clip()),
+        lambda: writer.add("new", 3),
+        lambda: writer.add("new", {"latents": [1]}),
+        lambda: writer.add("new", {"speech": torch.zeros(3)}),
+        lambda: writer.add("new", clip(), {"x": {1}}),
+    ):
+        with pytest.raises(ShardError):
+            call()
+    assert shards.read(np.int64(0), "latents", slice(np.int64(1), np.int64(3))).shape[0] == 2
+    assert not list(folder.glob(".*"))

@@ -341,3 +341,116 @@ def test_eighteen_thousand_frames_cost_no_memory(tmp_path: Path) -> None:
     info = probe(path)
     assert info.frames == 18_000 and info.audio_duration == pytest.approx(600, abs=0.003)
     assert float(result.stdout) < 100
+
+
+# ---- files of others
+
+
+def film(path: Path, seconds: float = 2.0, codec: str = "libx264", **options: str) -> Path:
+    """A video whose picture is darker on its left and lights up with time."""
+    with av.open(f"file:{path}", "w", options=options) as file:
+        stream = file.add_stream(codec, rate=30, options={"g": "30"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(round(seconds * 30)):
+            pixels = np.full((48, 64, 3), 100 + number, np.uint8)
+            pixels[:, :32] = 20
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        file.mux(stream.encode(None))
+    return path
+
+
+def turned(path: Path, quarter_turns: int) -> Path:
+    """Writes into an MP4's track header that it is to be shown turned so many times clockwise, as telephones do."""
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 4 + 5 * 4 + 4 * 2 + 4 * 2
+    a, b = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarter_turns]
+    numbers = (a, b, 0, -b, a, 0, 0, 0, 1)
+    units = (2**16, 2**16, 2**30) * 3
+    packed = b"".join((number * unit).to_bytes(4, "big", signed=True) for number, unit in zip(numbers, units))
+    data[matrix : matrix + 36] = packed
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("quarter_turns", [0, 1, 2, 3])
+def test_a_video_filmed_sideways_stands_upright(tmp_path: Path, quarter_turns: int) -> None:
+    about, frames = read_video(turned(film(tmp_path / "a.mp4"), quarter_turns))
+    frame = next(frames)
+    assert frame.shape == ((48, 64, 3), (64, 48, 3))[quarter_turns % 2]
+    assert (about.height, about.width) == frame.shape[:2]
+    dark = np.rot90(np.pad(np.zeros((48, 32)), ((0, 0), (0, 32)), constant_values=1), -quarter_turns)
+    assert ((frame[..., 0] > 60) == (dark > 0)).mean() > 0.95
+
+
+def test_half_a_video_is_refused(tmp_path: Path) -> None:
+    path = film(tmp_path / "a.mp4", movflags="faststart")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 6 // 10])
+    assert probe(path).frames == 60
+    with pytest.raises(VideoError, match=r"incomplete: it ends at .* of 2\.00 s|cannot read"):
+        list(read_video(path)[1])
+
+
+def test_a_video_that_lists_frames_it_does_not_show_is_whole(tmp_path: Path) -> None:
+    """What was cut without coding anew: an edit list that skips the beginning."""
+    whole, cut = film(tmp_path / "a.mp4"), tmp_path / "b.mp4"
+    data = bytearray(whole.read_bytes())
+    place = data.index(b"elst") + 4 + 4 + 4
+    duration = int.from_bytes(data[place : place + 4], "big")
+    media_time = int.from_bytes(data[place + 4 : place + 8], "big")
+    scale = int.from_bytes(data[(mdhd := data.index(b"mdhd") + 4 + 12) : mdhd + 4], "big")
+    data[place : place + 4] = (duration // 2).to_bytes(4, "big")
+    data[place + 4 : place + 8] = (media_time + scale).to_bytes(4, "big")  # one second later
+    cut.write_bytes(data)
+    _, frames = read_video(cut)
+    shown = list(frames)
+    assert 25 <= len(shown) <= 35 and shown[0][0, -1, 0] > 120
+
+
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_equal_frames_give_equal_files(tmp_path: Path, size: int) -> None:
+    rng = np.random.default_rng(size)
+    still = np.kron(rng.integers(0, 255, (8, 8, 3)), np.ones((size // 8, size // 8, 1))).astype(np.uint8)
+    frames = np.stack([np.roll(still, 2 * i, axis=1) for i in range(48)])
+    frames += rng.integers(0, 9, frames.shape).astype(np.uint8)
+    files = set()
+    for number in range(6):
+        with VideoWriter(tmp_path / f"{number}.mp4", size, size, 30, 16000, {"seed": 1}) as writer:
+            writer.write_audio(np.sin(np.arange(25600) / 9).astype(np.float32))
+            writer.write_frames(frames)
+        files.add((tmp_path / f"{number}.mp4").read_bytes())
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize("name", ["10:30.mp4", "http:127.0.0.1.mp4", "a b#?%d.mp4"])
+def test_a_video_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with VideoWriter(name, 16, 16, 30) as writer:
+        writer.write_frames(np.zeros((2, 16, 16, 3), np.uint8))
+    assert os.listdir() == [name] and probe(name).frames == 2
+
+
+def test_sound_is_taken_from_an_iterator_as_the_picture_goes_on(tmp_path: Path) -> None:
+    taken = []
+
+    def pieces():
+        for number in range(10):
+            taken.append(number)
+            yield np.full((1, 1600), 0.1 * number, np.float32)
+
+    with VideoWriter(tmp_path / "a.mp4", 16, 16, 10, 16000) as writer:
+        writer.write_audio(pieces())
+        writer.write_frames(np.zeros((3, 16, 16, 3), np.uint8))
+        assert taken == [0, 1, 2]
+        writer.write_frames(np.zeros((7, 16, 16, 3), np.uint8))
+    assert probe(tmp_path / "a.mp4").audio_duration == pytest.approx(1, abs=0.05)
+
+    def bad():
+        yield np.full((1, 1600), np.nan, np.float32)
+
+    writer = VideoWriter(tmp_path / "b.mp4", 16, 16, 10, 16000)
+    writer.write_audio(bad())
+    with pytest.raises(VideoError, match="NaN"):
+        writer.write_frames(np.zeros((3, 16, 16, 3), np.uint8))
+    writer.discard()
+    assert os.listdir(tmp_path) == ["a.mp4"]

@@ -11,6 +11,10 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from memo_core.checks import shown
+
+from .reading import fits, parse_json
+
 
 class ConfigError(ValueError):
     """A setting that does not exist, or a value that does not fit it."""
@@ -252,20 +256,21 @@ def to_json(config: Stage) -> str:
 
 
 def from_json(text: str) -> Stage:
-    """What `to_json` wrote."""
-    return _built(Stage, json.loads(text))
+    """What `to_json` wrote; ConfigError for anything else."""
+    try:
+        return _built(Stage, parse_json(text))
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"these are not the settings of a run: {error}") from error
 
 
 def _built(kind: Any, values: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(kind)
-    return kind(
-        **{
-            name: _built(hints[name], value)
-            if dataclasses.is_dataclass(hints[name])
-            else tuple(value)
-            if isinstance(value, list)
-            else value
-            for name, value in values.items()
-            if name in hints
-        }
-    )
+    given = {name: value for name, value in values.items() if name in hints}
+    for name, value in given.items():
+        inner = dataclasses.is_dataclass(hints[name])
+        if not fits(value, dict if inner else hints[name]):
+            raise ConfigError(f"{name} = {shown(value)} is not of its kind, {hints[name]}")
+        given[name] = _built(hints[name], value) if inner else tuple(value) if isinstance(value, list) else value
+    return kind(**given)

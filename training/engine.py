@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memo_core.checkpoint import weights_digest
+from memo_core.checks import shown
+from memo_core.files import replace_whole
 from memo_core.nets.audio_module import AudioModule
 from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.layers import ResnetBlock
@@ -30,6 +32,7 @@ from . import batches, lora, losses, run
 from .config import ConfigError, Stage, flatten, from_json, to_json
 from .flow import FlowModel
 from .nets import Nets, check_encoders, checkpoint_gradients, link_encoders
+from .reading import fits, parse_json, read_json
 
 AVERAGE = "average.safetensors"
 # What a run has to have in common with the one it goes on from, besides its settings.
@@ -281,9 +284,8 @@ class Trainer:
             raise ConfigError(
                 f"process {accelerator.process_index} does not see {found}: --out must be a shared folder"
             )
-        begun = from_json((found / "config.json").read_text(encoding="utf-8"))
-        record = json.loads((found / "training.json").read_text(encoding="utf-8"))
-        before, now = flatten(begun), flatten(self.config)
+        settings, record = begun(found)
+        before, now = flatten(settings), flatten(self.config)
         free = _FREE + (("steps",) if self.config.optimizer.schedule == "constant" else ())
         other = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if k not in free and before[k] != now[k]]
         mine = self._record()
@@ -423,12 +425,27 @@ def gather_outside_forward(model: nn.Module) -> None:
     register_fsdp_forward_method(first, "listen")
 
 
+def begun(folder: Path) -> tuple[Stage, dict[str, Any]]:
+    """Settings and record of a run's checkpoint; ConfigError where they are not such."""
+    settings = from_json(json.dumps(read_json(folder / "config.json", ConfigError)))
+    record = read_json(folder / "training.json", ConfigError)
+    kinds = {"step": int, "seconds": float, "averaged_steps": int}
+    for name in (*kinds, *_SAME):
+        if not fits(record.get(name), kinds.get(name, int | str)):
+            raise ConfigError(f"{folder / 'training.json'} is not a run's record: {name} is {shown(record.get(name))}")
+    return settings, record
+
+
 def _truncate(log: Path, step: int) -> None:
     """Takes out of a log what comes after a step: it is done again."""
     if log.is_file():
         rows = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
-        log.write_text("".join(kept), encoding="utf-8")
+        try:
+            kept = [row for row in rows if row.endswith("\n") and float(parse_json(row)["step"]) <= step]
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise ConfigError(f"{log} is no log of a run ({error}): repair or delete it") from error
+        with replace_whole(log) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 class _Figures:

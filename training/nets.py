@@ -17,14 +17,14 @@ from memo_core import checkpoint
 from memo_core.audio import NEIGHBOURS
 from memo_core.errors import CheckpointError
 from memo_core.nets.audio_module import AudioModule
-from memo_core.nets.config import NetConfig
+from memo_core.nets.config import NetConfig, require_layers
 from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.layers import ResnetBlock
 from memo_core.nets.memory_module import MemoryModule
 from memo_core.nets.projections import AudioProjection, ImageProjection
 from memo_core.nets.reference_net import ReferenceNet, _Transformer
 from memo_core.nets.spatial import SpatialTransformer
-from memo_core.nets.weights import WEIGHTS, load_strict, read_json, read_tensors
+from memo_core.nets.weights import WEIGHTS, check_fit, load_strict, on_meta, read_json, read_tensors
 
 from .config import PARTS
 
@@ -86,6 +86,23 @@ RELEASED = Sizes(
 )
 
 
+def _sizes(configs: dict[str, dict[str, Any]], weights: dict[str, dict[str, Tensor]]) -> Sizes:
+    audio, image = weights["audio_proj"], weights["image_proj"]
+    hidden, width = audio["proj1.weight"].shape
+    return Sizes(
+        reference_net=configs["reference_net"],
+        # What Nets reads by itself; the defaults are those of NetConfig.
+        diffusion_net={"cross_attention_dim": 768, "audio_attention_dim": 768} | configs["diffusion_net"],
+        face_embedding=image["proj.weight"].shape[1],
+        face_tokens=len(image["proj.weight"]) // len(image["norm.weight"]),
+        audio_tokens=len(audio["proj3.weight"]) // len(audio["norm.weight"]),
+        audio_hidden=hidden,
+        # How the width divides into layers and channels no tensor tells; only the product counts.
+        speech_layers=1,
+        speech_dim=width // (2 * NEIGHBOURS + 1),
+    )
+
+
 class Nets(nn.Module):
     """Reference Net, Diffusion Net and the two projections.
 
@@ -116,23 +133,13 @@ class Nets(nn.Module):
         """
         folder = Path(folder)
         weights = {name: read_tensors(folder / name / WEIGHTS) for name in NETS}
-        audio = weights["audio_proj"]
-        token_dim = len(audio["norm.weight"])
-        hidden, width = audio["proj1.weight"].shape
-        sizes = Sizes(
-            reference_net=read_json(folder / "reference_net" / "config.json"),
-            diffusion_net=read_json(folder / "diffusion_net" / "config.json"),
-            face_embedding=weights["image_proj"]["proj.weight"].shape[1],
-            face_tokens=len(weights["image_proj"]["proj.weight"]) // len(weights["image_proj"]["norm.weight"]),
-            audio_tokens=len(audio["proj3.weight"]) // token_dim,
-            audio_hidden=hidden,
-            # How the width divides into layers and channels no tensor tells; only the product counts.
-            speech_layers=1,
-            speech_dim=width // (2 * NEIGHBOURS + 1),
-        )
-        with torch.device("meta"):
-            nets = cls(sizes)
+        configs = {name: read_json(folder / name / "config.json") for name in ("reference_net", "diffusion_net")}
+        for name, config in configs.items():
+            layers = NetConfig.from_json(config).layers(memory=name == "diffusion_net")
+            require_layers(layers, len(weights[name]), folder / name / "config.json")
+        nets = on_meta(lambda: cls(_sizes(configs, weights)), folder)
         for name in NETS:
+            check_fit(getattr(nets, name), weights[name], folder / name / WEIGHTS)
             floats = {key: value.float() for key, value in weights.pop(name).items()}
             load_strict(getattr(nets, name), floats, folder / name / WEIGHTS)
         return nets

@@ -13,6 +13,26 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from memo_core.checks import number, shown, whole
+from memo_core.files import open_regular, replace_whole
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `Job.save` wrote: at least its step and its seconds; ValueError for any other file."""
+    try:
+        with open_regular(path) as file:
+            state = torch.load(file, weights_only=True)
+    except Exception as error:  # whatever torch makes of bytes that nobody checked
+        raise ValueError(f"{path} is no job's state; delete it to begin anew: {error}") from error
+    if (
+        not isinstance(state, dict)
+        or whole(state.get("step")) is None
+        or number(state.get("seconds"), 0) is None
+        or not isinstance(state.get("modules"), dict)
+    ):
+        raise ValueError(f"{path} is no job's state; delete it to begin anew")
+    return state
+
 
 class Job:
     """A training loop that can be stopped at any step and goes on from its last save.
@@ -46,16 +66,19 @@ class Job:
         self.bar: tqdm | None = None
         folder.mkdir(parents=True, exist_ok=True)
         if self.state_path.exists():
-            state = torch.load(self.state_path, weights_only=True)
+            state = read_state(self.state_path)
             if state.get("settings", settings) != settings:
                 raise ValueError(
-                    f"{folder} was begun with other settings ({state['settings']}); "
+                    f"{folder} was begun with other settings ({shown(state['settings'])}); "
                     f"delete it to begin anew with {settings}"
                 )
-            for name, module in modules.items():
-                module.load_state_dict(state["modules"][name])
-            optimizer.load_state_dict(state["optimizer"])
-            generator.set_state(state["generator"])
+            try:
+                for name, module in modules.items():
+                    module.load_state_dict(state["modules"][name])
+                optimizer.load_state_dict(state["optimizer"])
+                generator.set_state(state["generator"])
+            except Exception as error:  # whatever torch says of a state that is none of its own
+                raise ValueError(f"{self.state_path} is of another job; delete it to begin anew: {error}") from error
             self.step, self.seconds = state["step"], state["seconds"]
 
     @property
@@ -91,9 +114,8 @@ class Job:
             "seconds": self.seconds,
             "settings": self.settings,
         }
-        temporary = self.state_path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.state_path)
+        with replace_whole(self.state_path) as temporary:
+            torch.save(state, temporary)
 
     def log(self, **values: Any) -> None:
         """Shows the values in the bar and appends them to log.jsonl."""

@@ -18,17 +18,25 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import tarfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from memo_core.checks import shown, whole
+from memo_core.files import Unfinished, open_regular, replace_whole
+
+from .reading import fits, parse_json, read_json
+
 INDEX = "index.json"
+_MOST = 2**62  # bytes, frames, sides of a tensor
+_MAX_HEADER, _MAX_META = 2**20, 2**24  # bytes of a sample's safetensors header, and of its .json
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -63,7 +71,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
+        self.folder = _folder(folder)
         index = _read_index(self.folder)
         if not index["shards"]:
             raise ShardError(f"no shards in {self.folder}: there is no {INDEX} there, or it lists none")
@@ -75,7 +83,7 @@ class Shards:
         ]
         for shard in index["shards"]:
             path = self.folder / shard["name"]
-            found = path.stat().st_size if path.is_file() else None
+            found = _size(path)
             if found != shard["bytes"]:
                 raise ShardError(f"{path} should have {shard['bytes']} bytes, found {found}: copy or make it again")
 
@@ -89,7 +97,7 @@ class Shards:
         return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
     def names(self, number: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of a sample's tensors by name."""
+        """Shapes of a sample's tensors by name; ShardError where the sample is damaged."""
         return {name: tuple(entry["shape"]) for name, entry in self._header(number)[1].items()}
 
     def read(self, number: int, name: str, rows: slice | None = None) -> Tensor:
@@ -98,36 +106,86 @@ class Shards:
         Raises:
             ShardError: if the sample has no such tensor or rows.
         """
-        sample = self.samples[number]
+        sample = self._sample(number)
         base, header = self._header(number)
+        if not isinstance(name, str):
+            raise ShardError(f"a tensor's name is a text, received {shown(name)}")
         if name not in header:
             raise ShardError(f"{sample.key} in {sample.shard} has no {name}, only {', '.join(header)}")
         entry = header[name]
         shape, (first, end) = list(entry["shape"]), entry["data_offsets"]
         if rows is not None:
-            if not 0 <= rows.start < rows.stop <= shape[0]:
-                raise ShardError(f"{sample.key}: rows {rows.start} to {rows.stop} of {name}, which has {shape[0]}")
-            row = (end - first) // shape[0]
-            first, end, shape[0] = first + rows.start * row, first + rows.stop * row, rows.stop - rows.start
+            count = shape[0] if shape else 0
+            start, stop = (
+                whole(side, 0, count) for side in ((rows.start, rows.stop) if isinstance(rows, slice) else "no")
+            )
+            if start is None or stop is None or start >= stop:
+                told = f"{rows.start} to {rows.stop}" if isinstance(rows, slice) else shown(rows)
+                raise ShardError(f"{sample.key}: rows {told} of {name}, which has {count}")
+            row = (end - first) // count
+            first, end, shape[0] = first + start * row, first + stop * row, stop - start
+        if first == end:
+            return torch.empty(shape, dtype=_DTYPES[entry["dtype"]])
         data = _pread(self.folder / sample.shard, base + first, end - first)
         return torch.frombuffer(bytearray(data), dtype=_DTYPES[entry["dtype"]]).view(shape)
 
     def meta(self, number: int) -> dict[str, Any]:
-        """What the sample's .json says."""
-        sample = self.samples[number]
-        with tarfile.open(self.folder / sample.shard) as tar:
-            return json.load(tar.extractfile(f"{sample.key}.json"))
+        """What the sample's .json says.
+
+        Raises:
+            ShardError: there is none, or the shard is damaged.
+        """
+        sample = self._sample(number)
+        path = self.folder / sample.shard
+        try:
+            with _open_inside(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                member = tar.getmember(f"{sample.key}.json")
+                if not member.isreg() or member.size > _MAX_META:
+                    raise ValueError(f"{member.name} is no file of at most {_MAX_META} bytes")
+                return parse_json(tar.extractfile(member).read())
+        except ShardError:
+            raise
+        except Exception as error:  # tarfile says of damage whatever comes of it
+            raise ShardError(f"{path} does not tell about {sample.key}: {type(error).__name__}: {error}") from error
+
+    def _sample(self, number: int) -> Sample:
+        place = whole(number, 0, len(self.samples) - 1)
+        if place is None:
+            raise ShardError(f"{self.folder} has samples 0 to {len(self.samples) - 1}, received {shown(number)}")
+        return self.samples[place]
 
     @lru_cache(maxsize=4096)  # one reader lives as long as its process
     def _header(self, number: int) -> tuple[int, dict[str, Any]]:
-        sample = self.samples[number]
+        """Where a sample's data begin, and its tensors' dtypes, shapes and places there, all of which make sense."""
+        sample = self._sample(number)
         path = self.folder / sample.shard
         length = int.from_bytes(_pread(path, sample.offset, 8), "little")
-        if length > sample.size:
+        if length > min(sample.size - 8, _MAX_HEADER):
             raise ShardError(f"{path} holds no safetensors at {sample.offset}, where {sample.key} should lie")
-        header = json.loads(_pread(path, sample.offset + 8, length))
-        header.pop("__metadata__", None)
+        try:
+            header = parse_json(_pread(path, sample.offset + 8, length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                if not _is_tensor(entry, sample.size - 8 - length):
+                    raise ValueError(f"{name} is {shown(entry)}")
+        except ValueError as error:
+            if isinstance(error, ShardError):
+                raise
+            raise ShardError(f"{path}: the header of {sample.key} does not make sense: {error}") from error
         return sample.offset + 8 + length, header
+
+
+def _is_tensor(entry: Any, size: int) -> bool:
+    """Whether a header's entry describes a tensor within `size` bytes of data."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _DTYPES:
+        return False
+    shape, places = entry.get("shape"), entry.get("data_offsets")
+    if not fits(shape, list[int]) or not fits(places, tuple[int, int]) or len(shape) > 16:
+        return False
+    if any(whole(side, 0, _MOST) is None for side in shape):
+        return False
+    first, end = places
+    return 0 <= first <= end <= size and end - first == math.prod(shape) * _DTYPES[entry["dtype"]].itemsize
 
 
 class ShardWriter:
@@ -146,10 +204,15 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path | str, encoders: dict[str, str] | None = None, samples_per_shard: int = 256):
-        self.folder, self.samples_per_shard = Path(folder), samples_per_shard
+        self.folder, self.samples_per_shard = _folder(folder), samples_per_shard
+        encoders = encoders or {}
+        if not fits(encoders, dict[str, str]) or whole(samples_per_shard, 1) is None:
+            raise ShardError(
+                f"encoders are digests by name and samples_per_shard a number from 1, received {shown(encoders)} and "
+                f"{shown(samples_per_shard)}"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._index = _read_index(self.folder)
-        encoders = encoders or {}
         if self._index["shards"] and self._index["encoders"] != encoders:
             raise ShardError(
                 f"{self.folder} was made with {self._index['encoders']}, now it is {encoders}: "
@@ -157,11 +220,12 @@ class ShardWriter:
             )
         self._index["encoders"] = encoders
         # Not their count: some may have been removed. One that no index names, after a crash, is written over.
-        numbers = [int(shard["name"].removeprefix("clips-").removesuffix(".tar")) for shard in self._index["shards"]]
+        numbers = [_number_of(shard["name"]) for shard in self._index["shards"]]
         self._next = 1 + max(numbers, default=-1)
         self.keys = {sample[0] for shard in self._index["shards"] for sample in shard["samples"]}
         self._open: list[tuple[str, int]] = []
         self._tar: tarfile.TarFile | None = None
+        self._file: Unfinished | None = None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -171,22 +235,32 @@ class ShardWriter:
             self.close()
         elif self._tar is not None:
             self._tar.close()
-            self._temporary.unlink(missing_ok=True)
+            self._file.discard()
 
-    @property
-    def _temporary(self) -> Path:
-        return self.folder / "unfinished.tmp"
+    def _begin(self) -> tarfile.TarFile:
+        """The next shard, to be written."""
+        self._file = Unfinished(self.folder / f"clips-{self._next:06d}.tar")
+        return tarfile.open(self._file.temporary, "w")
 
     def add(self, key: str, tensors: dict[str, Tensor], meta: dict[str, Any] | None = None) -> None:
         """Appends a sample; `key` must be new and without dots or slashes (WebDataset splits names at dots)."""
+        from safetensors import SafetensorError
         from safetensors.torch import save
 
-        if not key or key in self.keys or set(key) & set("./\\"):
-            raise ShardError(f"{key!r} cannot be a sample's key: it is empty, taken, or has a dot or slash in it")
+        if not isinstance(key, str) or not _is_key(key) or key in self.keys:
+            raise ShardError(f"{shown(key)} cannot be a sample's key: it is empty, taken, or has a dot or slash in it")
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ShardError(f"a sample's tensors are tensors by name, received {shown(tensors)}")
+        if "latents" not in tensors or not tensors["latents"].ndim or not len(tensors["latents"]):
+            raise ShardError(f"{key} has no latents, only {', '.join(map(str, tensors)) or 'nothing'}")
+        try:
+            data, about = save({name: t.contiguous() for name, t in tensors.items()}), json.dumps(meta or {}).encode()
+        except (TypeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            raise ShardError(f"{key} cannot be kept: {error}") from error
         if self._tar is None:
-            self._tar = tarfile.open(self._temporary, "w")
-        _add(self._tar, f"{key}.safetensors", save({name: t.contiguous() for name, t in tensors.items()}))
-        _add(self._tar, f"{key}.json", json.dumps(meta or {}).encode())
+            self._tar = self._begin()
+        _add(self._tar, f"{key}.safetensors", data)
+        _add(self._tar, f"{key}.json", about)
         self.keys.add(key)
         self._open.append((key, len(tensors["latents"])))
         if len(self._open) >= self.samples_per_shard:
@@ -211,11 +285,7 @@ class ShardWriter:
             kept = [(key, frames) for key, _, _, frames in shard["samples"] if key not in keys]
             if 0 < len(kept) < len(shard["samples"]):
                 names = {key for key, _ in kept}
-                with tarfile.open(self.folder / shard["name"]) as old, tarfile.open(self._temporary, "w") as new:
-                    for member in old:
-                        if member.name.partition(".")[0] in names:
-                            new.addfile(member, old.extractfile(member))
-                shard = self._finish(kept)
+                shard = self._without(self.folder / shard["name"], names, kept)
             if kept:
                 shards.append(shard)
         self._index["shards"] = shards
@@ -226,30 +296,111 @@ class ShardWriter:
             if path.name not in named:  # also what an earlier run, killed before this line, left
                 path.unlink()
 
+    def _without(self, path: Path, names: set[str], kept: list[tuple[str, int]]) -> dict[str, Any]:
+        """Writes the samples of these names of a shard into a new one; its entry for the index."""
+        try:
+            with _open_inside(path) as file, tarfile.open(fileobj=file, mode="r:") as old, self._begin() as new:
+                for member in old:
+                    if member.isreg() and member.name.partition(".")[0] in names:
+                        new.addfile(member, old.extractfile(member))
+            return self._finish(kept)
+        except (tarfile.TarError, ValueError, OSError) as error:
+            if self._file is not None:
+                self._file.discard()
+            raise ShardError(f"{path} cannot be written anew: {error}") from error
+
     def _finish(self, samples: list[tuple[str, int]]) -> dict[str, Any]:
-        """Names the temporary file, which holds these samples (key, frames); its entry for the index."""
-        with tarfile.open(self._temporary) as tar:
+        """Names the unfinished file, which holds these samples (key, frames); its entry for the index."""
+        path = self._file.path
+        with tarfile.open(self._file.temporary, "r:") as tar:
             places = {m.name: (m.offset_data, m.size) for m in tar.getmembers()}
-        name = f"clips-{self._next:06d}.tar"
+        if lost := [key for key, _ in samples if f"{key}.safetensors" not in places]:
+            raise ShardError(f"{', '.join(lost[:10])} should be in it, and is not")
+        self._file.finish()
         self._next += 1
-        os.replace(self._temporary, self.folder / name)
         listed = [[key, *places[f"{key}.safetensors"], frames] for key, frames in samples]
-        return {"name": name, "bytes": (self.folder / name).stat().st_size, "samples": listed}
+        return {"name": path.name, "bytes": path.stat().st_size, "samples": listed}
 
     def _write_index(self) -> None:
-        temporary = self.folder / f"{INDEX}.tmp"
-        temporary.write_text(json.dumps(self._index), encoding="utf-8")
-        os.replace(temporary, self.folder / INDEX)
+        with replace_whole(self.folder / INDEX) as temporary:
+            temporary.write_text(json.dumps(self._index), encoding="utf-8")
+
+
+def _folder(folder: Path | str) -> Path:
+    if not isinstance(folder, (str, os.PathLike)) or "\0" in str(folder):
+        raise ShardError(f"a folder of shards is a path, received {shown(folder)}")
+    return Path(folder)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
+    """What the index says, once it makes sense; ShardError names the first thing that does not."""
     path = folder / INDEX
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {"encoders": {}, "shards": []}
+    index = read_json(path, lambda text: ShardError(f"{text}. The index is damaged"))
+    if not fits(index.get("encoders"), dict[str, str]) or not isinstance(index.get("shards"), list):
+        raise ShardError(f"{path} is damaged: it should hold encoders and shards, it is {shown(index)}")
+    for shard in index["shards"]:
+        if problem := _problem(shard):
+            raise ShardError(f"{path} is damaged: {problem}")
+    return index
+
+
+def _problem(shard: Any) -> str:
+    """What is wrong with a shard's entry in the index; nothing where it is right."""
+    if (
+        not isinstance(shard, dict)
+        or not isinstance(shard.get("name"), str)
+        or not isinstance(shard.get("samples"), list)
+    ):
+        return f"an entry is {shown(shard)}, not a shard's name, bytes and samples"
+    name, size = shard["name"], whole(shard.get("bytes"), 0, _MOST)
+    if not name.endswith(".tar") or not name.isprintable() or set(name) & set("/\\:"):
+        return f"{shown(name)} is not the name of a tar file in this folder"
+    if size is None:
+        return f"{name} has {shown(shard.get('bytes'))} bytes"
+    spans = []
+    for sample in shard["samples"]:
+        if not fits(sample, tuple[str, int, int, int]) or not _is_key(sample[0]):
+            return f"{name} holds {shown(sample)}, not [key, offset, size, frames]"
+        key, offset, length, frames = sample
+        if offset < 0 or length < 8 or offset + length > size or frames < 1:
+            return f"{key} in {name} has {frames} frames in {length} bytes at {offset}, of {size}"
+        spans.append((offset, length, key))
+    spans.sort()
+    for (offset, length, key), (following, _, other) in zip(spans, spans[1:]):
+        if offset + length > following:
+            return f"{key} and {other} in {name} overlap"
+    return ""
+
+
+def _is_key(key: str) -> bool:
+    return bool(key) and not set(key) & set("./\\\0")
+
+
+def _number_of(name: str) -> int:
+    digits = name.removeprefix("clips-").removesuffix(".tar")
+    if not digits.isdecimal() or len(digits) > 12:
+        raise ShardError(f"{name} is not the name of a shard that this program wrote: clips-000000.tar")
+    return int(digits)
+
+
+def _open_inside(path: Path) -> BinaryIO:
+    """Opens a shard; ShardError where it is no file, or a link to one outside its folder."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ShardError(f"{path} is damaged: {error}") from error
+        if Path(os.path.realpath(path)).parent != Path(os.path.realpath(path.parent)):
+            raise ShardError(f"{path} is a link that leads out of its folder: put the shard itself there")
+        return open_regular(path)
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error}") from error
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a shard, None where there is none."""
+    if not os.path.lexists(path):
+        return None
+    with _open_inside(path) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -259,7 +410,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _pread(path: Path, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
+    with _open_inside(path) as file:
         file.seek(offset)
         data = file.read(size)
     if len(data) < size:

@@ -15,6 +15,7 @@ from memo_core.checkpoint import EMOTION_HEAD, assets
 from memo_core.nets.emotion2vec import Emotion2Vec
 from memo_core.nets.emotion_head import EmotionHead
 
+from ..reading import read_json
 from .features import FeatureStore, encoder_digest
 from .labels import LabelError, LabelTable, load_tables, published
 from .readers import Clip, Found, Rejected, read_clips, read_csv, read_folder, text_table, without_repeats, write_rows
@@ -105,13 +106,11 @@ def prepare(
 
 def load_prepared(out: Path) -> tuple[list[Clip], list[Tensor]]:
     """The clips of out/clips.csv whose features are there, and these. LabelError where prepare has not been run."""
-    import json
-
     clips = read_clips(out / "clips.csv")
-    try:
-        digest = str(json.loads((out / "prepared.json").read_text(encoding="utf-8"))["encoder"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise LabelError(f"{out}/prepared.json cannot be read ({error}); run prepare again") from error
+    path = out / "prepared.json"
+    digest = read_json(path, lambda text: LabelError(f"{text}; run prepare again")).get("encoder")
+    if not isinstance(digest, str):
+        raise LabelError(f"{path} names no encoder; run prepare again")
     with FeatureStore(out / "features.sqlite", digest) as store:
         kept, features = _with_features(clips, store)
     if len(kept) < len(clips):

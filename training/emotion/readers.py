@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from memo_core.emotion import EMOTIONS
+from memo_core.files import replace_whole
 
 from .labels import PLAIN, LabelError, LabelTable, published
 
@@ -173,12 +174,11 @@ def without_repeats(found: Found) -> Found:
 def write_rows(path: str | Path, kind: type[Clip] | type[Rejected], rows: Iterable[Clip | Rejected]) -> None:
     """Writes clips or rejected rows as CSV, whole or not at all."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.DictWriter(file, [item.name for item in fields(kind)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    os.replace(temporary, path)
+    with replace_whole(path) as temporary:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            writer = csv.DictWriter(file, [item.name for item in fields(kind)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
 
 
 def read_clips(path: str | Path) -> list[Clip]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from memo_core.emotion import EMOTIONS
+from memo_core.files import replace_whole
 
 from ..toon import voices
 
@@ -112,10 +113,8 @@ def make_toon_sets(folder: Path, seed: int = 0, share: float = 1.0) -> tuple[Pat
 
 def _write_wav(path: Path, waveform: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with wave.open(str(temporary), "wb") as file:
+    with replace_whole(path) as temporary, wave.open(str(temporary), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(voices.RATE)
         file.writeframes((np.clip(waveform, -1, 1) * 32767).astype("<i2").tobytes())
-    temporary.replace(path)

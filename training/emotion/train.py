@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memo_core.checkpoint import EMOTION_HEAD
+from memo_core.checks import shown
 from memo_core.emotion import EMOTIONS
 from memo_core.errors import EmotionError
+from memo_core.files import replace_whole
 from memo_core.nets.emotion_head import EmotionHead
 
 from .. import run
+from ..reading import fits, read_json
 from .labels import CLASSES
 from .readers import Clip
 
@@ -75,16 +77,18 @@ class EmotionConfig:
             )
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_json(Path(path), asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> EmotionConfig:
         """Reads what `save` wrote. EmotionError for anything else."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**{item.name: type(item.default)(values[item.name]) for item in fields(cls)})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise EmotionError(f"{path} holds no settings of an emotion detector: {error}") from error
+        values = read_json(Path(path), lambda text: EmotionError(f"no settings of an emotion detector: {text}"))
+        for item in fields(cls):
+            if item.name not in values or not fits(values[item.name], type(item.default)):
+                raise EmotionError(
+                    f"{path} holds no settings of an emotion detector: {item.name} is {shown(values.get(item.name))}"
+                )
+        return cls(**{item.name: type(item.default)(values[item.name]) for item in fields(cls)})
 
 
 def split(clips: Sequence[Clip], test_share: float = 0.25, by: str = "clip", seed: int = 0) -> list[str]:
@@ -288,6 +292,5 @@ def evaluate(head: EmotionHead, clips: Sequence[Clip], features: Sequence[Tensor
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replace_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -8,12 +8,17 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import re
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from memo_core.files import replace_whole
 
 from .evaluate import METRICS, Evaluation, VideoRow, readable
 
@@ -27,7 +32,7 @@ def table(evaluation: Evaluation) -> str:
         measure = METRICS[name]
         cells = [f"{measure.title} {ARROWS[measure.better]}".strip()]
         cells += ["–" if total.value is None else _number(total.value), _number(total.spread), _number(total.real)]
-        cells += [str(total.videos), "; ".join(total.missing) or total.note]
+        cells += [str(total.videos), _escaped("; ".join(total.missing) or total.note)]
         lines.append(_row(cells))
     return "\n".join(lines)
 
@@ -35,13 +40,15 @@ def table(evaluation: Evaluation) -> str:
 def write_report(evaluation: Evaluation, folder: Path) -> None:
     """Writes the report into `folder`, which is made. Pictures are left out where matplotlib is not installed."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(_plain(evaluation), indent=1, allow_nan=False), encoding="utf-8")
+    with replace_whole(folder / "report.json") as temporary:
+        temporary.write_text(json.dumps(_plain(evaluation), indent=1, allow_nan=False), encoding="utf-8")
     with VideoTable(folder / "videos.csv", list(evaluation.totals)) as videos:
         for row in evaluation.videos:
             videos.write(row)
     pictures = [path for row in evaluation.videos if (path := draw_curves(row, folder)) is not None]
     text = _markdown(evaluation, [path.relative_to(folder) for path in pictures])
-    (folder / "report.md").write_text(text, "utf-8", "backslashreplace")
+    with replace_whole(folder / "report.md") as temporary:
+        temporary.write_text(text, "utf-8", "backslashreplace")
 
 
 class VideoTable:
@@ -108,7 +115,7 @@ def draw_curves(row: VideoRow, folder: Path) -> Path | None:
 
 
 def _markdown(evaluation: Evaluation, pictures: list[Path]) -> str:
-    parts = [f"# {evaluation.generated} against {evaluation.real}", table(evaluation)]
+    parts = [f"# {_escaped(str(evaluation.generated))} against {_escaped(str(evaluation.real))}", table(evaluation)]
     names = list(evaluation.totals)
     rows = [_row(["video", "frames", *(METRICS[name].title for name in names), "remark"])]
     rows.append("|---|---:|" + "---:|" * len(names) + "---|")
@@ -116,7 +123,7 @@ def _markdown(evaluation: Evaluation, pictures: list[Path]) -> str:
         readings = [video.readings.get(name) for name in names]
         remark = [video.reason, video.note, *(f"{name}: {r.note}" for name, r in video.readings.items() if r.note)]
         values = ["–" if reading is None or reading.value is None else _number(reading.value) for reading in readings]
-        rows.append(_row([video.name, str(video.frames), *values, "; ".join(filter(None, remark))]))
+        rows.append(_row([_escaped(video.name), str(video.frames), *values, _escaped("; ".join(filter(None, remark)))]))
     parts += ["## Videos", "\n".join(rows), "## Definitions"]
     parts.append("\n".join(f"- **{METRICS[name].title}**: {METRICS[name].definition}" for name in names))
     parts.append(
@@ -124,7 +131,8 @@ def _markdown(evaluation: Evaluation, pictures: list[Path]) -> str:
         "the same measure of the real videos, where it needs no pair."
     )
     if pictures:
-        parts += ["## Over time", "\n".join(f"![{path.stem}](<{path.as_posix()}>)" for path in pictures)]
+        links = [f"![{_escaped(path.stem)}](<{urllib.parse.quote(os.fsencode(path.as_posix()))}>)" for path in pictures]
+        parts += ["## Over time", "\n".join(links)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -154,5 +162,16 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
+# What Markdown or HTML could take for markup: the rest of the punctuation is as common in names as it is harmless.
+_MARKUP = re.compile(r"[\\`*\[\]<>|~&#!$]|:(?=//)|@|(?<!\w)_|_(?!\w)|(?<=www)\.")
+
+
+def _escaped(text: str) -> str:
+    """A name, or a remark that may hold one, as Markdown that shows it and does nothing else, on one line."""
+    text = "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else " " for c in text)
+    return _MARKUP.sub(lambda found: "\\" + found[0], " ".join(text.split()))
+
+
 def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+    """A row of a table, of cells of Markdown."""
+    return "| " + " | ".join(" ".join(cell.split()) for cell in cells) + " |"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memo_core import audio, checkpoint, emotion, sampling
+from memo_core.tensorfile import save_tensors
 
 from .. import media
 from ..shards import ShardWriter
@@ -28,8 +28,6 @@ CHUNK = 16  # pictures encoded at once
 @torch.no_grad()
 def encode(row: Row, settings: Settings) -> list[Row]:
     """Writes encoded/<key>.safetensors with the tensors that `training.shards` lists, or leaves it as it is."""
-    from safetensors.torch import save_file
-
     path = Path(settings.out, "encoded", f"{row.key}.safetensors")
     if path.is_file():
         return [row]
@@ -54,9 +52,7 @@ def encode(row: Row, settings: Settings) -> list[Row]:
     if row.keypoints is not None:
         tensors["face_embedding"] = _embedding(row, settings, source)
         tensors["focus"] = focus([row.eyes_box, row.mouth_box], settings.size // 8)
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return [row]
 
 

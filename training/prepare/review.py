@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from memo_core.checks import shown as readable
+from memo_core.files import open_regular, replace_whole
+
+from ..reading import parse_json
 from .rows import PrepareError, Row, decide
 from .settings import Settings
 
@@ -40,9 +43,8 @@ def write_page(out: Path, rows: Iterable[Row], settings: Settings) -> None:
     given = {"clips": clips, "quality": settings.min_quality, "sync": settings.min_confidence, "digest": digest}
     data = json.dumps(given)
     page = _PAGE.replace("DATA", data.replace("<", "\\u003c"))
-    temporary = out / f".{PAGE}.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, out / PAGE)
+    with replace_whole(out / PAGE) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def _readable(value):
@@ -66,27 +68,28 @@ def read_verdicts(out: Path, path: Path | None = None) -> dict[str, str] | None:
             return None
         path = max(found, key=lambda path: path.stat().st_mtime)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8-sig")
         if path.suffix.lower() == ".csv":
             verdicts = {line["id"]: (line["verdict"] or "").strip() for line in csv.DictReader(text.splitlines())}
         else:
-            verdicts = json.loads(text)
+            verdicts = parse_json(text)
             verdicts = dict(verdicts.get("verdicts", verdicts))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise PrepareError(f"{path} holds no verdicts: {type(error).__name__}: {error}") from error
-    wrong = {id: verdict for id, verdict in verdicts.items() if verdict not in ("keep", "drop", "")}
+    wrong = [(id, verdict) for id, verdict in verdicts.items() if verdict not in ("keep", "drop", "")]
     if wrong:
-        id, verdict = next(iter(wrong.items()))
-        raise PrepareError(f"{path}: the verdict on {id} is {verdict!r}; keep, drop or nothing is allowed")
+        id, verdict = wrong[0]
+        told = f"the verdict on {readable(id)} is {readable(verdict)}"
+        raise PrepareError(f"{path}: {told}; keep, drop or nothing is allowed")
     return verdicts
 
 
 def save_verdicts(out: Path, verdicts: dict[str, str]) -> None:
     """Writes OUT_DIR/verdicts.json as the page does."""
-    temporary = out / f".{VERDICTS[0]}.tmp"
     given = {id: verdict for id, verdict in verdicts.items() if verdict}
-    temporary.write_text(json.dumps({"verdicts": given}, indent=1), encoding="utf-8")
-    os.replace(temporary, out / VERDICTS[0])
+    with replace_whole(out / VERDICTS[0]) as temporary:
+        temporary.write_text(json.dumps({"verdicts": given}, indent=1), encoding="utf-8")
 
 
 _PAGE = """<!doctype html>

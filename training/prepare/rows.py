@@ -6,9 +6,14 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from memo_core.checks import shown
+from memo_core.files import open_regular, replace_whole
+
+from ..reading import fits, parse_json
 
 STAGES = ("scenes", "faces", "quality", "sync", "encode")
 TABLE = "table.jsonl"
@@ -95,11 +100,26 @@ class Row:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Row:
-        """Raises TypeError for what is no row."""
-        return cls(**{name: value for name, value in values.items() if name in _NAMES})
+        """Raises ValueError for what is no row, TypeError where something is missing."""
+        for name, value in values.items():
+            if name in _KINDS and not fits(value, _KINDS[name]):
+                raise ValueError(f"{name} is {shown(value)}")
+        row = cls(**{name: value for name, value in values.items() if name in _KINDS})
+        for name, count in _LENGTHS.items():
+            value = getattr(row, name)
+            if value is not None and len(value) != count:
+                raise ValueError(f"{name} has {len(value)} items, not {count}")
+        # Both become names of files: below OUT_DIR, below RAW_DIR.
+        for name in (row.id, row.key):
+            if set(name) & set("/\\\0") or name.startswith("."):
+                raise ValueError(f"{shown(name)} is no id or key, which become names of files")
+        if not row.source or os.path.isabs(row.source) or ".." in Path(row.source).parts or "\0" in row.source:
+            raise ValueError(f"source is {shown(row.source)}, which does not lie below RAW_DIR")
+        return row
 
 
-_NAMES = {f.name for f in fields(Row)}
+_KINDS = get_type_hints(Row)
+_LENGTHS = {"changed": 2, "face_box": 4, "box": 4, "keypoints": 10, "eyes_box": 4, "mouth_box": 4, "failure": 3}
 # What each stage fills in, cleared when it runs again.
 MEASURED = {
     "faces": ("face_box", "box", "looks", "face_time", "keypoints", "eyes_box", "mouth_box"),
@@ -144,12 +164,17 @@ class Table:
         self.path = path
         self.rows: dict[str, Row] = {}
         self._next_save = 0.0
-        if not path.is_file():
+        if not os.path.lexists(path):
             return
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            with open_regular(path) as file:
+                lines = file.read().splitlines()
+        except OSError as error:
+            raise PrepareError(f"{path} cannot be read: {error}") from error
+        for number, line in enumerate(lines, 1):
             try:
-                row = Row.from_json(json.loads(line))
-            except (ValueError, TypeError, AttributeError) as error:
+                row = Row.from_json(parse_json(line))
+            except (ValueError, TypeError) as error:
                 raise PrepareError(f"{path}, line {number} is not a row: {error}. Repair or delete the file") from error
             self.rows[row.id] = row
 
@@ -161,11 +186,9 @@ class Table:
         begun = time.monotonic()
         if not now and begun < self._next_save:
             return
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with open(temporary, "w", encoding="ascii") as file:
+        with replace_whole(self.path) as temporary, open(temporary, "w", encoding="ascii") as file:
             for row in sorted(self.rows.values(), key=lambda row: (row.source, row.start or 0.0, row.id)):
                 file.write(json.dumps(row.to_json()) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.path)
         self._next_save = time.monotonic() + max(5.0, 50 * (time.monotonic() - begun))

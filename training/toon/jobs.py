@@ -68,11 +68,11 @@ def assemble(folder: Path, out: Path) -> None:
     link_encoders(folder / "checkpoint", new)
     jobs = {}
     for path in sorted(folder.glob("*_job/state.pt")):
-        state = torch.load(path, weights_only=True)
+        state = run.read_state(path)
         jobs[path.parent.name.removesuffix("_job")] = {"steps": state["step"], "seconds": round(state["seconds"])}
     for name in STAGES:
         if (found := engine.latest(folder / name)) is not None:
-            state = json.loads((found / "training.json").read_text(encoding="utf-8"))
+            state = engine.begun(found)[1]
             jobs[name] = {"steps": state["step"], "seconds": state["seconds"]}
     record = {
         "jobs": jobs,
