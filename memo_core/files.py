@@ -118,8 +118,8 @@ def remove_abandoned(path: str | os.PathLike[str]) -> list[Path]:
         return []
     for entry in entries:
         if remove_if_abandoned(entry.path):
-            removed.append(Path(entry.path))
-            logger.warning("removed %s, which a run that was killed had left", entry.path)
+            removed.append(path.parent / entry.name)
+            logger.warning("removed %s, which a run that was killed had left", removed[-1])
     return removed
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from memo_core import MemoryState, cli, memory, sampling
 from memo_core.errors import MemoError
 from memo_core.speed import PRESETS
-from memo_core.video import probe, read_video
+from memo_core.video import VideoWriter, probe, read_video
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 0.8  # of the voice: 24 frames, a window and a half
@@ -263,7 +263,16 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
-def test_an_interrupt_leaves_a_video_that_plays_and_the_command_that_goes_on(here, generate, memo_tiny, by):
+def test_an_interrupt_leaves_a_video_that_plays_and_the_command_that_goes_on(
+    here, generate, memo_tiny, by, monkeypatch
+):
+    """The frames of both videos are, before the encoder, those of one run. After it they differ a little, because the
+    second video begins with a picture of its own."""
+    encoded: list[np.ndarray] = []
+    write_frames = VideoWriter.write_frames
+    monkeypatch.setattr(
+        VideoWriter, "write_frames", lambda self, frames: (encoded.append(frames), write_frames(self, frames))[1]
+    )
     ended = _interrupt_when(here, memo_tiny, "-o", "a b.mp4", "--seed", "5", finished_windows=1, by=by)
     assert ended.returncode == 130
     assert "Traceback" not in ended.stderr
@@ -272,11 +281,53 @@ def test_an_interrupt_leaves_a_video_that_plays_and_the_command_that_goes_on(her
     assert about.audio_duration == pytest.approx(16 / 30, abs=1 / 30)
     words = shlex.split(ended.stderr.strip().splitlines()[-1].split("To go on: ")[1])
     assert words[0] == "memo"
-    assert cli.main(words[1:]) == 0
-    rest = words[words.index("--output") + 1]
-    assert _frames(rest).shape[0] == 8
-    assert generate("-o", "whole.mp4", "--seed", "5") == 0
+    assert cli.main([*words[1:], "--no-store"]) == 0
+    rest, second = words[words.index("--output") + 1], np.concatenate(encoded)
+    assert _frames(rest).shape[0] == len(second) == 8
+    encoded.clear()
+    assert generate("-o", "whole.mp4", "--seed", "5", "--no-store") == 0
+    assert np.array_equal(np.concatenate(encoded)[16:], second)
     assert np.abs(_frames("whole.mp4")[16:].astype(int) - _frames(rest)).mean() < 4
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
+def test_the_next_run_removes_what_a_killed_one_left_and_says_so(here, generate, memo_tiny, caplog):
+    _interrupt_when(here, memo_tiny, "-o", "out.mp4", finished_windows=1, by=signal.SIGKILL)
+    (left,) = here.glob(".out.mp4.*.part")
+    assert generate("-o", "other.mp4") == 0 and left.exists()
+    assert generate("-o", "out.mp4") == 0 and not left.exists()
+    assert f"removed {left.name}, which a run that was killed had left" in caplog.text
+
+
+def test_equal_runs_give_equal_files(here, generate):
+    for name in ("a.mp4", "b.mp4"):
+        assert generate("-o", name, "--no-store") == 0
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["10:30.mp4", "http:127.0.0.1.mp4"])
+def test_a_colon_in_a_name_is_no_address(here, generate, name):
+    os.rename("voice.wav", "10:30.wav")
+    assert generate("-o", name, voice="10:30.wav") == 0
+    assert probe(name).frames == 24
+
+
+@pytest.mark.parametrize("samples", [319_999, 320_001, 160, 8533, 8534, 16000 + 1])
+def test_videos_are_as_long_as_their_sound_to_the_sample(here, generate, samples, monkeypatch):
+    """As many frames as the recording spans, whatever its rate; counted, so that nothing has to be rendered."""
+    from memo_core.audio import count_frames
+
+    seen = []
+    monkeypatch.setattr(cli, "_span", lambda args, end, seconds: seen.append(end) or (0, 1))
+    for rate in (16000, 44100, 48000, 22050):
+        count = round(samples * rate / 16000)
+        with wave.open("v.wav", "wb") as file:
+            file.setnchannels(2)
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(bytes(4 * count))
+        assert generate("-o", "o.mp4", voice="v.wav") == 0
+        assert seen.pop() == count_frames(count, rate, 30)
 
 
 @pytest.mark.parametrize("older", [False, True])
