@@ -272,7 +272,11 @@ class ShardWriter:
             return
         self._tar.close()
         self._tar = None
-        self._index["shards"].append(self._finish(self._open))
+        try:
+            self._index["shards"].append(self._finish(self._open))
+        except BaseException:
+            self._file.discard()
+            raise
         self._open = []
         self._write_index()
 
@@ -304,9 +308,11 @@ class ShardWriter:
                     if member.isreg() and member.name.partition(".")[0] in names:
                         new.addfile(member, old.extractfile(member))
             return self._finish(kept)
-        except (tarfile.TarError, ValueError, OSError) as error:
+        except BaseException as error:
             if self._file is not None:
                 self._file.discard()
+            if not isinstance(error, (tarfile.TarError, ValueError, OSError)):
+                raise
             raise ShardError(f"{path} cannot be written anew: {error}") from error
 
     def _finish(self, samples: list[tuple[str, int]]) -> dict[str, Any]:
