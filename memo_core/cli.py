@@ -204,6 +204,7 @@ def generate(args: argparse.Namespace) -> int:
 
     from . import checkpoint
     from .audio import SAMPLE_RATE, count_frames, separate_vocals
+    from .budget import check_room
     from .emotion import EmotionTrack, emotion_index
     from .face import check_size
     from .job import Settings
@@ -236,6 +237,8 @@ def generate(args: argparse.Namespace) -> int:
 
     options = Options(rows_on_threads=device.type == "cpu")
     pipe = MemoPipeline.from_pretrained(args.checkpoint, device, dtype, lora=args.lora or (), options=options)
+    if args.size is not None:
+        check_room(pipe.nets, *args.size, settings)
     reference = pipe.encode_reference(
         portrait,
         size=args.size,
