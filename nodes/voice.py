@@ -46,11 +46,10 @@ class Example(io.ComfyNode):
 
     @classmethod
     def execute(cls, speech: str) -> io.NodeOutput:
-        from PIL import Image
-
         from ..memo_core.audio import load_audio
+        from ..memo_core.pictures import open_picture
 
-        portrait = host.to_image(Image.open(assets() / "portrait.png"))
+        portrait = host.to_image(open_picture(assets() / "portrait.png"))
         return io.NodeOutput(portrait, host.audio_of(Sound(*load_audio(assets() / EXAMPLES[speech]))))
 
 
