@@ -17,14 +17,16 @@ from .naive import DECAY
 
 __all__ = ["DECAY", "memory_attention", "memory_sums", "modulated_norm", "update_memory"]
 
+logger = logging.getLogger(__name__)
+
 _triton = None
 if os.environ.get("MEMO_KERNELS") != "torch" and torch.backends.cuda.is_built():
     try:
         from . import triton as _triton
     except ImportError:
         pass
-
-logger = logging.getLogger(__name__)
+    except Exception as error:  # a Triton that this code does not know yet
+        logger.warning("No Triton, plain torch instead; MEMO_KERNELS=torch ends this line: %s", error)
 
 
 @functools.cache

@@ -53,12 +53,15 @@ def _tune(variants: _Variants, stages: int = 1) -> Any:
         )
         return [triton.Config({"BLOCK": block}, num_warps=warps, num_stages=stages) for block, warps in tried]
 
-    return triton.autotune(
-        [triton.Config({"BLOCK": block}) for block in (32, 64)],  # all replaced; of a single one it would try none
-        key=["D", "FP", "C"],
-        prune_configs_by={"early_config_prune": chosen},
-        cache_results=True,
-    )
+    def tuned(kernel: Any) -> Any:
+        return triton.autotune(
+            [triton.Config({"BLOCK": block}) for block in (32, 64)],  # all replaced; of a single one it would try none
+            key=[name for name in ("D", "FP", "C") if name in kernel.arg_names],  # from 3.9 on Triton refuses others
+            prune_configs_by={"early_config_prune": chosen},
+            cache_results=True,
+        )(kernel)
+
+    return tuned
 
 
 def _first(variants: _Variants, stages: int = 1) -> Any:
