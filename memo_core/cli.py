@@ -207,7 +207,7 @@ def generate(args: argparse.Namespace) -> int:
     from .budget import check_room
     from .emotion import EmotionTrack, emotion_index
     from .face import check_size
-    from .job import Settings
+    from .job import Settings, check_memory
     from .media import Recording
     from .memory import MemoryState
     from .optimise import Options
@@ -246,7 +246,7 @@ def generate(args: argparse.Namespace) -> int:
         face_index=args.face,
         no_face="error" if args.require_face or args.face is not None else "warn",
     )
-    memory.require(pipe.nets.digest, reference.digest)  # before the voice, which may take minutes
+    check_memory(memory, pipe.nets, reference)  # before the voice, which may take minutes
     height, width = reference.pixels.shape[1:]
     about = {
         "model": pipe.nets.title,

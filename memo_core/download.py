@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DownloadError
-from .files import replace_whole
+from .files import open_regular, replace_whole
 
 MANIFEST = "memo_download.json"
 PARTIAL = ".download"  # folder of files on their way
@@ -364,9 +364,14 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DownloadError(f"cannot read {path}: {error}; delete it, then files count as put there by hand") from error
+        with open_regular(path) as file:
+            files = json.load(file)["files"]
+        if all(isinstance(about, dict) for about in files.values()):
+            return files
+        error: Exception = TypeError("its files are not described by name")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        error = problem
+    raise DownloadError(f"cannot read {path}: {error}; delete it, then files count as put there by hand") from error
 
 
 def _write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:

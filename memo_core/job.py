@@ -124,8 +124,7 @@ class Job:
             raise SamplingError(f"noise must hold floating-point numbers, received {self.noise.dtype}")
         if self.noise is not None and not torch.isfinite(self.noise).all():
             raise SamplingError("noise holds NaN or infinite values")
-        self.memory.require(nets.digest, self.reference.digest)
-        self.memory.require_size(self.reference.latents.shape[1:], nets.image_proj.proj.in_features)
+        check_memory(self.memory, nets, self.reference)
         return replace(self, start=start, num_frames=num_frames)
 
     @property
@@ -177,6 +176,13 @@ class WindowInputs:
         for tensor in (self.audio, self.emotion, self.noise):
             digest.update(b"seeded" if tensor is None else tensors_digest(tensor).encode() + str(tensor.dtype).encode())
         return digest.hexdigest()[:40]
+
+
+def check_memory(memory: MemoryState, nets: Networks, reference: Reference) -> None:
+    """Raises MemoryStateError where a memory was made by another checkpoint or from another reference, or does not fit
+    them."""
+    memory.require(nets.digest, reference.digest)
+    memory.require_size(reference.latents.shape[1:], nets.image_proj.proj.in_features)
 
 
 def _check_span(

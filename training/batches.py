@@ -174,7 +174,10 @@ class TrainingSet(Dataset):
         begin, end = max(0, first - NEIGHBOURS), min(frames, first + length + NEIGHBOURS)
         speech = self.shards.read(clip, "speech", slice(begin, end)).float()
         audio = speech[now.clamp(0, frames - 1) - begin]
-        emotion = self.shards.read(clip, "emotion", slice(first, first + length)).long().mode().values[None]
+        labels = self.shards.read(clip, "emotion", slice(first, first + length)).long()
+        if labels.max() >= NULL_EMOTION:
+            raise ShardError(f"clip {clip} has the emotion {int(labels.max())}; labels are 0 to {NULL_EMOTION - 1}")
+        emotion = labels.mode().values[None]
         sigma = losses.draw_sigma(1, config.loss, generator)
         # All are drawn, whatever the others say, so that one probability does not change what the others decide.
         all_of_it = _chance(drop.all, generator)
