@@ -424,6 +424,33 @@ def test_sheet_shows_evenly_spaced_frames(here, capsys):
     assert np.abs(np.diff(levels) - 40).max() <= 3 and 12 <= levels[0] <= 28
 
 
+def test_a_sheet_of_half_a_video_is_no_sheet(here, capsys):
+    with VideoWriter("whole.mp4", 64, 64, 30) as writer:
+        writer.write_frames(np.random.default_rng(0).integers(0, 255, (90, 64, 64, 3), np.uint8))
+    data = Path("whole.mp4").read_bytes()
+    Path("half.mp4").write_bytes(data[: len(data) * 7 // 10])
+    assert cli.main(["sheet", "half.mp4"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("memo: error: ") and "half.mp4" in said and said.count("\n") == 1
+    assert not Path("half.png").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no fifos")
+def test_a_pipe_in_place_of_any_file_is_one_line(here, memo_tiny, capsys):
+    os.mkfifo("pipe")
+    for argv in (
+        ["generate", "pipe", "voice.wav"],
+        ["generate", "face.png", "pipe"],
+        ["generate", "face.png", "voice.wav", "--memory-in", "pipe"],
+        ["emotion", "pipe", "--checkpoint", str(memo_tiny)],
+        ["sheet", "pipe"],
+        ["info", "pipe"],
+    ):
+        assert cli.main(argv) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("memo: error: ") and said.count("\n") == 1, argv
+
+
 def test_download_without_network_shows_licences_and_says_which_file_goes_where(here, capsys, monkeypatch):
     from huggingface_hub import constants, file_download
 
