@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference, checkpoint
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference, checkpoint, precision
 from memo_core.checkpoint import Networks
 from memo_core.clips import WINDOW
 from memo_core.job import Job
@@ -86,6 +86,7 @@ def random_networks(
     finally:
         torch.set_default_dtype(default)
         torch.set_rng_state(state)
+    precision.set_weights("vae", modules["vae"], dtype)
     return Networks(
         **{name: module.eval().requires_grad_(False) for name, module in modules.items()},
         speech_encoder=None,  # type: ignore[arg-type]

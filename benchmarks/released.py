@@ -120,7 +120,7 @@ def _sample_window(
     audio_tokens = nets.audio_proj(audio[None].to(device, dtype))
     audio_tokens = torch.cat([torch.zeros_like(audio_tokens), audio_tokens])
     with part(VAE_ENCODE):
-        pictures = pictures.to(device, nets.vae.dtype)
+        pictures = pictures.to(device, nets.vae.encoder.conv_in.weight.dtype)
         means = [nets.vae.encode(picture[None]).latent_dist.mean for picture in pictures]
         pictures_latents = torch.cat(means).to(dtype) * nets.vae.config.scaling_factor
     latents = noise.to(device, dtype)
@@ -151,7 +151,8 @@ def _sample_window(
 
 def _decode(vae: nn.Module, latents: Tensor) -> Tensor:
     """[1, 4, F, h, w] -> [F, 3, H, W] in [0, 1] on the CPU."""
-    latents = (1 / vae.config.scaling_factor * latents).transpose(1, 2).flatten(0, 1).to(vae.dtype)
+    latents = (1 / vae.config.scaling_factor * latents).transpose(1, 2).flatten(0, 1)
+    latents = latents.to(vae.decoder.conv_in.weight.dtype)
     frames = torch.cat([vae.decode(frame[None]).sample for frame in latents])
     return (frames / 2 + 0.5).clamp(0, 1).cpu().float()
 

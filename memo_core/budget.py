@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import kernels
+from . import kernels, precision
 from .checkpoint import Networks
 from .clips import WINDOW
 from .errors import SamplingError
@@ -260,7 +260,8 @@ def _count(nets: Networks, height: int, width: int, batch: int) -> _Counted:
         emotion=torch.empty(batch, dtype=torch.long, device="meta"),
         frames=WINDOW,
     )
-    latents, shifts = numbers(1, 4, WINDOW, *size), net.time_shifts(torch.zeros(1, device="meta"), dtype)
+    latents = numbers(1, 4, WINDOW, *size).to(precision.carried(dtype))
+    shifts = net.time_shifts(torch.zeros(1, device="meta"), dtype)
     whole = peak_of(lambda: step(given, sums))[0]
     by_row = whole
     if batch == 2:
@@ -281,16 +282,17 @@ def _count(nets: Networks, height: int, width: int, batch: int) -> _Counted:
     )
     kept = tuple((kv.numel(), z.nbytes) for kv, z in sums)
     # A step cache holds two maps of the finest level, for all rows.
-    maps = numbers(2, batch * WINDOW, net.config.block_out_channels[0], *size).nbytes
+    maps = numbers(2, batch * WINDOW, net.config.block_out_channels[0], *size).to(latents.dtype).nbytes
     return _Counted(needs=need, sums=kept, cache=maps)
 
 
 def _count_vae(vae: nn.Module, h: int, w: int) -> dict[str, int]:
-    def numbers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=vae.dtype, device="meta")
+    def numbers(half: nn.Module, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=half.conv_in.weight.dtype, device="meta")
 
-    decoding = peak_of(lambda: vae.decode(numbers(1, 4, h, w), return_dict=False)[0])[0]
-    encoding = peak_of(lambda: vae.encode(numbers(1, 3, 8 * h, 8 * w), return_dict=False)[0].mean)[0]
+    code, frame = numbers(vae.decoder, 1, 4, h, w), numbers(vae.encoder, 1, 3, 8 * h, 8 * w)
+    decoding = peak_of(lambda: vae.decode(code, return_dict=False)[0])[0]
+    encoding = peak_of(lambda: vae.encode(frame, return_dict=False)[0].mean)[0]
     return {"decoding": decoding, "encoding": encoding, "pictures": 4 * WINDOW * 3 * 64 * h * w}
 
 
@@ -602,8 +604,7 @@ def released(dtype: torch.dtype = torch.bfloat16) -> Networks:
         }
     listeners = dict.fromkeys(("speech_encoder", "emotion_encoder", "emotion_head"))
     return Networks(
-        # Not the VAE's own `to`, which warns.
-        **{name: nn.Module.to(module, dtype).requires_grad_(False) for name, module in modules.items()},
+        **{name: precision.set_weights(name, module, dtype).requires_grad_(False) for name, module in modules.items()},
         **listeners,
         folder=Path("released"),
         device=torch.device("meta"),

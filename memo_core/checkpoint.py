@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import lora as adapters
+from . import precision
 from .checks import number, shown
 from .errors import CheckpointError
 from .files import replace_whole
@@ -241,7 +242,8 @@ def load(
         require_layers(layers, len(weights), folder / name / "config.json")
         module = on_meta(lambda: build(weights), path)
         check_fit(module, weights, path)
-        load_strict(module, {key: tensor.to(device, dtype) for key, tensor in weights.items()}, path)
+        placed = {key: tensor.to(device, precision.of_weight(name, key, dtype)) for key, tensor in weights.items()}
+        load_strict(module, placed, path)
         digests.append(_net_digest(folder / name, weights))
         return module.eval().requires_grad_(False)
 

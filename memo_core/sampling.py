@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import solvers, waiting
+from . import precision, solvers, waiting
 from .checkpoint import Networks
 from .clips import WINDOW
 from .errors import SamplingError
@@ -105,7 +105,7 @@ def sample_window(
     def velocity(latents: Tensor, step: int) -> Tensor:
         if should_stop is not None and should_stop():
             raise _Stopped
-        latents, shift = latents.to(dtype), [shift[step : step + 1] for shift in shifts]
+        latents, shift = latents.to(precision.carried(dtype)), [shift[step : step + 1] for shift in shifts]
         if not guided or not low <= sigmas[step] <= high:
             answer = halves[1](latents, shift)
         else:
@@ -268,7 +268,8 @@ class Sampler:
     def address(self) -> str:
         """What windows of this sampler share, for `WindowInputs.key`."""
         reference = tensors_digest(self.reference.latents, self.reference.face_embedding)
-        return f"{WINDOW_VERSION}|{self.nets.digest}|{self.dtype}|{self.device.type}|{reference}|{self.settings}"
+        dtype = f"{self.dtype} {precision.VERSION}" if self.dtype in precision.HALF else f"{self.dtype}"
+        return f"{WINDOW_VERSION}|{self.nets.digest}|{dtype}|{self.device.type}|{reference}|{self.settings}"
 
 
 def _null(emotion: Tensor) -> Tensor:
@@ -294,10 +295,11 @@ def decode(vae, latents: Tensor, device: torch.device | None = None, at_once: in
     Raises:
         SamplingError: the VAE gave NaN or infinite values; names the frames.
     """
-    latents = latents.transpose(0, 1).to(device or vae.device, vae.dtype) / vae.config.scaling_factor
+    dtype = vae.decoder.conv_in.weight.dtype  # the two halves of a VAE may differ (`precision`)
+    latents = latents.transpose(0, 1).to(device or vae.device, dtype) / vae.config.scaling_factor
     chunks = latents.split(at_once or few_frames(8 * latents.shape[2], 8 * latents.shape[3]))
     frames = torch.cat([vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
-    _check_pictures(frames, "decoding", vae.dtype)  # before the clamp, which would make white of what is infinite
+    _check_pictures(frames, "decoding", dtype)  # before the clamp, which would make white of what is infinite
     return (frames.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -307,9 +309,10 @@ def encode(vae, frames: Tensor, device: torch.device | None = None, at_once: int
     Raises:
         SamplingError: as `decode`.
     """
-    chunks = frames.to(device or vae.device, vae.dtype).split(at_once or few_frames(*frames.shape[2:]))
+    dtype = vae.encoder.conv_in.weight.dtype
+    chunks = frames.to(device or vae.device, dtype).split(at_once or few_frames(*frames.shape[2:]))
     means = torch.cat([vae.encode(chunk, return_dict=False)[0].mean for chunk in chunks])
-    _check_pictures(means, "encoding", vae.dtype)
+    _check_pictures(means, "encoding", dtype)
     return means.float() * vae.config.scaling_factor
 
 

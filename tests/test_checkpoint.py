@@ -44,7 +44,8 @@ def change_config(folder: Path, net: str, **changes: object) -> None:
 def test_the_small_checkpoint_loads(memo_tiny: Path) -> None:
     nets = checkpoint.load(memo_tiny, dtype=torch.bfloat16)
     for net in (nets.reference_net, nets.diffusion_net, nets.image_proj, nets.audio_proj, nets.vae):
-        assert {parameter.dtype for parameter in net.parameters()} == {torch.bfloat16}
+        if net is not nets.vae:  # of which a part stays in float32 (tests/test_precision.py)
+            assert {parameter.dtype for parameter in net.parameters()} == {torch.bfloat16}
         assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
         assert not any(tensor.is_meta for tensor in net.state_dict().values())
     for net in (nets.speech_encoder, nets.emotion_encoder, nets.emotion_head):

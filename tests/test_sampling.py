@@ -347,7 +347,8 @@ def test_clips_that_cannot_be_decoded_are_refused(
 
 def test_a_vae_that_overflows_in_float16_is_named(pipe: MemoPipeline) -> None:
     class Overflowing:
-        config, device, dtype = pipe.nets.vae.config, torch.device("cpu"), torch.float16
+        config, device = pipe.nets.vae.config, torch.device("cpu")
+        decoder = torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(4, 8, 3)}).half()
 
         def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
             return (latents.new_full((len(latents), 3, 64, 64), 65504) * 2,)

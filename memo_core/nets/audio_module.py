@@ -15,10 +15,12 @@ from .layers import (
     FeedForward,
     fuse,
     join_heads,
+    narrowed,
     project,
     split_heads,
     to_maps,
     to_tokens,
+    widened,
 )
 
 NULL_EMOTION = 9  # the label of classifier-free guidance; 0 to 8 are the classes
@@ -55,6 +57,7 @@ class EmotionAdaNorm(nn.Module):
 
     def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
         """x [B * F, N, C]."""
+        x = narrowed(x, self.class_embedder.embedding_table)
         return kernels.modulated_norm(x, *modulation)
 
 
@@ -145,7 +148,7 @@ class _JointBlock(nn.Module):
         x = x + self.attn1(self.norm1(x, feeling.norm1))
         joint, joint_audio = self.attn2(self.norm2(x, feeling.norm2), heard)
         x = x + joint
-        x = x + self.ff(self.norm3(x))
+        x = x + self.ff(self.norm3(narrowed(x, self.norm3)))
         if joint_audio is None:
             return x, None
         audio = heard.audio + joint_audio
@@ -192,6 +195,7 @@ class AudioModule(nn.Module):
             Frames and audio tokens, each with the module's contribution added.
         """
         heard = audio if isinstance(audio, Heard) else self.listen(audio, feeling)
-        hidden, out_audio = self.transformer_blocks[0](to_tokens(self.proj_in(self.norm(x))), heard, feeling)
-        x = x + self.proj_out(to_maps(hidden, *x.shape[2:]))
+        hidden = to_tokens(self.proj_in(self.norm(narrowed(x, self.norm))))
+        hidden, out_audio = self.transformer_blocks[0](widened(hidden, x, self.norm), heard, feeling)
+        x = x + self.proj_out(to_maps(narrowed(hidden, self.norm), *x.shape[2:]))
         return x, None if out_audio is None else heard.entering + out_audio

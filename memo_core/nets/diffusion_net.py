@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..speed import StepCache
 from .audio_module import AudioModule, Feeling, Heard
 from .config import NetConfig
-from .layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample
+from .layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, in_full, narrowed, widened
 from .memory_module import LazyMemory, Memory, MemoryModule
 from .reference_net import down_widths, up_widths
 from .spatial import SpatialConditions, SpatialTransformer
@@ -63,8 +64,9 @@ class _Block(nn.Module):
         given: LayerConditions,
         memory: list[LazyMemory] | None,
         frames: int,
+        carried: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | Heard | None]:
-        x = self.resnets[i](x, shift)
+        x = self.resnets[i](x, shift, carried)
         if given.spatial is not None:
             x = _of_every_row(x, len(given.spatial.face[0]) * frames)
             x = self.attentions[i](x, given.spatial)
@@ -314,7 +316,8 @@ class DiffusionNet(nn.Module):
 
         Args:
             latents: [B, 4, F, h, w] noisy latents; or those of B / 2 videos, which then stand for both halves of the
-                batch (guidance) and are computed once as far as the halves do not differ.
+                batch (guidance) and are computed once as far as the halves do not differ. In a finer format than the
+                weights, hidden states are carried in it from layer to layer.
             shifts: of `time_shifts`, for one timestep, or one per row or frame.
             given: from `prepare`.
             memory: as for `predict`.
@@ -323,7 +326,9 @@ class DiffusionNet(nn.Module):
         Returns:
             Velocity [B, 4, F, h, w].
         """
-        frames = given.frames
+        frames, norm = given.frames, self.conv_norm_out
+        # None where there is nothing finer to carry, as in training.
+        carried = latents.dtype if norm.weight.dtype.itemsize < latents.dtype.itemsize else None
         shift, layers = iter(shifts), iter(given.layers)
         sums = None if memory is None else iter(memory)
         audio: Tensor | Heard | None = given.audio
@@ -333,34 +338,38 @@ class DiffusionNet(nn.Module):
             mine = None
             if module is not None:
                 mine = [] if sums is None else [next(sums) for _ in range(module.num_memory_layers)]
-            return block.layer(i, x, audio, next(shift), next(layers), mine, frames)
+            return block.layer(i, x, audio, next(shift), next(layers), mine, frames, carried)
 
-        x = self.conv_in(latents.transpose(1, 2).flatten(0, 1))
-        skips = [x]
+        x = in_full(self.conv_in, latents.transpose(1, 2).flatten(0, 1))
+        skips = [narrowed(x, norm)]  # nothing is added to them
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
                 x, audio = layer(block, i, x, audio)
-                skips.append(x)
+                skips.append(narrowed(x, norm))
                 if cache is not None and len(skips) == 2:
                     first = x
                     rest = cache.rest(first)
                     if rest is not None:
                         return self._velocity(_of_every_row(first, len(rest)) + rest, frames)
             if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)
-                skips.append(x)
+                x = self._through(block.downsamplers[0], x)
+                skips.append(narrowed(x, norm))
         x, audio = layer(self.mid_block, 0, x, audio)
-        x = self.mid_block.resnets[1](x, next(shift))
+        x = self.mid_block.resnets[1](x, next(shift), carried)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
                 skip = _of_every_row(skips.pop(), len(x))
-                x, audio = layer(block, i, torch.cat([x, skip], dim=1), audio)
+                x, audio = layer(block, i, torch.cat([narrowed(x, norm), skip], dim=1), audio)
             if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x, skips[-1].shape[2:])
+                x = self._through(partial(block.upsamplers[0], size=skips[-1].shape[2:]), x)
         if cache is not None:
             cache.keep(first, x - _of_every_row(first, len(x)))
         return self._velocity(x, frames)
 
+    def _through(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What a resampling layer makes of x, carried on as x is."""
+        return widened(layer(narrowed(x, self.conv_norm_out)), x, self.conv_norm_out)
+
     def _velocity(self, x: Tensor, frames: int) -> Tensor:
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = in_full(self.conv_out, F.silu(in_full(self.conv_norm_out, x)))
         return x.unflatten(0, (-1, frames)).transpose(1, 2)

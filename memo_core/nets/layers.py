@@ -12,6 +12,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+
+# Between layers the Diffusion Net's hidden states may be carried in a finer format than the layers compute in
+# (`precision`): a layer reads them rounded, and what it adds is rounded once. Layers' formats are those of their norms.
+
+
+def narrowed(x: Tensor, norm: nn.Module) -> Tensor:
+    """x in the norm's number format, where x has a finer one."""
+    return x.to(norm.weight.dtype) if norm.weight.dtype.itemsize < x.dtype.itemsize else x
+
+
+def widened(y: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
+    """y in the format of x, where that is finer than the norm's."""
+    return y.to(x.dtype) if norm.weight.dtype.itemsize < x.dtype.itemsize else y
+
+
+def in_full(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer makes of x in x's own format, where that is finer than the layer's weights."""
+    if type(layer) not in (nn.GroupNorm, nn.Conv2d) or layer.weight.dtype.itemsize >= x.dtype.itemsize:
+        return layer(x)  # a host's layers bring their weights to x's format by themselves
+    return functional_call(layer, {name: weight.to(x.dtype) for name, weight in layer.named_parameters()}, (x,))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -175,14 +196,16 @@ class ResnetBlock(nn.Module):
         """What the time embedding [T, time_dim] adds between the convolutions, [T, out_channels]."""
         return self.time_emb_proj(F.silu(time))
 
-    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        """x [R, C, h, w]; shift [S, out_channels], S dividing R: row r is shifted by the one numbered r // (R / S)."""
-        hidden = self.conv1(F.silu(self.norm1(x)))
+    def forward(self, x: Tensor, shift: Tensor, carried: torch.dtype | None = None) -> Tensor:
+        """x [R, C, h, w]; shift [S, out_channels], S dividing R: row r is shifted by the one numbered r // (R / S).
+        carried: the format of what comes back, where it is finer than that of x."""
+        read = narrowed(x, self.norm1)
+        hidden = self.conv1(F.silu(self.norm1(read)))
         if len(shift) > 1:
             shift = shift.repeat_interleave(len(hidden) // len(shift), dim=0)
         hidden = self.conv2(F.silu(self.norm2(hidden + shift[:, :, None, None])))
-        shortcut = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
-        return shortcut + hidden
+        shortcut = self.conv_shortcut(read) if hasattr(self, "conv_shortcut") else x
+        return (shortcut if carried is None else shortcut.to(carried)) + hidden
 
 
 class Downsample(nn.Module):

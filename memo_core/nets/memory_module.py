@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import kernels
-from .layers import QUERY_KEY_VALUE, FeedForward, fuse, project, to_maps, to_tokens
+from .layers import QUERY_KEY_VALUE, FeedForward, fuse, narrowed, project, to_maps, to_tokens, widened
 
 Memory = tuple[Tensor, Tensor]  # kv [B, N, H, D, D], z [B, N, H, D] of one memory layer
 # One layer's pair, or a function that takes nothing and gives this one pair when its layer is reached.
@@ -113,11 +113,13 @@ class MemoryModule(nn.Module):
         """x [B * F, C, h, w]; memory: per layer its (kv, z), or a function giving this pair and not the whole list; or
         None to look at the window alone."""
         transformer = self.temporal_transformer
-        hidden = transformer.proj_in(to_tokens(transformer.norm(x)))
+        hidden = transformer.proj_in(to_tokens(transformer.norm(narrowed(x, transformer.norm))))
+        hidden = widened(hidden, x, transformer.norm)
         layer = 0
         for block in transformer.transformer_blocks:
             for attention, norm in zip(block.attention_blocks, block.norms):
-                hidden = hidden + attention(norm(hidden), None if memory is None else _brought(memory[layer]), frames)
+                past = None if memory is None else _brought(memory[layer])
+                hidden = hidden + attention(norm(narrowed(hidden, norm)), past, frames)
                 layer += 1
-            hidden = hidden + block.ff(block.ff_norm(hidden))
-        return x + to_maps(transformer.proj_out(hidden), *x.shape[2:])
+            hidden = hidden + block.ff(block.ff_norm(narrowed(hidden, block.ff_norm)))
+        return x + to_maps(transformer.proj_out(narrowed(hidden, transformer.norm)), *x.shape[2:])

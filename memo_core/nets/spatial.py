@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import NetConfig
-from .layers import Attention, FeedForward, KeysValues, to_maps, to_tokens
+from .layers import Attention, FeedForward, KeysValues, narrowed, to_maps, to_tokens, widened
 
 
 class SpatialConditions(NamedTuple):
@@ -37,7 +37,7 @@ class _SpatialBlock(nn.Module):
         batch, (seeing, sets) = len(given.face[0]), given.reference[0].shape[:2]
         frames = rows // batch
         blind = (batch - seeing) * frames  # rows without a reference
-        normed = self.norm1(x)
+        normed = self.norm1(narrowed(x, self.norm1))
         attended = [self.attn1(normed[:blind])] if blind else []
         if seeing:
             # All frames of a batch row, then the next row's; set k for frames k, k + K, ...
@@ -45,8 +45,9 @@ class _SpatialBlock(nn.Module):
             attended.append(self.attn1(normed[blind:], reference))
         x = x + (torch.cat(attended) if len(attended) > 1 else attended[0])
         # The face tokens are a batch row's, whatever the frame: its frames' tokens ask together.
-        x = x + self.attn2.cross(self.norm2(x).view(batch, frames * tokens, dim), given.face).view(x.shape)
-        return x + self.ff(self.norm3(x))
+        asking = self.norm2(narrowed(x, self.norm2)).view(batch, frames * tokens, dim)
+        x = x + self.attn2.cross(asking, given.face).view(x.shape)
+        return x + self.ff(self.norm3(narrowed(x, self.norm3)))
 
 
 class SpatialTransformer(nn.Module):
@@ -68,5 +69,6 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, given: SpatialConditions) -> Tensor:
         """x [B * F, C, h, w]; the first of its B rows are those that see no reference."""
-        hidden = self.transformer_blocks[0](to_tokens(self.proj_in(self.norm(x))), given)
-        return x + self.proj_out(to_maps(hidden, *x.shape[2:]))
+        hidden = to_tokens(self.proj_in(self.norm(narrowed(x, self.norm))))
+        hidden = self.transformer_blocks[0](widened(hidden, x, self.norm), given)
+        return x + self.proj_out(to_maps(narrowed(hidden, self.norm), *x.shape[2:]))
