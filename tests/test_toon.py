@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from memo_core.emotion import EMOTIONS
+from memo_core import MemoPipeline, sampling
+from memo_core.emotion import EMOTIONS, EmotionTrack
 from training.toon import heads
 from training.toon import judge as judging
+from training.toon.evaluate import draw_case
+from training.toon.voices import RATE
 
 
 def face(seed: int = 3) -> heads.Identity:
@@ -296,3 +299,39 @@ def test_the_shipped_judge_reads_faces_it_has_never_seen() -> None:
     for name in ("mouth_open", *heads.SIGNATURE_COLUMNS):  # all that is graded
         assert figures[f"r2/{name}"] >= 0.9, figures
     assert figures["emotion"] >= 0.9, figures
+
+
+# --- The checkpoint after a blink -------------------------------------------------------------------------------------
+
+BLINKS = {"cut off halfway": heads.BLINK_LIDS[:3], "shut for a whole window": np.zeros(16)}
+LIDS = heads.MOTION.index("lids")
+
+
+@pytest.fixture(scope="module")
+def toon() -> MemoPipeline:
+    return MemoPipeline.from_pretrained("toon")
+
+
+@pytest.mark.parametrize("number", [0, 1, 4, 7])  # faces and voices: angry, disgusted, neutral, surprised
+@torch.no_grad()
+def test_eyes_that_were_shut_are_open_in_the_next_window(toon: MemoPipeline, number: int) -> None:
+    """The memory tells what was, and the past frames are shut; still the eyes open at once, as wide as the emotion has
+    them, and stay so. (8 faces, 6 and 20 steps: never otherwise.)"""
+    case = draw_case(number, seconds=1.1)
+    audio = toon.encode_audio(case.spoken.waveform, RATE, fps=heads.FPS)
+    emotion = EmotionTrack.constant(EMOTIONS[case.spoken.emotion], audio.num_padded_frames)
+    ref = toon.encode_reference(case.portrait.permute(1, 2, 0).numpy())
+    usual = heads.SIGNATURES[case.spoken.emotion][heads.SIGNATURE_COLUMNS.index("lids")]
+    job = toon.job(ref, audio, emotion, start=16, num_frames=16, steps=6, seed=number)
+    judge = judging.Judge.load()
+    for blink, factors in BLINKS.items():
+        motion = case.motion[:16].clone()
+        motion[:, LIDS] = usual
+        motion[16 - len(factors) :, LIDS] *= torch.from_numpy(factors).float()
+        drawn = heads.render(case.identity, motion)
+        assert float(judge.read(drawn)[-1, LIDS]) < 0.2, "the judge sees them shut"
+        past = sampling.encode(toon.nets.vae, drawn.float() / 127.5 - 1)
+        memory = job.entering(toon.nets).push(past, ref.face_embedding, toon.nets.digest, ref.digest)
+        (window,) = toon.sample_windows(replace(job, memory=memory))
+        lids = judge.read(window.frames)[:, LIDS]
+        assert float(lids.min()) > 0.7 * usual, f"{blink}: {lids}"
