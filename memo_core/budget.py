@@ -509,25 +509,28 @@ def check_room(
     settings: Settings,
     room: int | None = None,
     host_moves_weights: bool = False,
+    kept: int = 0,
 ) -> None:
     """Refuses a size that cannot fit before anything is computed at it.
 
     Counted where it is cheap, at the size the checkpoint was trained at, and scaled by the number of pixels, as every
-    part but the weights grows. `plan` counts exactly, later.
+    part but the weights grows, within a tenth: so much is let pass. `plan` counts exactly, later.
 
     Args:
         settings: of which guidance and speed matter.
         room: bytes that sampling may take, as `plan`'s budget; None: what is free where the networks run. On the CPU
             without the weights, which are there already.
         host_moves_weights: as for `plan`.
+        kept: bytes of sums that will be let go of; added to what is free, not to a given room.
 
     Raises:
         SamplingError: it does not fit; names the largest size that does.
     """
     if room is None:
         room = free_bytes(nets.device) if nets.device.type == "cpu" else available_bytes(nets)
-    if room is None:  # nobody says what is free
-        return
+        if room is None:  # nobody says what is free
+            return
+        room += kept
     side = 8 * nets.sample_size
 
     def smallest(how: Settings) -> Plan:
@@ -538,7 +541,7 @@ def check_room(
         # On the CPU nothing is planned, unless a host does: both rows at once.
         return Plan.of(need, **choices[0 if nets.device.type == "cpu" and not host_moves_weights else -1])
 
-    if smallest(settings).peak > room:
+    if 0.9 * smallest(settings).peak > room:
         raise SamplingError(_too_large(smallest, nets.device, height, width, settings, room))
 
 

@@ -270,6 +270,20 @@ class MemoPipeline:
         height, width = job.reference.pixels.shape[1:]
         return budget.plan(self.nets, height, width, job.settings, room + self._sums.device_bytes)
 
+    def check_room(self, size: tuple[int, int] | None = None, **settings: Any) -> None:
+        """Refuses, before anything is computed at it, a size that cannot be sampled with the memory there is: the
+        device's, or the machine's where the CPU samples. Takes a second or two, once per checkpoint.
+
+        Args:
+            size: height and width of the video; None: `default_size`.
+            settings: those of `job.Settings` that will be sampled with; guidance and speed matter.
+
+        Raises:
+            SamplingError: it does not fit; names the largest size that does.
+        """
+        height, width = self.default_size if size is None else size
+        budget.check_room(self.nets, height, width, Settings(**settings), kept=self._sums.nbytes)
+
     def sample_clip(
         self,
         ref: Reference,
