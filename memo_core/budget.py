@@ -486,13 +486,15 @@ def _too_large(
     Args:
         smallest: the plan at this size that takes least, for these settings or others.
     """
+    from .face import MAX_SIDE
+
     what: list[tuple[int, str]] = []
     for name, how in (("", settings), (" with guidance 1", replace(settings, guidance_scale=1.0))):
         fewest = smallest(how)
         fixed = fewest.weights + (0 if device.type == "cpu" else RESERVE)
         per_pixel = (fewest.peak - fixed) / (height * width)
         side = int((max(0, budget - fixed) / per_pixel) ** 0.5) // 64 * 64
-        side = min(side, -(-max(height, width) // 64) * 64)
+        side = min(side, -(-max(height, width) // 64) * 64, MAX_SIDE)
         if side and side not in [other for other, _ in what]:
             what.append((side, name))
     sizes = " or ".join(f"size {side}{name}" for side, name in what)
