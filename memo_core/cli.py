@@ -204,7 +204,6 @@ def generate(args: argparse.Namespace) -> int:
 
     from . import checkpoint
     from .audio import SAMPLE_RATE, count_frames, separate_vocals
-    from .budget import check_room
     from .emotion import EmotionTrack, emotion_index
     from .face import check_size
     from .job import Settings, check_memory
@@ -238,7 +237,7 @@ def generate(args: argparse.Namespace) -> int:
     options = Options(rows_on_threads=device.type == "cpu")
     pipe = MemoPipeline.from_pretrained(args.checkpoint, device, dtype, lora=args.lora or (), options=options)
     if args.size is not None:
-        check_room(pipe.nets, *args.size, settings)
+        pipe.check_room(args.size, guidance_scale=args.guidance, speed=args.speed)
     reference = pipe.encode_reference(
         portrait,
         size=args.size,
@@ -259,7 +258,7 @@ def generate(args: argparse.Namespace) -> int:
         about["speed"] = args.speed
     with VideoWriter(output, width, height, FPS, recording.sample_rate, about) as writer:
         sound = (round(frame * recording.sample_rate / FPS) for frame in (start, start + count))
-        writer.write_audio(recording.span(*sound))
+        writer.write_audio(_begun(recording.span(*sound)))
         if args.separate_vocals:
             separator = pipe.nets.folder / checkpoint.VOCAL_SEPARATOR
             waveform, rate = separate_vocals(recording.read(), recording.sample_rate, separator)
@@ -295,6 +294,18 @@ def generate(args: argparse.Namespace) -> int:
     found = f", {stored} of {job.windows} windows from the store" if stored else ""
     print(f"{output}: {count} frames, {count / FPS:.2f} s, {width}x{height}, {count / bar.seconds:.2f} frames/s{found}")
     return OK
+
+
+def _begun(pieces: Iterator[Any]) -> Iterator[Any]:
+    """The same, after the first piece was asked for: the file is open now, and may be moved while the video is made."""
+    first = next(pieces, None)
+
+    def whole() -> Iterator[Any]:
+        if first is not None:
+            yield first
+        yield from pieces
+
+    return whole()
 
 
 def _write(

@@ -9,7 +9,8 @@ import re
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,18 +62,33 @@ class Unfinished:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        remove_abandoned(self.path)
-        self.temporary = self.path.with_name(f".{_known_as(self.path)}.{uuid.uuid4().hex[:8]}.part")
-        self._lock: int | None = os.open(self.temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        _try_lock(self._lock)
+        try:
+            self.path = Path(path)
+            with suppress(FileNotFoundError):
+                os.lstat(self.path)  # a name that is too long is refused now, not when all is written
+            remove_abandoned(self.path)
+            self.temporary = self.path.with_name(f".{_known_as(self.path)}.{uuid.uuid4().hex[:8]}.part")
+        except (TypeError, ValueError) as error:  # no path; a NUL or a lone surrogate in it
+            raise OSError(errno.EINVAL, f"this is no file name ({error})", repr(path)) from error
+        # Locked before it has the name that others look for: without a lock it would look abandoned.
+        unlocked = self.temporary.with_suffix(".new")
+        number = os.open(unlocked, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        self._mode, self._lock = stat.S_IMODE(os.fstat(number).st_mode), None
+        if fcntl is None:
+            os.close(number)  # what has it open to write keeps it there
+        else:
+            self._lock = number
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks: there nobody can lock it to remove it, either
+                pass
+        os.rename(unlocked, self.temporary)
 
     def finish(self, path: str | os.PathLike[str] | None = None) -> None:
         """Gives the file its final name, or another one, and the access rights of any new file."""
         # Some libraries put a file of their own, which nobody else may read, in the place of ours.
-        os.chmod(self.temporary, stat.S_IMODE(os.fstat(self._lock).st_mode))
-        if os.name == "nt":
-            self._unlock()
+        if fcntl is not None:
+            os.chmod(self.temporary, self._mode)
         os.replace(self.temporary, self.path if path is None else path)
         self._unlock()
 
@@ -108,41 +124,43 @@ def replace_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 def remove_abandoned(path: str | os.PathLike[str]) -> list[Path]:
     """Removes the temporary files of `path` whose process is gone, and returns and logs their names."""
     path = Path(path)
-    # Up to version 0.1 videos were written without the suffix in the temporary name.
-    names = "|".join(re.escape(name) for name in {_known_as(path), path.stem})
-    ours = re.compile(rf"\.({names})\.[0-9a-f]{{8}}\.part")
+    ours = re.compile(rf"\.{re.escape(_known_as(path))}\.[0-9a-f]{{8}}\.part")
     removed = []
-    try:
-        entries = [entry for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)]
-    except OSError:
-        return []
-    for entry in entries:
-        if remove_if_abandoned(entry.path):
-            removed.append(path.parent / entry.name)
+    for name in _unfinished_in(str(path.parent.absolute())):
+        if ours.fullmatch(name) and remove_if_abandoned(path.parent / name):
+            removed.append(path.parent / name)
             logger.warning("removed %s, which a run that was killed had left", removed[-1])
     return removed
+
+
+@lru_cache(maxsize=1024)
+def _unfinished_in(folder: str) -> tuple[str, ...]:
+    """Names of the temporary files that lay in a folder when this process first looked: later ones are not left by
+    earlier runs, and a folder of thousands of files is not listed for each."""
+    try:
+        return tuple(entry.name for entry in os.scandir(folder) if entry.name.endswith(".part"))
+    except OSError:
+        return ()
 
 
 def remove_if_abandoned(temporary: str | os.PathLike[str]) -> bool:
     """Removes a temporary file unless a process that lives is writing it; whether it did."""
     try:
-        number = os.open(temporary, os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
+        if fcntl is None:  # Windows refuses while anyone has it open
+            os.unlink(temporary)
+            return True
+        number = os.open(temporary, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
-        if not stat.S_ISREG(os.fstat(number).st_mode) or not _try_lock(number):
+        if not stat.S_ISREG(os.fstat(number).st_mode):
             return False
-        if fcntl is not None:
-            os.unlink(temporary)
-            return True
-    except OSError:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(temporary)
+    except OSError:  # its writer lives; or this file system has no locks
         return False
     finally:
         os.close(number)
-    try:
-        os.unlink(temporary)  # Windows refuses while anyone has it open
-    except OSError:
-        return False
     return True
 
 
@@ -152,14 +170,3 @@ def _known_as(path: Path) -> str:
     while len(os.fsencode(name)) > _LONGEST:
         name = name[:-1]
     return name
-
-
-def _try_lock(number: int) -> bool:
-    """Locks an open file until it is closed; False where another holds it, or the file system has no locks."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -139,7 +139,7 @@ class Recording:
                 return
 
     def read(self) -> Tensor:
-        """All of it at its own rate, [channels, T] float32; AudioError where that is more than MAX_BYTES."""
+        """All of it at its own rate, [channels, T] float32; AudioError where that is more than MAX_BYTES, or memory."""
         samples = _Growing(self.channels, self.declared * self.sample_rate)
         for block in self.blocks():
             if (samples.filled + block.shape[1]) * self.channels * 4 > MAX_BYTES:
@@ -309,13 +309,19 @@ class _Growing:
 
     def __init__(self, channels: int, expected: float) -> None:
         expected = min(expected, MAX_BYTES / 4 / channels)  # whatever the file claims
-        self._samples = np.empty((channels, int(expected) + 65536), np.float32)
+        try:
+            self._samples = np.empty((channels, int(expected) + 65536), np.float32)
+        except MemoryError:
+            self._samples = np.empty((channels, 65536), np.float32)
         self.filled = 0
 
     def append(self, samples: NDArray[np.float32]) -> None:
         end = self.filled + samples.shape[1]
         if end > self._samples.shape[1]:
-            room = np.empty((len(self._samples), end + self._samples.shape[1] // 2), np.float32)
+            try:
+                room = np.empty((len(self._samples), end + self._samples.shape[1] // 2), np.float32)
+            except MemoryError as error:
+                raise AudioError(f"the recording takes more memory than there is, {self.filled} samples fit") from error
             room[:, : self.filled] = self._samples[:, : self.filled]
             self._samples = room
         self._samples[:, self.filled : end] = samples

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,19 +94,24 @@ class VideoWriter:
         sample_rate: int | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path = Path(path)
+        try:
+            self.path = Path(os.fsdecode(path))
+        except TypeError as error:
+            raise VideoError(f"{shown(path)} is no path") from error
         self.width, self.height = width, height
         self.frames_written = 0
         _check_size(width, height)
         if not isinstance(fps, Fraction) and number(fps, 0.01, 1000) is None or not 0.01 <= fps <= 1000:
             raise VideoError(f"fps is {shown(fps)}; allowed is 0.01 to 1000")
+        if isinstance(sample_rate, float) and sample_rate.is_integer():
+            sample_rate = int(sample_rate)
         if sample_rate is not None and whole(sample_rate, 1, 768_000) is None:
             raise VideoError(f"sample_rate is {shown(sample_rate)} Hz; allowed is 1 to 768000, or None for no sound")
         if self.path.suffix.lower() not in (".mp4", ".m4v"):
             raise VideoError(f"{self.path.name!r} does not end in .mp4; only MP4 is written")
-        if not self.path.parent.is_dir():
+        if not os.path.isdir(self.path.parent):
             raise VideoError(f"cannot write {self.path}: there is no folder {self.path.parent}")
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             raise VideoError(f"cannot write {self.path}: it is a folder")
         self.fps = Fraction(fps).limit_denominator(1001)  # 29.97 stays 2997/100, 30000/1001 is met exactly
         self.sample_rate = sample_rate
@@ -293,13 +298,22 @@ class VideoWriter:
         if self._audio is not None:
             self._file.mux(self._audio.encode(None))
         self._file.close()
+        self._close_sources()
         found = probe(self._unfinished.temporary).frames
         if found != self.frames_written:
             raise VideoError(f"{self.path} holds {found} of {self.frames_written} frames; is the disk full?")
         self._unfinished.finish(self.path)
         return True
 
+    def _close_sources(self) -> None:
+        """Lets go of the files that iterators read."""
+        for source in self._sound:
+            if isinstance(source, Generator):
+                source.close()
+        self._sound.clear()
+
     def _abandon(self) -> None:
+        self._close_sources()
         if self._file is not None:
             self._file.close()
 
@@ -334,22 +348,22 @@ def read_video(path: str | os.PathLike[str]) -> tuple[VideoInfo, Iterator[NDArra
     Raises VideoError if the file cannot be opened, holds no video, or, while iterating, is damaged or ends early.
     """
     about = probe(path)
-    return about, _frames(path, about)
+    return about, _frames(path)
 
 
-def _frames(path: str | os.PathLike[str], about: VideoInfo) -> Iterator[NDArray[np.uint8]]:
+def _frames(path: str | os.PathLike[str]) -> Iterator[NDArray[np.uint8]]:
     count, last = 0, 0.0
     with _opened(path) as file:
-        zero = (file.streams.video[0].start_time or 0) * (file.streams.video[0].time_base or 0)
+        stream = file.streams.video[0]
+        listed, seconds = stream.frames, float((stream.duration or 0) * (stream.time_base or 0))
+        zero = (stream.start_time or 0) * (stream.time_base or 0)
         for frame in file.decode(video=0):
             count, last = count + 1, last if frame.time is None else frame.time - float(zero)
             yield to_rgb(frame)
     # Half a file plays to its middle, and no decoder minds. Fewer frames than listed is no sign: what was cut out of a
-    # video without coding it anew lists them all.
-    if count < about.frames and last + _SHORT < about.duration - 1 / about.fps:
-        raise VideoError(
-            f"{path} is incomplete: it ends at {last:.2f} s of {about.duration:.2f} s, after {count} frames"
-        )
+    # video without coding it anew lists them all. Of files that list none nothing can be said.
+    if count < listed and last + seconds / listed + _SHORT < seconds:
+        raise VideoError(f"{path} is incomplete: it ends at {last:.2f} s of {seconds:.2f} s, after {count} frames")
 
 
 def quarter_turns(frame: Any) -> int:
@@ -389,6 +403,8 @@ def _info(file: Any, path: str | os.PathLike[str]) -> VideoInfo:
     if not file.streams.video:
         raise VideoError(f"{path} holds no video; its streams are {[stream.type for stream in file.streams] or 'none'}")
     stream = file.streams.video[0]
+    if stream.codec_context is None:
+        raise VideoError(f"{path} is coded in a way that FFmpeg does not know")
     fps = stream.average_rate or stream.guessed_rate
     frames = stream.frames
     width, height = stream.codec_context.width, stream.codec_context.height

@@ -411,3 +411,13 @@ def test_files_are_written_as_any_other(tmp_path: Path) -> None:
         os.umask(before)
     found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "net").iterdir()}
     assert found == {"config.json": 0o644, checkpoint.WEIGHTS: 0o644}
+
+
+def test_what_a_trainer_keeps_beside_the_weights_is_no_fault(tmp_path: Path) -> None:
+    """Optimisers number their states; only tensors need names."""
+    stored = {"model": {"a": torch.zeros(2)}, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, 7: "x"}
+    torch.save(stored, tmp_path / "model.pt")
+    assert set(read_tensors(tmp_path / "model.pt")) == {"model", "optimizer"}
+    torch.save({"model": {0: torch.zeros(2)}}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="a tensor under 0"):
+        read_tensors(tmp_path / "model.pt")

@@ -571,6 +571,14 @@ def test_configurations_without_a_model_are_refused(stored: dict[str, Tensor], t
             Emotion2Vec.from_pretrained(tmp_path)
 
 
+def test_numbers_are_read_as_the_published_configuration_writes_them(tmp_path: Path) -> None:
+    """`norm_eps: 1e-05`: for YAML 1.1 that is a text."""
+    Emotion2Vec.from_config({"model_conf": SMALL}).save_pretrained(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text().replace("model_conf:", "model_conf:\n  norm_eps: 1e-05", 1))
+    assert Emotion2Vec.from_pretrained(tmp_path).config["model_conf"]["norm_eps"] == 1e-5
+
+
 SMALL = {
     "embed_dim": 24,
     "depth": 1,

@@ -57,7 +57,7 @@ def test_the_next_run_removes_what_a_killed_one_left_and_says_so(tmp_path, caplo
     other.touch()
     with replace_whole(path) as temporary:
         temporary.write_text("done")
-    assert sorted(os.listdir(tmp_path)) == [other.name, "video.mp4"]
+    assert sorted(os.listdir(tmp_path)) == [other.name, "video.mp4"]  # only what has this name
     assert left in caplog.text
 
 
@@ -92,3 +92,22 @@ def test_a_pipe_or_a_folder_is_refused_at_once(tmp_path):
     assert not thread.is_alive()
     with pytest.raises(OSError):
         open_regular(tmp_path)
+
+
+def test_processes_that_write_one_name_do_not_take_each_others_files(tmp_path):
+    """A file that was just made, and is not locked yet, looks as if nobody had it."""
+    code = (
+        "import sys\n"
+        "from memo_core import files\n"
+        "for number in range(300):\n"
+        "    files._unfinished_in.cache_clear()\n"
+        "    with files.replace_whole(sys.argv[1]) as temporary:\n"
+        "        temporary.write_text(str(number))\n"
+    )
+    children = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a")], stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    said = [child.communicate()[1] for child in children]
+    assert [child.returncode for child in children] == [0] * 4, said
+    assert not any(said) and os.listdir(tmp_path) == ["a"]

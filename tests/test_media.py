@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -84,6 +85,24 @@ def test_a_file_reads_no_other_file_whatever_it_says(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(AudioError, match="names other files; give the recording itself"):
             load_audio(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no fifos")
+def test_what_a_list_names_is_not_opened(tmp_path: Path) -> None:
+    """A pipe that was opened for reading can be opened for writing."""
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "voice.wav").write_text("ffconcat version 1.0\nfile pipe.wav\n")
+    opened = []
+
+    def watch() -> None:
+        with pytest.raises(AudioError):
+            load_audio(tmp_path / "voice.wav")
+        opened.append(False)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert opened == [False], "it waits for the pipe"
 
 
 def test_no_name_opens_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -407,6 +407,37 @@ def test_a_video_that_lists_frames_it_does_not_show_is_whole(tmp_path: Path) -> 
     assert 25 <= len(shown) <= 35 and shown[0][0, -1, 0] > 120
 
 
+def test_packets_without_a_picture_make_a_video_no_shorter(tmp_path: Path) -> None:
+    """VP8 has frames that are never shown; and here the sound goes on after the picture."""
+    path = tmp_path / "a.webm"
+    with av.open(str(path), "w") as file:
+        picture, sound = file.add_stream("libvpx", rate=30), file.add_stream("libopus", rate=48000, layout="mono")
+        picture.width, picture.height, picture.pix_fmt = 64, 48, "yuv420p"
+        picture.options = {"auto-alt-ref": "1", "lag-in-frames": "16"}
+        for number in range(60):
+            pixels = np.full((48, 64, 3), 4 * number, np.uint8)
+            file.mux(picture.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        file.mux(picture.encode(None))
+        for number in range(200):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.float32), "flt", "mono")
+            frame.sample_rate, frame.pts = 48000, 960 * number
+            file.mux(sound.encode(frame))
+        file.mux(sound.encode(None))
+    assert 58 <= len(list(read_video(path)[1])) <= 60
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [(3, {}), (None, {}), ("\ud800.mp4", {}), ("x" * 300 + ".mp4", {}), ("a.mp4", {"fps": "x"})],
+    ids=str,
+)
+def test_what_cannot_be_written_is_a_typed_error(tmp_path: Path, monkeypatch, path, more) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VideoError):
+        VideoWriter(path, **{"width": 16, "height": 16, "fps": 30} | more)
+    VideoWriter("whole.mp4", 16, 16, 30, 48000.0).discard()
+
+
 @pytest.mark.parametrize("size", [64, 96, 128])
 def test_equal_frames_give_equal_files(tmp_path: Path, size: int) -> None:
     rng = np.random.default_rng(size)

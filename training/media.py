@@ -158,8 +158,10 @@ def sound(path: str | os.PathLike[str], start: float, end: float, rate: int) -> 
             zero = (container.start_time or 0) / 1_000_000
             if jump and start > SOUND_LEAD:
                 container.seek(int((start - SOUND_LEAD + zero) / stream.time_base), stream=stream)
-            cursor = None
-            for time, _, piece in sound_pieces(container, Damage(), rate):
+            cursor, damage = None, Damage()
+            for time, _, piece in sound_pieces(container, damage, rate):
+                if damage.packets:  # nothing is learnt from sound that has holes
+                    raise Drop("cannot be read", f"its sound is damaged{damage}")
                 if time is not None:
                     place = round((time - zero - start) * rate)
                     if cursor is None and jump and start > SOUND_LEAD and place > 0:

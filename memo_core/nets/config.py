@@ -28,6 +28,8 @@ def settings_like(settings: Mapping[str, Any], defaults: Mapping[str, Any], sour
     """
     checked = dict(defaults)
     for name in defaults.keys() & settings.keys():
+        if settings[name] is None:  # as libraries write what nobody set
+            continue
         try:
             checked[name] = _like(settings[name], defaults[name])
         except ValueError as error:
@@ -137,7 +139,7 @@ class NetConfig:
             "config.json",
         )
         for name in ("block_out_channels", "down_block_types", "up_block_types"):
-            if name not in config:
+            if config.get(name) is None:
                 raise CheckpointError(f"config.json lacks {name}")
         channels, levels = read["block_out_channels"], len(read["block_out_channels"])
         attention = tuple(kind.startswith("CrossAttn") for kind in read["down_block_types"])
@@ -159,9 +161,10 @@ class NetConfig:
             {"num_attention_heads": 8, "num_transformer_block": 1, "attention_block_types": ("Temporal_Self",) * 2},
             "config.json: motion_module_kwargs",
         )
-        resolutions = settings_like(
-            config, {"motion_module_resolutions": tuple(2**i for i in range(levels))}, "config.json"
-        )
+        everywhere = {"motion_module_resolutions": tuple(2**i for i in range(levels))}
+        resolutions = settings_like(config, everywhere, "config.json")
+        if config.get("motion_module_resolutions") == []:  # a net without memory
+            resolutions = {"motion_module_resolutions": ()}
         made = cls(
             in_channels=read["in_channels"],
             out_channels=read["out_channels"],

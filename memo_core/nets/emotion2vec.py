@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import copy
 import math
+import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +161,7 @@ class Emotion2Vec(nn.Module):
             if isinstance(tensors.get(key), dict):
                 tensors = tensors[key]
         prefixes = tuple(_prefixes(config))
-        tensors = {_strip(name, prefixes): value for name, value in tensors.items()}
+        tensors = {_strip(name, prefixes): value for name, value in tensors.items() if isinstance(name, str)}
         tensors = {name: value for name, value in tensors.items() if not name.startswith(_UNUSED)}
         return built(lambda: cls(config, len(tensors)), tensors, path, dtype, device)
 
@@ -370,7 +372,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
     text = read_text(path)
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _loader()(text)
         node = loader.get_single_node()
         if node is None or _expanded(node, {}) > _MOST_NODES:
             raise ValueError(f"it is empty, or has more than {_MOST_NODES} values")
@@ -380,6 +382,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_conf"), dict):
         raise CheckpointError(f"{path} has no model_conf section")
     return config
+
+
+@lru_cache
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """As YAML 1.2, and FunASR's files, have numbers: PyYAML takes 1e-05 for a text."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+    return Loader
 
 
 def _expanded(node: Any, known: dict[int, int]) -> int:

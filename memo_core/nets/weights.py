@@ -97,7 +97,7 @@ def read_tensors(path: Path) -> dict:
     if not isinstance(stored, dict):
         raise CheckpointError(f"{path} holds a {type(stored).__name__}, not a dictionary of tensors")
     _check_stored(stored, path, _SHARED * size)
-    return stored
+    return {name: value for name, value in stored.items() if isinstance(name, str)}  # others hold no tensors
 
 
 def _check_stored(stored: dict, path: Path, room: int) -> None:
@@ -107,10 +107,10 @@ def _check_stored(stored: dict, path: Path, room: int) -> None:
     for _ in range(MAX_DEPTH):
         following = []
         for item in (item for part in level for item in part.items()):
-            if not isinstance(item[0], str):
-                raise CheckpointError(f"{path} holds something under {shown(item[0])}, which is no name")
             value = item[1]
             if isinstance(value, Tensor):
+                if not isinstance(item[0], str):
+                    raise CheckpointError(f"{path} holds a tensor under {shown(item[0])}, which is no name")
                 if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
                     raise CheckpointError(f"{path}: {item[0]} is no plain tensor")
                 room -= value.numel() * value.element_size()
