@@ -516,7 +516,7 @@ def check_room(
     """Refuses a size that cannot fit before anything is computed at it.
 
     Counted where it is cheap, at the size the checkpoint was trained at, and scaled by the number of pixels, as every
-    part but the weights grows, within a tenth: so much is let pass. `plan` counts exactly, later.
+    part but the weights grows, within a tenth: so much is let pass on devices, where `plan` counts exactly, later.
 
     Args:
         settings: of which guidance and speed matter.
@@ -543,7 +543,9 @@ def check_room(
         # On the CPU nothing is planned, unless a host does: both rows at once.
         return Plan.of(need, **choices[0 if nets.device.type == "cpu" and not host_moves_weights else -1])
 
-    if 0.9 * smallest(settings).peak > room:
+    # On the CPU nobody plans later: what does not fit there is killed by the system.
+    certain = 1.0 if nets.device.type == "cpu" else 0.9
+    if certain * smallest(settings).peak > room:
         raise SamplingError(_too_large(smallest, nets.device, height, width, settings, room))
 
 
