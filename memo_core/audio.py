@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import shown
 from .errors import AudioError
 from .media import MAX_CHANNELS, MAX_RATE, MAX_SECONDS, Recording, too_long
 
@@ -359,13 +360,15 @@ def _write_wav(path: Path, waveform: Tensor) -> None:
 def _is_number(value: Any) -> bool:
     try:
         return not isinstance(value, (bool, str)) and math.isfinite(value)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
 def _check_rate(sample_rate: Any) -> float:
     if not _is_number(sample_rate) or not 0 < sample_rate <= MAX_RATE:
-        raise AudioError(f"the sample rate is {sample_rate!r}; it must be a number of Hz above 0, at most {MAX_RATE}")
+        raise AudioError(
+            f"the sample rate is {shown(sample_rate)}; it must be a number of Hz above 0, at most {MAX_RATE}"
+        )
     return float(sample_rate)
 
 
@@ -378,6 +381,9 @@ def as_channels(waveform: Any) -> Tensor:
             raise AudioError(
                 f"the waveform is a {type(waveform).__name__} and no tensor of numbers ({error})"
             ) from error
+    if waveform.is_meta or waveform.layout != torch.strided or waveform.is_quantized:
+        kind = "meta" if waveform.is_meta else str(waveform.layout)
+        raise AudioError(f"the waveform is a {kind} tensor, which holds no samples one after the other")
     waveform = waveform.detach().cpu()
     shape = tuple(waveform.shape)
     if waveform.dtype not in _FLOATS and waveform.dtype not in _INTEGER_SCALES:

@@ -372,6 +372,12 @@ def test_silence_and_tiny_recordings_give_finite_embeddings(
         (None, RATE, "NoneType"),
         (["a"], RATE, "list"),
         (torch.zeros(10), 1e-4, "100000 s"),
+        (torch.zeros(10), 2**63, "at most 768000"),
+        (torch.zeros(10), 10**400, "at most 768000"),
+        (torch.zeros(10, device="meta"), RATE, "meta"),
+        (torch.zeros(10).to_sparse(), RATE, "sparse"),
+        (object(), RATE, "object"),
+        (torch.zeros(10), [16000], r"\[16000\]"),
     ],
 )
 def test_bad_recordings_are_refused_by_name(encoder: SpeechEncoder, waveform: object, rate: object, named: str) -> None:
