@@ -141,8 +141,7 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     if not os.path.isdir(folder):
         raise CheckpointError(
             f"no checkpoint at {shown(str(checkpoint))}: give one of {', '.join(EMBEDDED)}, or a folder in the "
-            f"released layout. This fetches the released weights (13 GB): {download_command(folder)} (files: "
-            f"{', '.join(missing)})"
+            f"released layout. This fetches the released weights (13 GB): {download_command(folder)}"
         )
     if missing:
         raise CheckpointError(

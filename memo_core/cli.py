@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     parser = build_parser()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job keeps what it has, as with Ctrl-C
+        # A stopped job keeps what it has, as with Ctrl-C; so does one whose terminal was closed, unless it runs on.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         args = parser.parse_args(argv)
     except SystemExit as end:  # argparse has said why
@@ -193,10 +196,9 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> int:
     output = Path(args.output or _named_after(args.voice, ".mp4"))
-    for given in (args.portrait, args.voice):
-        if output.exists() and Path(given).exists() and output.samefile(given):
-            raise MemoError(f"the video would replace {given}; name another with -o")
-    _check_folder(args.memory_out)
+    adapters = [file for file, _ in args.lora or ()]
+    _check_output(output, "-o", args.portrait, args.voice, args.memory_in, args.memory_out, *adapters)
+    _check_output(args.memory_out, "--memory-out", args.portrait, args.voice, *adapters)
     if output.suffix.lower() not in (".mp4", ".m4v"):
         raise MemoError(f"{output} does not end in .mp4; only MP4 is written")
     if args.memory_in and args.horizon:
@@ -204,7 +206,7 @@ def generate(args: argparse.Namespace) -> int:
 
     from . import checkpoint
     from .audio import SAMPLE_RATE, count_frames, separate_vocals
-    from .emotion import EmotionTrack, emotion_index
+    from .emotion import EMOTIONS, EmotionTrack, emotion_index
     from .face import check_size
     from .job import Settings, check_memory
     from .media import Recording
@@ -218,6 +220,8 @@ def generate(args: argparse.Namespace) -> int:
     settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed, speed=args.speed)
     if args.emotion == "none":  # as the nodes call it
         args.emotion = "null"
+    if args.emotion in [str(index) for index in range(len(EMOTIONS))]:
+        args.emotion = EMOTIONS[int(args.emotion)]
     if args.emotion not in ("detect", "null"):
         try:
             emotion_index(args.emotion)
@@ -464,7 +468,7 @@ class _Bar:
 
 def detect(args: argparse.Namespace) -> int:
     output = Path(args.output or _named_after(args.voice, ".emotion.png"))
-    _check_folder(output)
+    kind = _check_picture(output, args.voice)
 
     from .audio import SAMPLE_RATE, count_frames
     from .checkpoint import EMOTION_HEAD, find
@@ -490,7 +494,7 @@ def detect(args: argparse.Namespace) -> int:
     for first, last in zip(changes, changes[1:]):
         mean = float(track.probabilities[first:last, labels[first]].mean())
         print(f"{times[first]:7.2f} s {times[last]:7.2f} s  {EMOTIONS[labels[first]]:<10} {mean:11.2f}")
-    _save_picture(draw_emotion(track, waveform, SAMPLE_RATE), output)
+    _save_picture(draw_emotion(track, waveform, SAMPLE_RATE), output, kind)
     return OK
 
 
@@ -576,6 +580,7 @@ def sheet(args: argparse.Namespace) -> int:
     from .video import read_video
 
     output = Path(args.output or _named_after(args.video, ".png"))
+    kind = _check_picture(output, args.video)
     about, frames = read_video(args.video)
     count = about.frames
     pictures = _evenly(frames, count, args.frames)
@@ -592,7 +597,7 @@ def sheet(args: argparse.Namespace) -> int:
         x, y = place % columns * width, place // columns * (height + 20)
         picture.paste(Image.fromarray(pixels), (x, y))
         draw.text((x + 4, y + height + 3), f"{number / about.fps:.2f} s", fill="black", font=font)
-    _save_picture(picture, output)
+    _save_picture(picture, output, kind)
     return OK
 
 
@@ -606,14 +611,12 @@ def _evenly(frames: Iterator[NDArray[np.uint8]], listed: int, wanted: int) -> li
 # --- Helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _save_picture(picture: Image.Image, path: Path) -> None:
-    from PIL import Image
-
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None:
-        raise MemoError(f"cannot write {path}: name a .png")
-    with replace_whole(path) as temporary:
-        picture.save(temporary, kind)
+def _save_picture(picture: Image.Image, path: Path, kind: str) -> None:
+    try:
+        with replace_whole(path) as temporary:
+            picture.save(temporary, kind)
+    except OSError as error:
+        raise MemoError(f"cannot write {path}: {error.strerror or error}") from error
     print(path)
 
 
@@ -624,9 +627,35 @@ def _named_after(source: str, suffix: str) -> str:
     return Path(source).stem + suffix
 
 
-def _check_folder(path: str | Path | None) -> None:
-    if path is not None and not Path(path).absolute().parent.is_dir():
+def _check_output(path: str | Path | None, option: str, *others: str | Path | None) -> None:
+    """MemoError, before anything is done, where a file cannot be written or would replace one of the others."""
+    if path is None:
+        return
+    if not os.path.isdir(Path(path).absolute().parent):
         raise MemoError(f"cannot write {path}: there is no folder {Path(path).parent}")
+    if os.path.isdir(path):
+        raise MemoError(f"cannot write {path}: it is a folder")
+    for other in filter(None, others):
+        if os.path.abspath(path) == os.path.abspath(other) or _are_one(path, other):
+            raise MemoError(f"{path} would replace {other}; name another with {option}")
+
+
+def _are_one(a: str | Path, b: str | Path) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except (OSError, ValueError):  # not there yet
+        return False
+
+
+def _check_picture(path: Path, source: str) -> str:
+    """What `_check_output` checks, and the kind of picture that the name stands for."""
+    from PIL import Image
+
+    _check_output(path, "-o", source)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise MemoError(f"cannot write {path}: name a .png")
+    return kind
 
 
 def _positive_int(text: str) -> int:

@@ -72,7 +72,10 @@ class Unfinished:
             raise OSError(errno.EINVAL, f"this is no file name ({error})", repr(path)) from error
         # Locked before it has the name that others look for: without a lock it would look abandoned.
         unlocked = self.temporary.with_suffix(".new")
-        number = os.open(unlocked, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        try:
+            number = os.open(unlocked, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise self._named(error) from error
         self._mode, self._lock = stat.S_IMODE(os.fstat(number).st_mode), None
         if fcntl is None:
             os.close(number)  # what has it open to write keeps it there
@@ -89,8 +92,15 @@ class Unfinished:
         # Some libraries put a file of their own, which nobody else may read, in the place of ours.
         if fcntl is not None:
             os.chmod(self.temporary, self._mode)
-        os.replace(self.temporary, self.path if path is None else path)
+        try:
+            os.replace(self.temporary, self.path if path is None else path)
+        except OSError as error:
+            raise self._named(error) from error
         self._unlock()
+
+    def _named(self, error: OSError) -> OSError:
+        """The error, about the file that was asked for."""
+        return OSError(error.errno, error.strerror, str(self.path))
 
     def discard(self) -> None:
         """Removes the temporary file; nothing appears under the final name."""

@@ -270,18 +270,19 @@ def sound_pieces(
         rate = rate or frame.sample_rate
         if kind != (kind := (frame.sample_rate, frame.layout.name, frame.format.name)):
             if converter is not None:
-                yield from ((None, rate, rest.to_ndarray()) for rest in converter.resample(None))
+                yield from ((None, rate, _channels(rest)) for rest in converter.resample(None))
             # Channels are kept: FFmpeg's own mixing makes the sum of two equal ones louder.
-            converter = av.AudioResampler(format="fltp", layout=frame.layout, rate=rate)
+            converter = av.AudioResampler(format="flt", layout=frame.layout, rate=rate)
         pieces = converter.resample(frame)
-        yield (
-            frame.time,
-            rate,
-            np.empty((frame.layout.nb_channels, 0), np.float32),
-        )  # the time, also where none comes yet
-        yield from ((None, rate, piece.to_ndarray()) for piece in pieces)
+        yield frame.time, rate, np.empty((frame.layout.nb_channels, 0), np.float32)  # also where no piece comes yet
+        yield from ((None, rate, _channels(piece)) for piece in pieces)
     if converter is not None:
-        yield from ((None, rate, rest.to_ndarray()) for rest in converter.resample(None))
+        yield from ((None, rate, _channels(rest)) for rest in converter.resample(None))
+
+
+def _channels(frame: Any) -> NDArray[np.float32]:
+    """[channels, T] of a frame of packed floats: of eight planes and more PyAV counts one that is not there."""
+    return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).T
 
 
 def _frames(container: Any, damage: Damage) -> Iterator[Any]:

@@ -36,7 +36,8 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     except PortraitError:
         raise
     except Image.DecompressionBombError as error:
-        raise PortraitError(f"{path} is too large: {error}") from error
+        most = f"up to {MAX_PIXELS // 10**6} million are read"
+        raise PortraitError(f"{path} has far too many pixels; {most}: make it smaller") from error
     except Image.UnidentifiedImageError as error:
         raise PortraitError(f"{path} is not a picture of these kinds: {', '.join(_formats())}") from error
     except OSError as error:

@@ -122,6 +122,7 @@ class VideoWriter:
         self._video: Any = None
         self._audio: Any = None
         self._open = True
+        self._broken = False  # FFmpeg crashes when it is to go on with a file that it could not begin
         try:
             self._unfinished = Unfinished(self.path)
         except (OSError, ValueError) as error:
@@ -191,6 +192,9 @@ class VideoWriter:
                 final name, and an older one of that name stays as it was.
         """
         self._check_open()
+        if self._broken:
+            self.discard()
+            raise VideoError(f"{self.path} could not be written; nothing is left of it")
         try:
             written = self._run(self._close_file)
         except BaseException:
@@ -223,6 +227,7 @@ class VideoWriter:
         try:
             return self._thread.submit(work).result()
         except (av.FFmpegError, OSError) as error:
+            self._broken = True
             raise VideoError(f"cannot write {self.path}: {reason(error)}") from error
 
     # Below here everything runs in the writer's thread.

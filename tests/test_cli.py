@@ -262,7 +262,9 @@ sys.exit(cli.main(sys.argv[1:]))
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+@pytest.mark.parametrize(
+    "by", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)], ids=["ctrl-c", "stopped", "closed"]
+)
 def test_an_interrupt_leaves_a_video_that_plays_and_the_command_that_goes_on(
     here, generate, memo_tiny, by, monkeypatch
 ):
@@ -522,3 +524,37 @@ def test_inside_comfyui_the_store_is_comfyuis(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if sys.platform == "linux":
         assert cli._store(None).folder == tmp_path / "cache" / "memo" / "windows"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-o", "voice.wav.mp4", "--memory-out", "face.png"],
+        ["-o", "a.mp4", "--memory-out", "voice.wav"],
+        ["-o", "a.mp4", "--memory-out", "./a.mp4"],
+        ["-o", "state.mp4", "--memory-in", "state.mp4"],
+    ],
+    ids=" ".join,
+)
+def test_nothing_that_is_read_or_just_made_is_written_over(here, generate, capsys, argv):
+    Path("state.mp4").write_bytes(b"a state")
+    before = {path: path.read_bytes() for path in here.iterdir()}
+    assert generate(*argv) == 1
+    assert "would replace" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in here.iterdir()} == before
+
+
+def test_a_picture_is_no_video_to_be_replaced_by_its_sheet(here, capsys):
+    before = Path("face.png").read_bytes()
+    assert cli.main(["sheet", "face.png"]) == 1
+    assert "face.png would replace face.png; name another with -o" in capsys.readouterr().err
+    assert Path("face.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("output", ["nowhere/a.mp4", "folder.mp4"])
+def test_where_nothing_can_be_written_is_said_before_anything_is_read(here, capsys, output):
+    Path("folder.mp4").mkdir()
+    assert cli.main(["generate", "absent.png", "absent.wav", "-o", output]) == 1
+    assert f"cannot write {output}" in capsys.readouterr().err
+    assert cli.main(["emotion", "absent.wav", "-o", "a.txt"]) == 1
+    assert "name a .png" in capsys.readouterr().err

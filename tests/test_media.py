@@ -246,3 +246,13 @@ def test_samples_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     wave[0, 24000:24010] = np.nan
     with pytest.raises(AudioError, match=r"not finite numbers, the first at 0\.500 s"):
         Recording(write(tmp_path / "a.wav", [(0, wave)], "pcm_f32le")).mono(16000)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6, 8, 16, 64])
+def test_any_number_of_channels_is_read(tmp_path: Path, channels: int) -> None:
+    import soundfile
+
+    wave = np.stack([tone(0.5, 8000, hertz=200 + 10 * number)[0] for number in range(channels)], axis=1)
+    soundfile.write(tmp_path / "a.wav", wave, 8000, subtype="FLOAT")
+    samples, rate = load_audio(tmp_path / "a.wav")
+    assert rate == 8000 and np.array_equal(samples.numpy(), wave.T)

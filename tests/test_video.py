@@ -490,3 +490,32 @@ def test_sound_is_taken_from_an_iterator_as_the_picture_goes_on(tmp_path: Path) 
         writer.write_frames(np.zeros((3, 16, 16, 3), np.uint8))
     writer.discard()
     assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_file_that_cannot_be_begun_is_an_error_twice_and_no_crash(tmp_path: Path) -> None:
+    """FFmpeg dies of a header that it could not write, if it is asked to go on. In a process of its own."""
+    code = """
+        import os, sys
+        import numpy as np
+        from memo_core.errors import VideoError
+        from memo_core.files import Unfinished
+        from memo_core.video import VideoWriter
+        writer = VideoWriter(sys.argv[1], 64, 64, 30, 16000)
+        os.remove(writer._unfinished.temporary)
+        writer._file.close()
+        writer._unfinished.temporary.symlink_to("/dev/full")
+        writer._run(lambda: writer._start({}))
+        writer.write_audio(np.zeros(64000, np.float32))
+        for step in (lambda: writer.write_frames(np.random.default_rng(0).integers(0, 255, (120, 64, 64, 3), np.uint8)),
+                     lambda: writer.finish(partial=True)):
+            try:
+                step()
+            except VideoError as error:
+                print("VideoError")
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "a.mp4")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and result.stdout.count("VideoError") >= 1, (result.returncode, result.stderr[-500:])
+    assert os.listdir(tmp_path) == []
