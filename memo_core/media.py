@@ -32,6 +32,8 @@ _LONGEST_HOLE = 600.0  # seconds without sound, in a file that does not say how 
 _LONGEST_OVERLAP = 5.0  # seconds; what jumps back further begins anew, as in recordings that were joined
 _NOTHING = {"protocol_whitelist": "none"}  # of FFmpeg's protocols, `file` among them
 _PLAYLISTS = (b"ffconcat", b"#EXTM3U", b"<?xml", b"v=0")  # how files begin that name others
+# What PyAV may raise besides, where it does not understand what a damaged file makes FFmpeg say.
+_CONFUSED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _BLOCK = 10  # seconds of silence that are made at once
 
 
@@ -124,9 +126,6 @@ class Recording:
             raise AudioError(f"{self.path} cannot be decoded: {reason(error)}") from error
         except OSError as error:
             raise AudioError(f"{self.path} cannot be read: {reason(error)}") from error
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            # What a damaged file makes FFmpeg say, PyAV may not understand.
-            raise AudioError(f"{self.path} cannot be decoded: {type(error).__name__}: {error}") from error
 
     def span(self, start: int, stop: int) -> Iterator[NDArray[np.float32]]:
         """As `blocks`, of the samples from `start` up to `stop`."""
@@ -183,6 +182,8 @@ class Recording:
         with open_media(self.path) as container:
             if not container.streams.audio:
                 raise AudioError(f"{self.path} has no audio stream")
+            if container.streams.audio[0].codec_context is None:
+                raise AudioError(f"the sound of {self.path} is coded in a way that FFmpeg does not know")
             self.declared = max(0, container.duration or 0) / 1_000_000
             if self.declared > MAX_SECONDS:
                 raise too_long(self.declared)
@@ -299,9 +300,11 @@ def _frames(container: Any, damage: Damage) -> Iterator[Any]:
         if packet is None:
             return
         try:
-            yield from packet.decode()
-        except av.FFmpegError as error:
+            frames = packet.decode()
+        except (av.FFmpegError, *_CONFUSED) as error:
             damage.add(error)
+            continue
+        yield from frames
 
 
 class _Growing:

@@ -399,9 +399,6 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"cannot read {path}: {reason(error)}") from error
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # What a damaged file makes FFmpeg say, PyAV may not understand.
-        raise VideoError(f"cannot read {path}: {type(error).__name__}: {error}") from error
 
 
 def _info(file: Any, path: str | os.PathLike[str]) -> VideoInfo:

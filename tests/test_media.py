@@ -15,8 +15,9 @@ import torch
 
 from memo_core import media
 from memo_core.audio import load_audio, prepare_waveform
-from memo_core.errors import AudioError
+from memo_core.errors import AudioError, VideoError
 from memo_core.media import Recording
+from memo_core.video import read_video
 
 RATE = 48000
 
@@ -256,3 +257,14 @@ def test_any_number_of_channels_is_read(tmp_path: Path, channels: int) -> None:
     soundfile.write(tmp_path / "a.wav", wave, 8000, subtype="FLOAT")
     samples, rate = load_audio(tmp_path / "a.wav")
     assert rate == 8000 and np.array_equal(samples.numpy(), wave.T)
+
+
+def test_a_codec_that_nobody_knows_is_named_as_that(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mkv", [(0, tone(0.5))], "pcm_s16le", picture=0.5)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"A_PCM/INT/LIT", b"A_XYZ/INT/LIT"))
+    with pytest.raises(AudioError, match="coded in a way that FFmpeg does not know"):
+        load_audio(path)
+    path.write_bytes(data.replace(b"V_MPEG4/ISO/AVC", b"V_XYZG4/ISO/AVC"))
+    with pytest.raises(VideoError, match="coded in a way that FFmpeg does not know"):
+        read_video(path)
