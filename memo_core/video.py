@@ -122,7 +122,8 @@ class VideoWriter:
         self._video: Any = None
         self._audio: Any = None
         self._open = True
-        self._broken = False  # FFmpeg crashes when it is to go on with a file that it could not begin
+        # What went wrong before: FFmpeg crashes when it is to go on with a file that it could not begin.
+        self._broken: VideoError | None = None
         try:
             self._unfinished = Unfinished(self.path)
         except (OSError, ValueError) as error:
@@ -192,9 +193,9 @@ class VideoWriter:
                 final name, and an older one of that name stays as it was.
         """
         self._check_open()
-        if self._broken:
+        if self._broken is not None:
             self.discard()
-            raise VideoError(f"{self.path} could not be written; nothing is left of it")
+            raise self._broken
         try:
             written = self._run(self._close_file)
         except BaseException:
@@ -227,8 +228,8 @@ class VideoWriter:
         try:
             return self._thread.submit(work).result()
         except (av.FFmpegError, OSError) as error:
-            self._broken = True
-            raise VideoError(f"cannot write {self.path}: {reason(error)}") from error
+            self._broken = VideoError(f"cannot write {self.path}: {reason(error)}")
+            raise self._broken from error
 
     # Below here everything runs in the writer's thread.
 
