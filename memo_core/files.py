@@ -100,7 +100,7 @@ class Unfinished:
 
     def _named(self, error: OSError) -> OSError:
         """The error, about the file that was asked for."""
-        return OSError(error.errno, error.strerror, str(self.path))
+        return error if error.errno is None else OSError(error.errno, error.strerror, str(self.path))
 
     def discard(self) -> None:
         """Removes the temporary file; nothing appears under the final name."""

@@ -34,21 +34,22 @@ def full() -> Any:
 
 
 def seen_by_allocator(run: Callable[[], Any]) -> int:
-    """Most bytes that the CPU's allocator had served at once for what `run` makes; the least of three measurements,
-    because the profiler's clock was seen to put what was freed after what was made next."""
-    return min(_seen_once(run) for _ in range(3))
-
-
-def _seen_once(run: Callable[[], Any]) -> int:
+    """Most bytes that the CPU's allocator had served at once for what `run` makes, by its own running total: events
+    put in the order of their times were seen to free after they made what had come next."""
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         result = run()
     del result
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    totals = list(_totals(seen.profiler.kineto_results.experimental_event_tree()))
+    return max(total for total, _ in totals) - min(total - size for total, size in totals if size > 0)
+
+
+def _totals(events: list[Any]) -> Iterator[tuple[int, int]]:
+    """(bytes served after it, bytes that it took) of every allocation in a tree of events."""
+    for event in events:
+        fields = event.extra_fields
+        if hasattr(fields, "total_allocated"):
+            yield fields.total_allocated, fields.alloc_size
+        yield from _totals(event.children)
 
 
 # --- Counting ---------------------------------------------------------------------------------------------------------
