@@ -199,6 +199,21 @@ def encode_audio(
     return AudioTrack(_with_neighbours(hidden), num_frames, fps, context)
 
 
+def seconds_at_once(
+    waveform: Tensor | np.ndarray, sample_rate: float, context: float | Literal["auto", "local"] | None = "auto"
+) -> float:
+    """How many seconds of a recording `encode_audio` gives the speech encoder at once: its working memory follows them.
+
+    Raises:
+        AudioError: as `encode_audio`.
+    """
+    seconds = as_channels(waveform).shape[1] / _check_rate(sample_rate)
+    context = _resolve_context(context, seconds)
+    if context is None:
+        return seconds
+    return min(seconds, LOCAL_PAST + 1 + LOCAL_FUTURE if context == "local" else CHUNK_SECONDS + 2 * context)
+
+
 _SEPARATOR_RATE = 44100
 _SEPARATOR_LOG_LEVEL = 30  # warnings
 # How Kim_Vocal_2 was trained; the package would otherwise fetch a list of all models from the internet to find this.

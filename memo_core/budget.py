@@ -22,10 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import kernels, precision
 from .checkpoint import Networks
 from .clips import WINDOW
+from .devices import free_bytes
 from .errors import SamplingError
 from .job import Settings
 from .memory import FP8
 from .nets.diffusion_net import WindowConditions
+from .nets.layers import attention_fused, attention_is_fused
 from .sampling import few_frames
 from .speed import PRESETS
 
@@ -102,19 +104,31 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention as a fused kernel does it: nothing but its output is ever made."""
+class _Attention(TorchFunctionMode):
+    """Attention as a fused kernel does it, of which nothing but the output is ever made; or as torch does without, in
+    float32."""
+
+    def __init__(self, fused: bool):
+        super().__init__()
+        self.fused = fused
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._nn.scaled_dot_product_attention:  # torch's own name: hosts put others under the public one
-            query, value = args[0], args[2]
+        if func is not torch._C._nn.scaled_dot_product_attention:  # torch's own name: hosts put others under its public
+            return func(*args, **(kwargs or {}))
+        query, key, value = args[:3]
+        if self.fused:
             return query.new_empty(*query.shape[:-1], value.shape[-1])
-        return func(*args, **(kwargs or {}))
+        scores = (query.float() @ key.float().transpose(-2, -1)).softmax(dim=-1)
+        return (scores @ value.float()).to(query.dtype)
 
 
-def peak_of(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Most bytes that `run` makes and holds at once, what it returns among them; and what it returns."""
-    with torch.inference_mode(), LiveBytes() as live, _FusedAttention():
+def peak_of(run: Callable[[], Any], fused: bool = True) -> tuple[int, Any]:
+    """Most bytes that `run` makes and holds at once, what it returns among them; and what it returns.
+
+    Args:
+        fused: attention is one kernel, otherwise it is computed in pieces (`layers.attend`).
+    """
+    with torch.inference_mode(), LiveBytes() as live, attention_fused(fused), _Attention(fused):
         result = run()
     return live.peak, result
 
@@ -207,7 +221,8 @@ class _Counted:
 
 
 _counted_vae: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int], int]] = weakref.WeakKeyDictionary()
-_counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, bool], _Counted]] = weakref.WeakKeyDictionary()
+_counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, bool, bool], _Counted]]
+_counted = weakref.WeakKeyDictionary()
 
 
 def needs(nets: Networks, height: int, width: int, settings: Settings) -> Needs:
@@ -218,10 +233,10 @@ def needs(nets: Networks, height: int, width: int, settings: Settings) -> Needs:
         settings: of which guidance and speed matter.
     """
     known = _counted.setdefault(nets.diffusion_net, {})
-    key = (height, width, settings.guided)
+    key = (height, width, settings.guided, attention_is_fused(nets.device))
     if key not in known:
         with torch.inference_mode():
-            known[key] = _count(without_data(nets), height, width, 2 if settings.guided else 1)
+            known[key] = _count(without_data(nets), height, width, 2 if settings.guided else 1, key[-1])
     counted, need, speed = known[key], known[key].needs, settings.speed
     # With guidance in an interval there are caches for both rows and for one alone.
     caches = (3 if settings.guided else 2) * counted.cache // 2 if speed.reuse else 0
@@ -234,7 +249,7 @@ def needs(nets: Networks, height: int, width: int, settings: Settings) -> Needs:
     )
 
 
-def _count(nets: Networks, height: int, width: int, batch: int) -> _Counted:
+def _count(nets: Networks, height: int, width: int, batch: int, fused: bool) -> _Counted:
     net, size, dtype = nets.diffusion_net, (height // 8, width // 8), nets.diffusion_net.conv_in.weight.dtype
 
     def numbers(*shape: int) -> Tensor:
@@ -249,7 +264,7 @@ def _count(nets: Networks, height: int, width: int, batch: int) -> _Counted:
     def step(given: WindowConditions, memory: list[tuple[Tensor, Tensor]]) -> Tensor:
         return net(latents, shifts, given, memory)
 
-    reading, past = peak_of(lambda: read(batch * WINDOW))
+    reading, past = peak_of(lambda: read(batch * WINDOW), fused)
     summing, shapes = peak_of(lambda: [(kv.shape, z.shape) for kv, z in net.memory_sums(past, *size, WINDOW)])
     sums = [(numbers(*kv), numbers(*z)) for kv, z in shapes]
     portrait = [feature[:batch].clone() for feature in past]
@@ -262,10 +277,10 @@ def _count(nets: Networks, height: int, width: int, batch: int) -> _Counted:
     )
     latents = numbers(1, 4, WINDOW, *size).to(precision.carried(dtype))
     shifts = net.time_shifts(torch.zeros(1, device="meta"), dtype)
-    whole = peak_of(lambda: step(given, sums))[0]
+    whole = peak_of(lambda: step(given, sums), fused)[0]
     by_row = whole
     if batch == 2:
-        by_row = peak_of(lambda: step(given.half(1), [(kv[:1], z[:1]) for kv, z in sums]))[0]
+        by_row = peak_of(lambda: step(given.half(1), [(kv[:1], z[:1]) for kv, z in sums]), fused)[0]
     need = Needs(
         reference_net=module_bytes(nets.reference_net),
         diffusion_net=module_bytes(net),
@@ -278,7 +293,7 @@ def _count(nets: Networks, height: int, width: int, batch: int) -> _Counted:
         conditions=tensor_bytes(portrait, given),
         step=whole,
         step_by_row=by_row,
-        **_count_vae(nets.vae, *size),
+        **_count_vae(nets.vae, *size, fused),
     )
     kept = tuple((kv.numel(), z.nbytes) for kv, z in sums)
     # A step cache holds two maps of the finest level, for all rows.
@@ -286,13 +301,13 @@ def _count(nets: Networks, height: int, width: int, batch: int) -> _Counted:
     return _Counted(needs=need, sums=kept, cache=maps)
 
 
-def _count_vae(vae: nn.Module, h: int, w: int) -> dict[str, int]:
+def _count_vae(vae: nn.Module, h: int, w: int, fused: bool) -> dict[str, int]:
     def numbers(half: nn.Module, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=half.conv_in.weight.dtype, device="meta")
 
     code, frame = numbers(vae.decoder, 1, 4, h, w), numbers(vae.encoder, 1, 3, 8 * h, 8 * w)
-    decoding = peak_of(lambda: vae.decode(code, return_dict=False)[0])[0]
-    encoding = peak_of(lambda: vae.encode(frame, return_dict=False)[0].mean)[0]
+    decoding = peak_of(lambda: vae.decode(code, return_dict=False)[0], fused)[0]
+    encoding = peak_of(lambda: vae.encode(frame, return_dict=False)[0].mean, fused)[0]
     return {"decoding": decoding, "encoding": encoding, "pictures": 4 * WINDOW * 3 * 64 * h * w}
 
 
@@ -301,7 +316,7 @@ def vae_bytes(nets: Networks, height: int, width: int) -> int:
     """Bytes that the VAE takes besides its weights while it codes as many frames at once as it does by itself."""
     known = _counted_vae.setdefault(nets.vae, {})
     if (height, width) not in known:
-        need = _count_vae(_without_data(nets.vae), height // 8, width // 8)
+        need = _count_vae(_without_data(nets.vae), height // 8, width // 8, attention_is_fused(nets.device))
         frame = max(need["decoding"], need["encoding"])
         known[height, width] = few_frames(height, width) * frame + 3 * need["pictures"] + RESERVE
     return known[height, width]
@@ -359,14 +374,14 @@ class Plan:
         sums_on_device: int | None = None,
         reference_net_stays: bool = True,
         vae_frames: int = 1,
-        streamed: bool = False,
+        streamed: int | None = None,
         reserve: int = RESERVE,
     ) -> Plan:
         """What these choices lead to.
 
         Args:
             sums_on_device: None for all.
-            streamed: the weights are not on the device, or someone else's affair.
+            streamed: bytes of weights on the device where someone else takes care of them; None: all of them.
         """
         count = len(need.layers) if sums_on_device is None else sums_on_device
         kept, gone = need.layers[:count], need.layers[count:]
@@ -382,11 +397,11 @@ class Plan:
             "decoding": (denoises, 0, vae_frames * need.decoding + need.pictures),
             "encoding": (denoises, 0, vae_frames * need.encoding + 3 * need.pictures),
         }
-        if streamed:
-            phases = {name: (0, *rest) for name, (_, *rest) in phases.items()}
+        if streamed is not None:
+            phases = {name: (streamed, features, working) for name, (_, features, working) in phases.items()}
         phase = max(phases, key=lambda name: sum(phases[name]))
         weights, features, working = phases[phase]
-        weights += 0 if streamed else need.others
+        weights += need.others if streamed is None else 0
         features, working = features + need.conditions, working + reserve
         return cls(
             row_by_row=row_by_row,
@@ -411,6 +426,7 @@ def plan(
     settings: Settings,
     budget_bytes: int | None = None,
     host_moves_weights: bool = False,
+    streamed_weights: int = 0,
 ) -> Plan:
     """The fastest way to sample at height x width pixels within a budget.
 
@@ -422,6 +438,7 @@ def plan(
         budget_bytes: what may be on the device, weights included; None: no limit. On the CPU, where there is no other
             place to wait, without the weights.
         host_moves_weights: a host program brings weights by itself, whole or layer by layer, so that they need not fit.
+        streamed_weights: bytes of them that it has on the device even while it brings the others layer by layer.
 
     Raises:
         SamplingError: not even the last of these fits; it says what would.
@@ -429,49 +446,63 @@ def plan(
     need = needs(nets, height, width, settings)
     if budget_bytes is None:
         return Plan.of(need, vae_frames=few_frames(height, width))
-    for choices in _choices(need, nets.device, height, width, settings, host_moves_weights):
+    streamed = streamed_weights if host_moves_weights else None
+    for choices in _choices(need, nets.device, height, width, settings, streamed):
         made = Plan.of(need, **choices)
         if made.peak <= budget_bytes:
             return made
 
     def smallest(how: Settings) -> Plan:
-        return least(nets, height, width, how, host_moves_weights)
+        return least(nets, height, width, how, host_moves_weights, streamed_weights)
 
     raise SamplingError(_too_large(smallest, nets.device, height, width, settings, budget_bytes))
 
 
 def smaller(
-    nets: Networks, height: int, width: int, settings: Settings, than: Plan, host_moves_weights: bool = False
+    nets: Networks,
+    height: int,
+    width: int,
+    settings: Settings,
+    than: Plan,
+    host_moves_weights: bool = False,
+    streamed_weights: int = 0,
 ) -> Plan | None:
     """The next plan that takes less, felt so: one some MB smaller would fail as well. None after the last."""
     try:
-        return plan(nets, height, width, settings, int(than.peak * 0.9), host_moves_weights)
+        return plan(nets, height, width, settings, int(than.peak * 0.9), host_moves_weights, streamed_weights)
     except SamplingError:
-        last = least(nets, height, width, settings, host_moves_weights)
+        last = least(nets, height, width, settings, host_moves_weights, streamed_weights)
         return last if last.peak < than.peak else None
 
 
-def least(nets: Networks, height: int, width: int, settings: Settings, host_moves_weights: bool = False) -> Plan:
+def least(
+    nets: Networks,
+    height: int,
+    width: int,
+    settings: Settings,
+    host_moves_weights: bool = False,
+    streamed_weights: int = 0,
+) -> Plan:
     """The plan that takes least."""
-    need = needs(nets, height, width, settings)
-    return Plan.of(need, **list(_choices(need, nets.device, height, width, settings, host_moves_weights))[-1])
+    need, streamed = needs(nets, height, width, settings), streamed_weights if host_moves_weights else None
+    return Plan.of(need, **list(_choices(need, nets.device, height, width, settings, streamed))[-1])
 
 
 def _choices(
-    need: Needs, device: torch.device, height: int, width: int, settings: Settings, host_moves_weights: bool
+    need: Needs, device: torch.device, height: int, width: int, settings: Settings, streamed: int | None
 ) -> Iterator[dict[str, Any]]:
-    """What `Plan.of` may be given, fastest first."""
+    """What `Plan.of` may be given, fastest first; `streamed` where a host can bring weights layer by layer."""
     ways = (False, True) if settings.guided else (False,)
     if device.type == "cpu":
-        fixed = {"streamed": True, "reserve": 0, "vae_frames": few_frames(height, width)}
+        fixed = {"streamed": 0, "reserve": 0, "vae_frames": few_frames(height, width)}
         yield from ({"row_by_row": row_by_row, **fixed} for row_by_row in ways)
         return
     layers = len(need.layers)
-    weights = {"streamed": True} if host_moves_weights else {"reference_net_stays": False}
+    weights = {"reference_net_stays": False} if streamed is None else {"streamed": streamed}
     # A host that streams weights does so at every step: the last resort.
     places = [{}] + [
         {"sums_on_device": count, "row_by_row": row_by_row, **keep}
-        for keep in (({}, weights) if host_moves_weights else (weights,))
+        for keep in ((weights,) if streamed is None else ({}, weights))
         for row_by_row in ways
         for count in range(layers, -1, -1)
     ]
@@ -539,7 +570,7 @@ def check_room(
         need = needs(nets, side, side, settings).times(height * width / side**2)
         if settings.guided and not how.guided:  # not counted, for a message alone
             need = need.unguided()
-        choices = list(_choices(need, nets.device, height, width, how, host_moves_weights))
+        choices = list(_choices(need, nets.device, height, width, how, 0 if host_moves_weights else None))
         # On the CPU nothing is planned, unless a host does: both rows at once.
         return Plan.of(need, **choices[0 if nets.device.type == "cpu" and not host_moves_weights else -1])
 
@@ -561,25 +592,6 @@ def available_bytes(nets: Networks) -> int | None:
     modules = (nets.reference_net, nets.diffusion_net, nets.image_proj, nets.audio_proj, nets.vae)
     tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
     return free + sum(t.nbytes for t in tensors if t.device.type == nets.device.type)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a CUDA or MPS device, counting what torch keeps for itself; of the machine for the CPU. None where
-    nobody says."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device.index)[0]  # torch 2.4 wants a number here, or None for the current one
-        return free + cached
-    if device.type == "mps":
-        most = getattr(torch.mps, "recommended_max_memory", None)  # torch 2.5
-        return None if most is None else most() - torch.mps.current_allocated_memory()
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return None
 
 
 # --- memo info --budget -----------------------------------------------------------------------------------------------

@@ -417,6 +417,8 @@ def _store(folder: str | None) -> WindowStore | None:
 def _device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     import torch
 
+    from . import devices
+
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -432,9 +434,7 @@ def _device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         raise MemoError(f"--device is {args.device!r}, but {seen}; allowed are auto, cpu, cuda, cuda:0, ...")
     dtype = args.dtype
     if dtype == "auto":
-        dtype = "float32"
-        if device.type == "cuda":  # cards before Ampere only emulate bfloat16
-            dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+        return device, devices.of(device).dtype
     return device, getattr(torch, dtype)
 
 

@@ -29,6 +29,7 @@ _NEUTRAL = EMOTIONS.index("neutral")
 _UNMOVED = [EMOTIONS.index(name) for name in ("neutral", "other", "unknown")]
 _MOST_FRAMES = 2**31  # two years of video
 _BATCH = 8  # segments of 3 s encoded at once
+SECONDS_AT_ONCE = 3 * _BATCH
 
 
 @dataclass(frozen=True, eq=False)

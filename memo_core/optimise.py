@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from . import devices
 from .checks import shown
 from .errors import CheckpointError
 from .nets.audio_module import AudioModule, JointAttention
@@ -106,8 +107,8 @@ def _decided(nets: Networks, options: Options) -> Options:
         raise CheckpointError(f"cuda_graphs needs a CUDA device, the networks are on {nets.device}: leave it off")
     if options.rows_on_threads and nets.device.type != "cpu":
         raise CheckpointError(f"rows_on_threads is for the CPU, the networks are on {nets.device}: leave it off")
-    if options.fp8_weights and nets.device.type not in ("cpu", "cuda"):
-        raise CheckpointError(f"fp8_weights needs the CPU or a CUDA device, the networks are on {nets.device}")
+    if options.fp8_weights and not devices.of(nets.device).fp8:
+        raise CheckpointError(f"fp8_weights: {nets.device.type}, where the networks are, has no 8-bit floats")
     return replace(options, **{name: False for name in Options.__slots__ if getattr(options, name) is None})
 
 
@@ -164,10 +165,12 @@ class GraphedStep:
     Args:
         step: on a CUDA device. It must neither ask the device for a number (as `Speed.reuse` does) nor read what waits
             in host memory.
+        pool: from `torch.cuda.graph_pool_handle`; graphs of one pool, which are replayed one after the other and whose
+            answers are copied at once, share what they compute in.
     """
 
-    def __init__(self, step: Step):
-        self._step, self._warm_up = step, WARM_UP
+    def __init__(self, step: Step, pool: Any = None):
+        self._step, self._pool, self._warm_up = step, pool, WARM_UP
         self._stream: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -196,5 +199,11 @@ class GraphedStep:
     def _capture(self, latents: Tensor, shifts: list[Tensor]) -> None:
         self._latents, self._shifts = latents.clone(), [shift.clone() for shift in shifts]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._velocity = self._step(self._latents, self._shifts)
+        device, stream = latents.device, self._stream
+        # The device's own stream, and the device's: torch captures on a stream of the *current* device otherwise, and a
+        # graph of another card stays empty without a word.
+        with torch.cuda.device(device):
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()  # what the warm-up used lies with its stream, where nothing else finds it
+            with torch.cuda.graph(self._graph, self._pool, stream, capture_error_mode="thread_local"):
+                self._velocity = self._step(self._latents, self._shifts)

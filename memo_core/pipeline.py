@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import budget, checkpoint, emotion, waiting
-from .audio import AudioTrack, encode_audio
+from .audio import AudioTrack, encode_audio, seconds_at_once
 from .budget import Plan
 from .checkpoint import Networks
 from .checks import shown
@@ -84,7 +84,7 @@ class MemoPipeline:
                 sound around it alone; a number encodes chunks with that many seconds of context on either side; "auto"
                 is None up to 60 s and chunks above.
         """
-        self._listen()
+        self._listen(seconds_at_once(waveform, sample_rate, context))
         return encode_audio(
             waveform, sample_rate, self.nets.speech_encoder, fps=fps, context=context, window_frames=WINDOW, **more
         )
@@ -99,7 +99,7 @@ class MemoPipeline:
         smoothing: float = 0.0,
     ) -> EmotionTrack:
         """Emotion label of every video frame; see `emotion.detect_emotion`."""
-        self._listen()
+        self._listen(emotion.SECONDS_AT_ONCE)
         return emotion.detect_emotion(
             waveform,
             sample_rate,
@@ -115,8 +115,8 @@ class MemoPipeline:
         nets = (self.nets.speech_encoder, self.nets.emotion_encoder, self.nets.emotion_head)
         return [net for net in nets if net is not None]
 
-    def _listen(self) -> None:
-        """Has the networks that listen on the device."""
+    def _listen(self, seconds: float) -> None:
+        """Has the networks that listen on the device, to so many seconds at once."""
         for net in self._listeners():
             waiting.enter(net, self.nets.device)
 

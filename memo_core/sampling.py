@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import precision, solvers, waiting
+from . import devices, precision, solvers, waiting
 from .checkpoint import Networks
 from .clips import WINDOW
 from .errors import SamplingError
@@ -98,7 +98,9 @@ def sample_window(
     halves = [whole.half(number) for number in (0, 1)] if guided else [whole, whole]
     options = getattr(nets, "options", None)  # networks in training have none
     if options and options.cuda_graphs and not speed.reuse and not getattr(conditions.memory, "on_host", False):
-        whole, *halves = map(GraphedStep, (whole, *halves))
+        with torch.cuda.device(noise.device):
+            pool = torch.cuda.graph_pool_handle()
+        whole, *halves = (GraphedStep(step, pool) for step in (whole, *halves))
     beside = bool(options and options.rows_on_threads) and not row_by_row and not speed.reuse
     low, high = speed.guidance
 
@@ -384,14 +386,11 @@ def _look_up(
 
 def _check_speed(settings: Settings, device: torch.device) -> None:
     """SamplingError where the device cannot keep what the speed wants it to."""
-    if settings.speed.fp8_sums:
-        try:
-            torch.zeros(1, device=device).to(FP8)
-        except (TypeError, NotImplementedError) as error:  # as on MPS
-            raise SamplingError(
-                f"speed {name_of(settings.speed)!r} keeps the memory's sums in 8-bit floats, which {device.type} has "
-                f"not: choose speed 'exact' ({error})"
-            ) from error
+    if settings.speed.fp8_sums and not devices.of(device).fp8:
+        raise SamplingError(
+            f"speed {name_of(settings.speed)!r} keeps the memory's sums in 8-bit floats, which {device.type} has not: "
+            "choose speed 'exact'"
+        )
 
 
 @torch.no_grad()

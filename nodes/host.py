@@ -9,7 +9,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,13 @@ from comfy_api.v0_0_2 import InputImpl, ui
 from server import PromptServer
 from torch import Tensor, nn
 
-from ..memo_core import budget, checkpoint
+from ..memo_core import budget, checkpoint, devices
 from ..memo_core.checks import shown
 from ..memo_core.clips import Sound, check_finite, over_white
 from ..memo_core.errors import AudioError, CheckpointError, MemoError, PortraitError, SamplingError
 from ..memo_core.files import open_regular, replace_whole
 from ..memo_core.job import Job
+from ..memo_core.nets.layers import attention_fused
 from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.store import WindowStore
 
@@ -43,7 +44,7 @@ LORAS = "loras"  # the host's own folder
 RELEASED = "memo"  # the checkpoint offered there whether it has been downloaded or not
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KEPT_SUMS = 2**28  # bytes of memory sums that may stay between clips
-LISTENING_BYTES = 2**30  # working memory of the speech encoder, for minutes of sound at once
+LISTENING_BYTES = 2**28  # working memory of the networks that listen, besides what grows with the sound heard at once
 ATTENTION = {"flash": "FLASH_ATTENTION", "memory efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
 # What Windows takes for devices, in any folder and whatever suffix follows.
 _DEVICE_NAMES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)\s*(\..*)?", re.I | re.S)
@@ -231,18 +232,29 @@ class HostPipeline(MemoPipeline):
         height, width = job.reference.pixels.shape[1:]
         device = self.nets.device
         share = 0.9 if device.type == "cpu" else 1  # the clip itself lies there, too
-        room = min(int(share * free_bytes(device)), int(0.95 * total_bytes(device)))
-        try:
-            return budget.plan(self.nets, height, width, job.settings, room, host_moves_weights=True)
-        except SamplingError:  # others may let go of some
-            room = int(0.95 * total_bytes(device))
-            budget.plan(self.nets, height, width, job.settings, room, host_moves_weights=True)
-            return budget.least(self.nets, height, width, job.settings, host_moves_weights=True)
+        most = int(0.95 * total_bytes(device)) - kept_by_host(device)
+        room = min(int(share * free_bytes(device)) - kept_by_host(device), most)
+        how = {"host_moves_weights": True, "streamed_weights": self._streamed_weights(most)}
+        with self.attention():
+            try:
+                return budget.plan(self.nets, height, width, job.settings, room, **how)
+            except SamplingError:  # others may let go of some
+                budget.plan(self.nets, height, width, job.settings, most, **how)
+                return budget.least(self.nets, height, width, job.settings, **how)
+
+    def _streamed_weights(self, room: int) -> int:
+        """Bytes of weights that the host leaves on the device even where it brings the others layer by layer."""
+        share = getattr(management, "MIN_WEIGHT_MEMORY_RATIO", 0.0)
+        least = min(share * room, room - management.minimum_inference_memory())
+        weights = sum(patcher.model_size() for patcher in (self.patcher, self.pictures))
+        return int(min(weights, max(2**27, least)))
 
     def smaller_plan(self, job: Job, than: budget.Plan) -> budget.Plan | None:
         """The next plan that takes less; None after the last."""
         height, width = job.reference.pixels.shape[1:]
-        return budget.smaller(self.nets, height, width, job.settings, than, host_moves_weights=True)
+        with self.attention():
+            how = {"host_moves_weights": True, "streamed_weights": self._streamed_weights(than.peak)}
+            return budget.smaller(self.nets, height, width, job.settings, than, **how)
 
     def encode_reference(self, image: Any, *args: Any, size: Any = None, **more: Any) -> Any:
         side = size if isinstance(size, int) else max(size or self.default_size)
@@ -269,8 +281,15 @@ class HostPipeline(MemoPipeline):
             return nullcontext()
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        first = list(ATTENTION).index(self._attention)  # and after it the slower ones, which run everywhere
-        return sdpa_kernel([getattr(SDPBackend, name) for name in list(ATTENTION.values())[first:]])
+        names = list(ATTENTION.values())
+        names = names[list(ATTENTION).index(self._attention) :]  # and after it the slower ones, which run everywhere
+        context = ExitStack()
+        context.enter_context(sdpa_kernel([getattr(SDPBackend, name) for name in names]))
+        dtype = self.nets.diffusion_net.conv_in.weight.dtype
+        fused = tuple(names[:-1])
+        runs = bool(fused) and devices.attention_runs(self.nets.device, dtype, fused)
+        context.enter_context(attention_fused(runs))
+        return context
 
     def release(self) -> None:
         """Gives up the resident memory sums where they are large: the host does not know of them and other nodes want
@@ -285,8 +304,9 @@ class HostPipeline(MemoPipeline):
         management.free_memory(2**62, self.nets.device, keep_loaded=[])
         management.soft_empty_cache(True)
 
-    def _listen(self) -> None:
-        management.load_models_gpu([self.listeners], memory_required=LISTENING_BYTES, force_full_load=True)
+    def _listen(self, seconds: float) -> None:
+        needed = LISTENING_BYTES + self.nets.speech_encoder.working_bytes(seconds)
+        management.load_models_gpu([self.listeners], memory_required=needed, force_full_load=True)
 
     def _stop_listening(self) -> None:
         """The host sends them off when it needs their room."""
@@ -309,6 +329,13 @@ def free_bytes(device: torch.device) -> int:
         return free
     loaded = (model for model in management.current_loaded_models if model.model is not None and model.device == device)
     return free + int(sum(model.model_loaded_memory() for model in loaded))
+
+
+def kept_by_host(device: torch.device) -> int:
+    """Bytes of a device that the host keeps free whatever is asked of it: weights for which they would be needed would
+    stay in main memory, and be copied at every step."""
+    extra = getattr(management, "extra_reserved_memory", None)
+    return int(extra()) if extra is not None and device.type != "cpu" else 0
 
 
 def total_bytes(device: torch.device) -> int:

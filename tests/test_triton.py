@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memo_core import kernels
+from memo_core import devices, kernels
 from memo_core.kernels import fused, naive
 
 pytest.importorskip("triton")
@@ -340,6 +340,9 @@ class OnCuda(Tensor):
 
     is_cuda = True
 
+    def get_device(self) -> int:
+        return 0
+
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch):
@@ -347,6 +350,7 @@ def card(monkeypatch: pytest.MonkeyPatch):
 
     def insert(capability: tuple[int, int], check) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(devices, "of", lambda _: devices._of_card(capability))
         monkeypatch.setattr(triton, "check", check)
 
     monkeypatch.setattr(kernels, "_triton", triton)
@@ -375,9 +379,12 @@ def test_where_triton_does_not_run_torch_does_and_says_so_once(card, caplog, cap
     assert "MEMO_KERNELS" in line and reason in line and "\n" not in line
 
 
-def test_a_card_that_passes_goes_to_triton_but_for_bf16_before_8_0(card) -> None:
-    card((7, 5), lambda _: None)
-    for dtype, wanted in ((torch.float16, triton), (torch.bfloat16, fused), (torch.float64, fused)):
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (9, 0), (12, 0)], ids=str)
+def test_triton_from_8_0_on(card, capability: tuple[int, int]) -> None:
+    """Before, its products would not run on tensor cores: torch's do."""
+    card(capability, lambda _: None)
+    takes = triton if capability >= (8, 0) else fused
+    for dtype, wanted in ((torch.float16, takes), (torch.bfloat16, takes), (torch.float64, fused)):
         assert kernels._kernels(torch.zeros(1, dtype=dtype).as_subclass(OnCuda)) is wanted
 
 
@@ -389,9 +396,7 @@ def test_compiled_code_asks_once_and_keeps_no_trace_of_it(card) -> None:
         asked.append(index)
         check(torch.device(DEVICE))
 
-    card((7, 5), counted)
-    graph = torch.compile(
-        lambda x: x + kernels._runs(0, False) + 2 * kernels._runs(0, True), backend="eager", fullgraph=True
-    )
+    card((8, 0), counted)
+    graph = torch.compile(lambda x: x + kernels._runs(0), backend="eager", fullgraph=True)
     assert graph(torch.zeros(1)).item() == graph(torch.zeros(2, 2))[0, 0].item() == 1
     assert asked == [0]

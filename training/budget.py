@@ -79,12 +79,11 @@ class Cost:
     @property
     def total(self) -> int:
         """Bytes of device memory, at the greater of two moments: in the backward pass, or in the optimiser's step,
-        which holds all gradients and, for whole weights, a temporary copy."""
+        which holds all gradients (and needs nothing besides: it is fused)."""
         gradients = self.step.gradients if self.stage.optimizer.accumulate > 1 else self.step.peak_gradients
         backward = self.step.peak - self.step.peak_gradients + gradients
-        temporary = 4 * self.learning if self.stage.optimizer.bits == 32 else 0
         held = self.step.weights + self.moments + self.average + RESERVE
-        return held + max(backward, self.step.gradients + temporary)
+        return held + max(backward, self.step.gradients)
 
     @property
     def operations(self) -> int:

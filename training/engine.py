@@ -129,7 +129,8 @@ class Trainer:
         )
         groups = prepare_to_learn(nets, config)
         self.nets, self.names = nets, list(groups)
-        optimizer = _adamw([{"params": parameters} for parameters in groups.values()], config)
+        groups_of = [{"params": parameters} for parameters in groups.values()]
+        optimizer = _adamw(groups_of, config, accelerator.device)
         if self.deepspeed:  # it takes these from its own configuration
             accelerator.state.deepspeed_plugin.deepspeed_config |= {
                 "train_micro_batch_size_per_gpu": config.optimizer.batch,
@@ -493,7 +494,7 @@ def _average(parameters: list[nn.Parameter], config: Stage) -> Any:
     return EMAModel(parameters, decay=config.engine.ema, foreach=True)
 
 
-def _adamw(groups: list[dict[str, Any]], config: Stage) -> torch.optim.Optimizer:
+def _adamw(groups: list[dict[str, Any]], config: Stage, device: torch.device) -> torch.optim.Optimizer:
     settings = config.optimizer
     arguments: dict[str, Any] = {
         "lr": settings.learning_rate,
@@ -501,7 +502,8 @@ def _adamw(groups: list[dict[str, Any]], config: Stage) -> torch.optim.Optimizer
         "weight_decay": settings.weight_decay,
     }
     if settings.bits == 32:
-        return torch.optim.AdamW(groups, **arguments)
+        # On CUDA one pass over parameters and moments; torch's default there makes several, and copies of them all.
+        return torch.optim.AdamW(groups, fused=True if device.type == "cuda" else None, **arguments)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

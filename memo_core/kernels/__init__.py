@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .. import devices
 from . import fused
 from .naive import DECAY
 
@@ -30,23 +31,23 @@ if os.environ.get("MEMO_KERNELS") != "torch" and torch.backends.cuda.is_built():
 
 
 @functools.cache
-def _checked(index: int) -> tuple[int, int]:
-    """Compute capability of the card where Triton runs on it, (0, 0) where not."""
+def _checked(index: int) -> bool:
+    """Whether Triton runs on a card."""
     try:
-        capability = torch.cuda.get_device_capability(index)
-        if capability < (7, 0):
-            raise RuntimeError(f"Triton needs compute capability 7.0, the card has {capability[0]}.{capability[1]}")
+        if not devices.of(torch.device("cuda", index)).triton:
+            version = ".".join(map(str, torch.cuda.get_device_capability(index)))
+            raise RuntimeError(f"compute capability {version} has no tensor cores that Triton makes code for")
         with torch.no_grad():
             _triton.check(index)
     except Exception as error:  # no C compiler, no headers, a driver too old, ...: each has its own
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.warning("No Triton on GPU %d, plain torch instead; MEMO_KERNELS=torch ends this line: %s", index, reason)
-        return 0, 0
-    return capability
+        return False
+    return True
 
 
-def _runs(index: int, bf16: bool) -> bool:
-    return _checked(index) >= ((8, 0) if bf16 else (7, 0))
+def _runs(index: int) -> bool:
+    return _checked(index)
 
 
 # As torch.compiler.assume_constant_result, which would import the compiler: tracing asks it, and does not trace it.
@@ -56,7 +57,7 @@ _runs._dynamo_marked_constant = True
 def _kernels(x: Tensor, fits: bool = True) -> ModuleType:
     if _triton is None or not x.is_cuda or not fits or x.dtype == torch.float64:
         return fused
-    return _triton if _runs(x.get_device(), x.dtype == torch.bfloat16) else fused
+    return _triton if _runs(x.get_device()) else fused
 
 
 def _kernels_of_windows(x: Tensor) -> ModuleType:

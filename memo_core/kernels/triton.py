@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import naive
 from .naive import DECAY, MIN_NORMALISER
 
 MAX_TILE_BYTES = 10 * 1024  # of frames x head width; much more spills, and consumer cards have no room for it
@@ -551,7 +552,7 @@ _norm.register_autograd(_norm_gradients, setup_context=_save_norm)
 
 
 def check(device: torch.device | int) -> None:
-    """Compiles and runs one kernel, untuned, on a device; raises whatever stands in the way."""
+    """Compiles and runs the smallest kernels, untuned, on a device; raises whatever stands in the way."""
     x = torch.arange(16.0, device=device)
     out = torch.zeros_like(x)
     with torch.cuda.device_of(x):
@@ -561,6 +562,18 @@ def check(device: torch.device | int) -> None:
     wanted = torch.nn.functional.layer_norm(x, (16,)) * (1 + x) + x
     if not torch.allclose(out, wanted, atol=1e-3):
         raise RuntimeError("a Triton kernel gave wrong numbers")
+    for dtype in (torch.bfloat16, torch.float16):  # products on tensor cores, which the norm has not
+        query, key, value = torch.rand(3, 1, 16, 1, 1, 16, device=device).to(dtype)
+        out = torch.zeros_like(query)
+        memory = (query, query)  # pointers that nothing reads
+        with torch.cuda.device_of(query):
+            _attention_kernel.fn[_grid(query)](
+                query, key, value, *memory, out, DECAY, _floor(query),
+                **_strides(q=query, k=key, v=value, m=None, z=None), **_sizes(query), MEMORY=False, BLOCK=16,
+            )  # fmt: skip
+        wanted = naive.memory_attention(query.float(), key.float(), value.float(), None)
+        if not torch.allclose(out.float(), wanted, atol=3e-2):
+            raise RuntimeError(f"a Triton kernel gave wrong numbers in {dtype}")
 
 
 def _check_window(*window: Tensor) -> None:

@@ -13,6 +13,7 @@ from .layers import (
     QUERY_KEY_VALUE,
     Attention,
     FeedForward,
+    attend,
     fuse,
     join_heads,
     narrowed,
@@ -112,7 +113,7 @@ class JointAttention(nn.Module):
     def forward(self, x: Tensor, heard: Heard) -> tuple[Tensor, Tensor | None]:
         own = project(self, QUERY_KEY_VALUE, x)
         query, key, value = (split_heads(torch.cat(pair, dim=1), self.heads) for pair in zip(own, heard[2:]))
-        out = join_heads(F.scaled_dot_product_attention(query, key, value))
+        out = join_heads(attend(query, key, value))
         frames, audio = out[:, : x.shape[1]], out[:, x.shape[1] :]
         return self.to_out[0](frames), self.to_add_out(audio) if hasattr(self, "to_add_out") else None
 

@@ -7,12 +7,17 @@ LayerNorm, Embedding), `torch.nn` unless a host brings its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from .. import devices
 
 # Between layers the Diffusion Net's hidden states may be carried in a finer format than the layers compute in
 # (`precision`): a layer reads them rounded, and what it adds is rounded once. Layers' formats are those of their norms.
@@ -86,6 +91,56 @@ def project(module: nn.Module, names: tuple[str, ...], x: Tensor) -> tuple[Tenso
     return tuple(getattr(module, name)(x) for name in names)
 
 
+_fused: ContextVar[bool | None] = ContextVar("fused", default=None)
+SCORES = 2**28  # bytes of attention's scores at once, where no fused kernel spares making them
+
+
+@contextmanager
+def attention_fused(fused: bool) -> Iterator[None]:
+    """Inside, attention is computed in pieces or not, whatever the tensors' device can do."""
+    token = _fused.set(fused)
+    try:
+        yield
+    finally:
+        _fused.reset(token)
+
+
+def attention_is_fused(device: torch.device) -> bool:
+    """Whether `attend` leaves all of it to one kernel of torch there."""
+    chosen = _fused.get()
+    return devices.of(device).fused_attention if chosen is None else chosen
+
+
+# As torch.compiler.assume_constant_result, which would import the compiler: tracing asks it, and does not trace it.
+attention_is_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention of queries [B, H, N, D] to keys and values [B, H, M, D].
+
+    By rows and heads, and within those by queries, where the device has no fused kernel: all scores at once are 17 GB
+    in the released net at 512 x 512.
+    """
+    if attention_is_fused(query.device):
+        return F.scaled_dot_product_attention(query, key, value)
+    batch, heads, queries, _ = query.shape
+    each = 4 * key.shape[2]  # bytes of a query's scores, in float32
+    at_once = max(1, min(queries, SCORES // each))
+    rows = max(1, SCORES // (each * queries))  # of batch and heads together
+    if rows >= batch * heads:
+        return F.scaled_dot_product_attention(query, key, value)
+    out = query.new_empty(batch, heads, queries, value.shape[-1])
+    for row in range(batch):
+        for head in range(0, heads, rows):
+            which = slice(head, head + rows)
+            for start in range(0, queries, at_once):
+                part = slice(start, start + at_once)
+                out[row, which, part] = F.scaled_dot_product_attention(
+                    query[row, which, part], key[row, which], value[row, which]
+                )
+    return out
+
+
 QUERY_KEY_VALUE = ("to_q", "to_k", "to_v")
 KeysValues = tuple[Tensor, Tensor]  # [B, H, M, D] each
 
@@ -124,7 +179,7 @@ class Attention(nn.Module):
         return self._attend(query, given)
 
     def _attend(self, query: Tensor, given: KeysValues) -> Tensor:
-        return self.to_out[0](join_heads(F.scaled_dot_product_attention(split_heads(query, self.heads), *given)))
+        return self.to_out[0](join_heads(attend(split_heads(query, self.heads), *given)))
 
 
 class GEGLU(nn.Module):
