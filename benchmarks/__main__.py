@@ -29,7 +29,7 @@ def parts(quick: bool) -> dict[str, Any]:
     tiny = networks.tiny()
     names = measures.presets()
 
-    def against(nets: Any, size: int, windows: int, steps: int, repeats: int, hows: list[str]) -> dict[str, Any]:
+    def against(nets: Any, size: int, windows: int, steps: int, repeats: int, hows: list[str]) -> Any:
         job = networks.clip(MemoPipeline(nets), size, windows, steps=steps)
         return measures.compare(nets, job, hows, repeats)
 
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     for part in args.only or todo:
         start = time.perf_counter()
         print(f"{part} ...", flush=True)
-        found = results.add(part, lambda: rounded(todo[part]()))
+        found = results.add(part, todo[part])
         print(table({part: found}) + f"\n  ({time.perf_counter() - start:.0f} s)", flush=True)
     picture(results, args.out / f"{name}.png")
 

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,88 +124,119 @@ def windows_of(nets: Networks, job: Job, how: str, parts: Parts | None = None) -
             yield window.latents
 
 
-def compare(nets: Networks, job: Job, hows: list[str], repeats: int, only_last: bool = False) -> dict[str, Any]:
-    """Samples a job in several ways in turn, A B A B.
+def compare(
+    nets: Networks, job: Job, hows: list[str], repeats: int, only_last: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Samples a job in several ways in turn, A B A B; after each what is known so far.
 
     Args:
-        hows: the released schedule and names of presets; the first is what the others are compared with.
+        hows: the released schedule and names of presets; the first that runs is what the others are compared with.
         only_last: measures only the last window, without parts, which only a video's first one differs from.
 
-    Returns:
+    Yields:
         Seconds of every run and medians, end to end and by part, and their ratio to the first; on the CPU the
         processor's seconds, too; the latents' relative error against the first and against `exact`; how the job was;
-        and what failed: only the first one's failure is raised.
+        and what failed: raised only if nothing else is left.
     """
     device = nets.device
-    warm_up = replace(job, settings=replace(job.settings, steps=2), num_frames=WINDOW, noise=None)
+    runs: dict[str, _Runs] = {}
     failed: dict[str, str] = {}
-    for how in hows:
-        try:
-            list(windows_of(nets, warm_up, how))
-        except Exception as error:
-            if how == hows[0]:
-                raise
-            traceback.print_exc()  # the others are worth measuring all the same
-            failed[how] = described(error)
-            forget_peak(device)
-    hows = [how for how in hows if how not in failed]
-    seconds: dict[str, dict[str, list[float]]] = {how: {} for how in hows}
-    processor: dict[str, list[float]] = {how: [] for how in hows}
-    latents: dict[str, Tensor] = {}
-    peak: dict[str, int] = {}
-    for _ in range(repeats):
+    # Of all windows where the last is measured: a second one has other shapes than the first.
+    warm_up = replace(job, settings=replace(job.settings, steps=2), noise=None)
+    if not only_last:
+        warm_up = replace(warm_up, num_frames=WINDOW)
+    for repeat in range(repeats):
         for how in hows:
-            parts = None if only_last else Parts(device)
-            windows, found = windows_of(nets, job, how, parts), []
+            if how in failed:
+                continue
+            try:
+                if repeat == 0:
+                    list(windows_of(nets, warm_up, how))
+                runs.setdefault(how, _Runs()).measure(nets, job, how, only_last)
+            except Exception as error:  # the others are worth measuring all the same
+                runs.pop(how, None)
+                failed[how] = described(error)
+                if len(failed) == len(hows):
+                    raise
+                traceback.print_exc()
             forget_peak(device)
+            if runs:
+                yield _compared(runs, job, only_last, device, failed)
 
-            def rest() -> None:
-                found.extend(windows)
 
-            if only_last:
-                found += [next(windows) for _ in range(job.windows - 1)]
-            before = time.process_time()
-            took = {END_TO_END: seconds_of(rest, device), **({} if parts is None else parts.seconds())}
-            processor[how].append(time.process_time() - before)
-            for part, value in took.items():
-                seconds[how].setdefault(part, []).append(value)
-            latents[how] = torch.cat(found, dim=1)
-            if device.type == "cuda":
-                peak[how] = max(peak.get(how, 0), torch.cuda.max_memory_allocated())
-    medians = {how: {part: statistics.median(by[part]) for part in _ordered(by)} for how, by in seconds.items()}
-    first, *others = hows
-    ratios = {
-        how: {part: medians[first][part] / value for part, value in medians[how].items() if part in medians[first]}
-        for how in others
+@dataclass
+class _Runs:
+    """What one way of sampling took, run by run."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    processor: list[float] = field(default_factory=list)
+    latents: Tensor | None = None
+    allocated: int = 0
+    reserved: int = 0
+
+    def measure(self, nets: Networks, job: Job, how: str, only_last: bool) -> None:
+        device = nets.device
+        parts = None if only_last else Parts(device)
+        windows, found = windows_of(nets, job, how, parts), []
+        forget_peak(device)
+        if only_last:
+            found += [next(windows) for _ in range(job.windows - 1)]
+        before = time.process_time()
+        took = {END_TO_END: seconds_of(lambda: found.extend(windows), device)}
+        self.processor.append(time.process_time() - before)
+        for part, value in {**took, **({} if parts is None else parts.seconds())}.items():
+            self.seconds.setdefault(part, []).append(value)
+        self.latents = torch.cat(found, dim=1)
+        allocated, reserved = peaks(device)
+        self.allocated, self.reserved = max(self.allocated, allocated), max(self.reserved, reserved)
+
+
+def _compared(
+    runs: dict[str, _Runs], job: Job, only_last: bool, device: torch.device, failed: dict[str, str]
+) -> dict[str, Any]:
+    medians = {
+        how: {part: statistics.median(run.seconds[part]) for part in _ordered(run.seconds)} for how, run in runs.items()
     }
+    first, *others = runs
     result = {
         "size": 8 * job.reference.latents.shape[-1],
         "windows": 1 if only_last else job.windows,
         "steps": job.settings.steps,
-        "seconds": seconds,
+        "seconds": {how: run.seconds for how, run in runs.items()},
         "median": medians,
-        "times faster than " + first: ratios,
+        "times faster than " + first: {
+            how: {part: medians[first][part] / value for part, value in medians[how].items() if part in medians[first]}
+            for how in others
+        },
     }
     if device.type == "cpu":  # what other programs on the machine do to the clock they hardly do to this
-        least = {how: min(values) for how, values in processor.items()}
-        result["processor seconds"] = processor
+        least = {how: min(run.processor) for how, run in runs.items()}
+        result["processor seconds"] = {how: run.processor for how, run in runs.items()}
         result["times less processor time than " + first] = {how: least[first] / least[how] for how in others}
+    else:
+        result["peak allocated, bytes"] = {how: run.allocated for how, run in runs.items()}
+        result["peak reserved, bytes"] = {how: run.reserved for how, run in runs.items()}
     for reference in dict.fromkeys((first, EXACT)):
-        if reference in hows:
+        if reference in runs:
             result["relative error of latents against " + reference] = {
-                how: relative_error(latents[how], latents[reference]) for how in hows if how != reference
+                how: relative_error(run.latents, runs[reference].latents)
+                for how, run in runs.items()
+                if how != reference
             }
-    if failed:
-        result["failed"] = failed
-    if peak:
-        result["peak allocated, bytes"] = peak
-    return result
+    return result | ({"failed": dict(failed)} if failed else {})
+
+
+def peaks(device: torch.device) -> tuple[int, int]:
+    """Most bytes allocated and reserved since `forget_peak`; 0 on the CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
 def forget_peak(device: torch.device) -> None:
-    """Starts the count of `torch.cuda.max_memory_allocated` anew, with what is garbage gone."""
-    gc.collect()
+    """Starts the count of `peaks` anew, with what is garbage gone; nothing on the CPU."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -267,37 +298,55 @@ def kernels(
     bandwidth: float | None = None,
     least: float = 0.2,
     gradients: bool = False,
-) -> dict[str, Any]:
-    """Seconds of each kernel in each version (`naive` first), by level.
+) -> Iterator[dict[str, Any]]:
+    """Seconds of each kernel in each version (`naive` first), by level, and its error against naive in float32.
 
     Args:
         levels: head width -> locations.
         versions: modules; naive and fused alone if None.
         bandwidth: bytes a second that the device copies at; then each kernel's share of it is given, too.
         least: seconds that a measurement should last.
-        gradients: measures each with its gradients, too, as training needs them.
+        gradients: measures each with its gradients, too, as training needs them, after all others.
+
+    Yields:
+        What is known so far.
     """
     versions = {"naive": naive, "fused": fused} if versions is None else versions
     found: dict[str, Any] = {}
     for dim, locations in levels.items():
         for name, given in kernel_inputs(dim, locations, device, dtype).items():
             row: dict[str, Any] = {"locations": locations, "bytes": kernel_bytes(name, given)}
-            for version, module in versions.items():
-                kernel = getattr(module, name, None)
-                if kernel is not None:
-                    row[version] = per_call(lambda: kernel(*given), device, least)
-            measured = list(row)[2:]
-            for version in measured:
+            here = {version: getattr(module, name) for version, module in versions.items() if hasattr(module, name)}
+            right = _computed(getattr(naive, name), given, torch.float32)
+            for version, kernel in here.items():  # before any is timed: update_memory writes in place
+                made = zip(_computed(kernel, given, dtype), right)
+                row[f"{version}, relative error"] = max(relative_error(*pair) for pair in made)
+            for version, kernel in here.items():
+                row[version] = per_call(lambda: kernel(*given), device, least)
                 if version != "naive":
                     row[f"{version}, times faster than naive"] = row["naive"] / row[version]
                 if bandwidth is not None:
                     row[f"{version}, share of copy bandwidth"] = row["bytes"] / row[version] / bandwidth
-            if gradients and name != "update_memory":  # which writes in place
-                for version in measured:
-                    run = with_gradients(getattr(versions[version], name), given)
-                    row[f"{version}, with gradients"] = per_call(run, device, least)
             found[f"{name}, D {dim}"] = row
-    return found
+            yield found
+    for dim, locations in levels.items() if gradients else ():
+        for name, given in kernel_inputs(dim, locations, device, dtype).items():
+            for version, module in versions.items():
+                if hasattr(module, name) and name != "update_memory":  # which writes in place
+                    run = with_gradients(getattr(module, name), given)
+                    found[f"{name}, D {dim}"][f"{version}, with gradients"] = per_call(run, device, least)
+                    yield found
+
+
+def _computed(kernel: Callable, given: tuple, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What a kernel makes of copies of its arguments."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(copied(part) for part in value)
+        return value.to(dtype, copy=True) if isinstance(value, Tensor) else value
+
+    return _parts(kernel(*copied(given)))
 
 
 def with_gradients(kernel: Callable, given: tuple) -> Callable[[], None]:
@@ -352,9 +401,9 @@ def over_windows(nets: Networks, size: int, counts: list[int], **settings: Any) 
     return found
 
 
-def over_pixels(nets: Networks, sizes: list[int], warm_up: bool, **settings: Any) -> dict[str, Any]:
-    """Seconds of one window by its side in pixels; with `warm_up` each size is sampled once before, for what a device
-    finds out about it the first time."""
+def over_pixels(nets: Networks, sizes: list[int], warm_up: bool, **settings: Any) -> Iterator[dict[str, Any]]:
+    """Seconds of one window by its side in pixels, so far; with `warm_up` each size is sampled once before, for what a
+    device finds out about it the first time."""
     found: dict[str, Any] = {}
     for size in sizes:
         pipe = MemoPipeline(nets)
@@ -368,11 +417,13 @@ def over_pixels(nets: Networks, sizes: list[int], warm_up: bool, **settings: Any
         row = {"seconds": seconds_of(run, nets.device)}
         row["nanoseconds a pixel of video"] = 1e9 * row["seconds"] / (size * size * WINDOW)
         found[str(size)] = row
-    return found
+        yield found
 
 
-def over_portraits(nets: Networks, size: int, counts: list[int], repeats: int, **settings: Any) -> dict[str, Any]:
-    """Seconds of the denoising of one window for several portraits in one batch, and a portrait."""
+def over_portraits(
+    nets: Networks, size: int, counts: list[int], repeats: int, **settings: Any
+) -> Iterator[dict[str, Any]]:
+    """Seconds of the denoising of one window for several portraits in one batch, and a portrait, so far."""
     found: dict[str, Any] = {}
     pipe = MemoPipeline(nets)
     audio, emotion = networks.voice(nets, 1)
@@ -393,7 +444,7 @@ def over_portraits(nets: Networks, size: int, counts: list[int], repeats: int, *
         run()
         seconds = statistics.median(seconds_of(run, nets.device) for _ in range(repeats))
         found[str(count)] = {"seconds": seconds, "seconds a portrait": seconds / count}
-    return found
+        yield found
 
 
 def _conditions(nets: Networks, job: Job) -> Any:

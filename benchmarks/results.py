@@ -6,8 +6,9 @@ import datetime
 import json
 import os
 import platform
+import subprocess
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
             "gpu memory, GB": round(properties.total_memory / 1e9, 1),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
+            "driver": _driver(),
         }
         try:
             import triton
@@ -54,38 +56,65 @@ def _cpu_name() -> str:
     return platform.processor() or "unknown"
 
 
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, None where nobody says."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+UNFINISHED = "unfinished"  # the error of a part that is being measured
+
+
 class Results:
     """A JSON file of measured parts by name.
 
     Args:
         path: the file; what is in it stays, part by part, until it is measured again.
-        device: what is measured; parts of another machine are not kept.
+        device: what is measured; parts of another machine are not kept. None: everything in the file is, and no device
+            is touched.
     """
 
-    def __init__(self, path: Path, device: torch.device | str = "cpu"):
-        self.path, self.hardware, self.measured = path, hardware(device), {}
-        if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            mine = {name: self.hardware.get(name) for name in ("cpu", "gpu", "torch")}
-            if all(kept["hardware"].get(name) == value for name, value in mine.items()):
-                self.measured = kept["measured"]
+    def __init__(self, path: Path, device: torch.device | str | None = "cpu"):
+        self.path, self.measured = path, {}
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if device is None and kept is not None:
+            self.hardware, self.measured = kept["hardware"], kept["measured"]
+            return
+        self.hardware = hardware(device or "cpu")
+        mine = {name: self.hardware.get(name) for name in ("cpu", "gpu", "torch")}
+        if kept is not None and all(kept["hardware"].get(name) == value for name, value in mine.items()):
+            self.measured = kept["measured"]
 
     def has(self, part: str) -> bool:
         """Whether a part has been measured without an error."""
         return part in self.measured and "error" not in self.measured[part]
 
-    def add(self, part: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Measures a part and writes it down; what fails is written down, too, and does not stop the rest."""
+    def add(self, part: str, measure: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> dict[str, Any]:
+        """Measures a part and writes it down, rounded; what fails is written down, too, and does not stop the rest.
+
+        Args:
+            measure: gives the figures, or one after the other what is known of them so far: that is written, as
+                unfinished, and stays if the rest fails.
+        """
+        found: dict[str, Any] = {}
         try:
-            found = measure()
+            made = measure()
+            if isinstance(made, dict):
+                found = made
+            else:
+                for found in made:
+                    self.put(part, {**found, "error": UNFINISHED})
         except Exception as error:  # out of memory, a missing compiler, a typo: the other parts go on
             traceback.print_exc()
-            found = {"error": described(error)}
+            found = {**found, "error": described(error)}
         self.put(part, found)
-        return found
+        return self.measured[part]
 
     def put(self, part: str, found: dict[str, Any]) -> None:
-        self.measured[part] = found
+        self.measured[part] = rounded(found)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"hardware": self.hardware, "measured": self.measured}, indent=1)
         temporary = self.path.with_suffix(".tmp")

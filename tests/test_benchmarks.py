@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,122 @@ def test_the_gpu_benchmark_can_be_tried_on_the_cpu(
     assert printed.count("measured already") == len(measured) - 1
     stored = json.loads((tmp_path / "gpu-tiny.json").read_text())["measured"]
     assert not any("error" in found for found in stored.values())
+
+
+# What stands for the process of a part: it has three seconds or less, and writes as a part does.
+WRITES = """
+import json, os, pathlib, subprocess, sys, time
+path = pathlib.Path({path!r})
+hardware = {{"cpu": "any"}}
+stored = json.loads(path.read_text()) if path.exists() else {{"hardware": hardware, "measured": {{}}}}
+def write(part, found):
+    stored["measured"][part] = found
+    path.write_text(json.dumps(stored))
+"""
+PROCESSES = {
+    "card": "write('card', {'copy, bytes a second': 2e12})",
+    "kernels": "helper = subprocess.Popen(['sleep', '60']); (path.parent / 'helper').write_text(str(helper.pid)); "
+    "time.sleep(60)",
+    "budget": "write('budget', {'exact, 12 GiB': {'plan': 'turns', 'runs within': True, 'planned, bytes': 10**10, "
+    "'peak allocated, bytes': 10**10, 'peak reserved, bytes': 10**10}, 'error': 'unfinished'}); time.sleep(60)",
+    "window": "os.abort()",
+    "roofline": "write('roofline', {'diffusion step': {'seconds a step': 0.1, 'TFLOP/s': 500.0, 'share of peak': .4}})",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are told to end by signals")
+def test_first_loses_nothing_to_parts_that_hang_crash_or_eat_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, begun = tmp_path / "gpu-tiny.json", []
+
+    def command(part: str, args: object) -> list[str]:
+        if begun:  # whole after each
+            assert set(json.loads(path.read_text())["measured"]) == set(begun)
+        begun.append(part)
+        return [sys.executable, "-c", WRITES.format(path=str(path)) + PROCESSES[part]]
+
+    monkeypatch.setattr(gpu, "command", command)
+    start = time.monotonic()
+    arguments = ["--first", "--device", "cpu", "--tiny", "--out", str(tmp_path), "--only"]
+    gpu.main(["--limit", "6", *arguments, *PROCESSES])
+    assert time.monotonic() - start < 12 and begun == list(PROCESSES)
+    measured = json.loads(path.read_text())["measured"]
+    assert "error" not in measured["card"] and "error" not in measured["roofline"]
+    assert measured["kernels"]["error"].startswith("stopped after")
+    assert measured["budget"]["error"].startswith("stopped after") and measured["budget"]["exact, 12 GiB"]["plan"]
+    assert "-6" in measured["window"]["error"]
+    helper = Path(f"/proc/{(tmp_path / 'helper').read_text()}/stat")
+    assert not helper.exists() or helper.read_text().split()[2] == "Z"  # what a part has started ends with it
+    printed = capsys.readouterr().out
+    assert "peak within the plan by 10%: exact, 12 GiB: pass" in printed and "a copy moves 200 GB" in printed
+    begun.clear()
+    monkeypatch.setattr(gpu, "command", lambda part, args: begun.append(part) or [sys.executable, "-c", ""])
+    gpu.main([*arguments, *PROCESSES])  # the first again, to see whose figures they are; then what is missing
+    assert begun == ["card", "kernels", "budget", "window"]
+
+
+def test_a_card_too_small_for_its_plan_is_told_and_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(bench: gpu.Bench, job: object, plan: object, allowed: int | None) -> tuple[float, int, int]:
+        if allowed is not None:
+            raise torch.cuda.OutOfMemoryError("too little")
+        return 1.6, 12 * 10**8, 13 * 10**8
+
+    monkeypatch.setattr(gpu.Bench, "_planned", planned)
+    row = gpu.Bench("cpu", tiny=True)._within("exact", 10**9)
+    assert not row["runs within"] and row["peak allocated, bytes"] == 12 * 10**8 and row["seconds a frame"] == 0.1
+
+
+def test_a_part_gets_its_share_of_what_is_left() -> None:
+    todo = list(gpu.SECONDS)
+    assert gpu.share("card", todo, gpu.LIMIT) == gpu.SECONDS["card"]  # all that are essential have time enough
+    short = gpu.share("card", todo, sum(gpu.ESSENTIAL.values()) / 2)
+    assert short == gpu.SECONDS["card"] / 2
+    assert gpu.share("option: compiled", ["option: compiled"], 100) == 100
+    assert todo[-2:] == ["option: compiled", "option: these four"]  # what takes longest comes last
+
+
+def test_what_is_known_so_far_is_written_and_stays(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+
+    def part() -> Iterator[dict[str, float]]:
+        yield {"exact": 0.123456789}
+        stored = json.loads(path.read_text())["measured"]["part"]
+        assert stored == {"exact": 0.12346, "error": "unfinished"} and not Results(path).has("part")
+        raise RuntimeError("illegal access")
+
+    found = Results(path).add("part", part)
+    assert found == {"exact": 0.12346, "error": "RuntimeError: illegal access"}
+    assert json.loads(path.read_text())["measured"]["part"] == found
+    assert Results(path).add("part", lambda: iter([{"a": 1}, {"a": 1, "b": 2}])) == {"a": 1, "b": 2}
+
+
+def test_goals_pass_or_fail_and_what_was_not_measured_does_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = gpu.goals({}, "H200")
+    assert len(unknown) == 5 and not any("pass:" in line or "FAIL" in line for line in unknown)
+    window = {"size": 512, "seconds a frame": {"exact": 0.17}, "frames a second": {"live": 20.0}}
+    peak = {"peak allocated, bytes": 95, "planned, bytes": 100, "peak reserved, bytes": 99, "runs within": True}
+    rows = {"fits": peak, "above": peak | {"peak allocated, bytes": 112}, "none": peak | {"runs within": False}}
+    norm = {"naive, relative error": 0.03, "triton, relative error": 0.004, "triton, share of copy bandwidth": 0.7}
+    kernels = {"norm": norm, "sums": norm | {"triton, share of copy bandwidth": 0.5}}
+    lines = gpu.goals({"window": window, "budget": rows, "kernels": kernels}, "H200")
+    assert ["pass" in line.rpartition(": ")[0] for line in lines] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert "no such preset" in lines[1] and "OUT OF MEMORY" in lines[4]
+    wrong = kernels | {"sums": norm | {"triton, relative error": 0.3}}
+    slow = gpu.goals({"window": window | {"seconds a frame": {"exact": 0.19}}, "kernels": wrong}, "H200")
+    assert "FAIL: 0.19" in slow[0] and "FAIL: 0.3 at most, sums" in slow[3]
+    assert "not measured" in gpu.goals({"window": window | {"size": 64}}, "H200")[0]
+    monkeypatch.setattr(measures, "presets", lambda: ["exact", "live"])
+    assert "FAIL: 20" in gpu.goals({"window": window}, "H200")[1]
 
 
 def test_time_that_is_up_begins_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
