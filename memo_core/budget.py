@@ -25,7 +25,7 @@ from .clips import WINDOW
 from .devices import free_bytes
 from .errors import SamplingError
 from .job import Settings
-from .memory import FP8
+from .memory import AHEAD, FP8, MOST_WINDOWS
 from .nets.diffusion_net import WindowConditions
 from .nets.layers import attention_fused, attention_is_fused
 from .sampling import few_frames
@@ -36,10 +36,18 @@ GIB = 2**30
 # that its autotuning clears between measurements.
 RESERVE = (256 if kernels._triton is None else 512) * 2**20
 DRIVER = GIB // 2  # what the driver and torch's context take of a card
-# Frames that may go through the VAE at once on a device with memory of its own: `plan` takes the most that fit, so
-# there the last bits of pictures, and of the memory made of them, follow free memory. On the CPU it is always
-# `few_frames`: more are no faster.
-VAE_FRAMES = (16, 8, 4, 2, 1)
+SEEN_AT_ONCE = 2 * GIB  # of host memory, for what the Reference Net sees of several windows in one turn
+VAE_FRAMES = 2  # at once at 512 x 512 at most: one fills a GPU already, more take memory, more than a step
+
+
+def vae_frames(height: int, width: int) -> list[int]:
+    """Frames that may go through the VAE at once on a device with memory of its own, most first: `plan` takes the most
+    that fit, so there the last bits of pictures, and of the memory made of them, may follow free memory. No map of the
+    decoder has 2^31 numbers, from where on layers of torch refuse or take rarely used paths: up to 2,896 x 2,896
+    pixels; beyond, one frame's has. On the CPU it is always `few_frames`.
+    """
+    most = max(1, min(WINDOW, VAE_FRAMES * 512 * 512 // (height * width)))
+    return [frames for frames in (16, 8, 4, 2, 1) if frames <= most]
 
 
 def _like_rows(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -240,8 +248,11 @@ def needs(nets: Networks, height: int, width: int, settings: Settings) -> Needs:
     counted, need, speed = known[key], known[key].needs, settings.speed
     # With guidance in an interval there are caches for both rows and for one alone.
     caches = (3 if settings.guided else 2) * counted.cache // 2 if speed.reuse else 0
+    # What a window's recorded steps compute in stays theirs, whatever else is done.
+    graphs = need.step if nets.options is not None and nets.options.cuda_graphs else 0
     return replace(
         need,
+        conditions=need.conditions + graphs,
         layers=tuple(n * FP8.itemsize + z for n, z in counted.sums) if speed.fp8_sums else need.layers,
         restored=need.layer if speed.fp8_sums else 0,
         step=need.step + caches,
@@ -332,10 +343,11 @@ class Plan:
         sums_on_host: how many, the rest, keep them in host memory.
         reference_net_stays: otherwise the Reference Net and the Diffusion Net take turns on the device, and the other
             one waits in host memory.
-        vae_frames: how many frames go through the VAE at once; see `VAE_FRAMES`.
+        vae_frames: how many frames go through the VAE at once.
+        windows_a_turn: how many remembered windows the Reference Net looks at in one turn, if the sums are rebuilt.
         peak: bytes on the device when most is there, weights and `RESERVE` among them.
         weights, sums, features, working: what the peak is made of.
-        on_host: bytes that wait in host memory.
+        on_host: bytes of host memory for what waits there.
         phase: what is being done at the peak.
     """
 
@@ -344,6 +356,7 @@ class Plan:
     sums_on_host: int
     reference_net_stays: bool
     vae_frames: int
+    windows_a_turn: int
     peak: int
     weights: int
     sums: int
@@ -385,8 +398,8 @@ class Plan:
         """
         count = len(need.layers) if sums_on_device is None else sums_on_device
         kept, gone = need.layers[:count], need.layers[count:]
-        # Two buffers for what comes from the host, and the layer in use where it was kept in another form.
-        brought = 2 * max(gone, default=0) + need.restored
+        # Buffers for what comes from the host, and the layer in use where it was kept in another form.
+        brought = (AHEAD + 1) * max(gone, default=0) + need.restored
         both = need.reference_net + need.diffusion_net
         reads, denoises = (both, both) if reference_net_stays else (need.reference_net, need.diffusion_net)
         # Pictures: those decoded so far; for encoding as they are, as the VAE reads them, and in its number format.
@@ -399,6 +412,9 @@ class Plan:
         }
         if streamed is not None:
             phases = {name: (streamed, features, working) for name, (_, features, working) in phases.items()}
+        # Each net's weights once they have waited, and what is seen of several windows in one turn.
+        at_once = 1 if reference_net_stays else max(1, min(MOST_WINDOWS, SEEN_AT_ONCE // need.features))
+        turns = 0 if reference_net_stays else both + (at_once * need.features if at_once > 1 else 0)
         phase = max(phases, key=lambda name: sum(phases[name]))
         weights, features, working = phases[phase]
         weights += need.others if streamed is None else 0
@@ -409,12 +425,13 @@ class Plan:
             sums_on_host=len(gone),
             reference_net_stays=reference_net_stays,
             vae_frames=vae_frames,
+            windows_a_turn=at_once,
             peak=weights + sum(kept) + features + working,
             weights=weights,
             sums=sum(kept),
             features=features,
             working=working,
-            on_host=sum(gone) + (0 if reference_net_stays else max(need.reference_net, need.diffusion_net)),
+            on_host=sum(gone) + turns,
             phase=phase,
         )
 
@@ -445,7 +462,8 @@ def plan(
     """
     need = needs(nets, height, width, settings)
     if budget_bytes is None:
-        return Plan.of(need, vae_frames=few_frames(height, width))
+        frames = few_frames(height, width) if nets.device.type == "cpu" else vae_frames(height, width)[0]
+        return Plan.of(need, vae_frames=frames)
     streamed = streamed_weights if host_moves_weights else None
     for choices in _choices(need, nets.device, height, width, settings, streamed):
         made = Plan.of(need, **choices)
@@ -506,7 +524,7 @@ def _choices(
         for row_by_row in ways
         for count in range(layers, -1, -1)
     ]
-    yield from ({"vae_frames": frames, **place} for place in places for frames in VAE_FRAMES)
+    yield from ({"vae_frames": frames, **place} for place in places for frames in vae_frames(height, width))
 
 
 def _too_large(
@@ -664,6 +682,5 @@ def table(nets: Networks, height: int, width: int, budgets: Sequence[tuple[str, 
                 continue
             parts = f"{chosen.sums / GIB:>16.1f}{chosen.on_host / GIB:>10.1f}{chosen.peak / GIB:>16.1f}"
             lines.append(f"{name:<22}{parts}   {chosen.describe()}")
-    rest = "are the driver's. What is left over lets more frames through the VAE at once."
-    lines += ["", f"Of a card {DRIVER / GIB:.1f} GB {rest}"]
+    lines += ["", f"Of a card {DRIVER / GIB:.1f} GB are the driver's."]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import precision
 from .audio import AudioTrack
 from .checkpoint import Networks
 from .checks import number, shown, whole
@@ -135,7 +136,8 @@ class Job:
         """The memory that enters the first window: before a video's first one the past is the portrait, held still."""
         if not self.memory.is_empty:
             return self.memory
-        past = self.reference.latents.expand(WINDOW, -1, -1, -1)
+        dtype = precision.remembered(nets.diffusion_net.conv_in.weight.dtype)
+        past = self.reference.latents.expand(WINDOW, -1, -1, -1).to(dtype)
         return self.memory.push(past, self.reference.face_embedding, nets.digest, self.reference.digest, windows=0)
 
     def inputs(self, index: int, memory: MemoryState) -> WindowInputs:

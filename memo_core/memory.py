@@ -23,13 +23,18 @@ from torch import Tensor
 from .checks import number, shown, whole
 from .clips import WINDOW
 from .errors import MemoryStateError
+from .host_memory import HostMemory, aligned
 from .kernels import DECAY
 from .nets.memory_module import LazyMemory, Memory
+from .precision import HALF
 from .reference import tensors_digest
 from .tensorfile import UNREADABLE, open_tensors, save_tensors
 
-FORMAT, VERSION = "memo-memory-state", 1
-KEEP = 6 * WINDOW  # frames kept at least; a seventh window stays until the eighth comes, then both leave
+FORMAT = "memo-memory-state"
+VERSIONS = {"1": ("F32",), "2": ("F32", "BF16", "F16")}  # number formats that a file of each may hold
+KEEP = 6 * WINDOW  # frames kept at least
+ROOM = 4 * (KEEP + WINDOW)  # bytes of all frames' latents, per number of one: what does not fit makes only KEEP stay
+MOST_WINDOWS = 12  # likewise; the oldest of fourteen is forgotten by its weight, one after the other
 MAX_FILE_BYTES = 256 * 2**20
 _FORGOTTEN = 1e-9  # weight below which an entry is dropped
 _MAX_WEIGHT = 1e3  # a window just seen weighs 1
@@ -41,8 +46,8 @@ class MemoryEntry:
     """One window of past frames.
 
     Attributes:
-        latents: [F, 4, h, w] float32 on the CPU, scaled VAE means of the decoded frames, oldest first; F is 16 or,
-            where a clip was cut inside a window, less.
+        latents: [F, 4, h, w] on the CPU, scaled VAE means of the decoded frames, oldest first; F is 16 or, where a clip
+            was cut inside a window, less. In float32, or in the half precision of networks that read nothing finer.
         face_embedding: [1, 512] float32, what the Reference Net reads along with them.
         weight: factor of this window's sums in the memory.
         digest: hash of latents and face embedding.
@@ -55,9 +60,11 @@ class MemoryEntry:
 
     def __post_init__(self) -> None:
         for name, tensor in (("latents", self.latents), ("face embedding", self.face_embedding)):
-            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32:
+            allowed = (torch.float32, *HALF) if name == "latents" else (torch.float32,)
+            if not isinstance(tensor, Tensor) or tensor.dtype not in allowed:
                 what = str(tensor.dtype) if isinstance(tensor, Tensor) else shown(tensor)
-                raise MemoryStateError(f"an entry's {name} must be a float32 tensor, received {what}")
+                kinds = "float32, bfloat16 or float16" if name == "latents" else "float32"
+                raise MemoryStateError(f"an entry's {name} must be a {kinds} tensor, received {what}")
         shape = list(self.latents.shape)
         if len(shape) != 4 or not 0 < shape[0] <= WINDOW or shape[1] != 4 or 0 in shape:
             raise MemoryStateError(f"an entry's latents are [F, 4, h, w] with F from 1 to {WINDOW}, received {shape}")
@@ -82,7 +89,7 @@ class MemoryState:
     Attributes:
         entries: windows remembered, oldest first.
         horizon: how many windows are remembered at most; None for all of the past (by weight that is the last 96 to 112
-            frames).
+            frames, or in half precision 192).
         windows: how many windows of video this memory has seen.
         model, reference: digests of the checkpoint and of the reference it belongs to; empty for a state without a
             past.
@@ -183,7 +190,8 @@ class MemoryState:
         """The state after one more window: older ones fade by 0.9 per new frame, the new one weighs 1.
 
         Args:
-            latents: [F, 4, h, w] scaled VAE means of the window's decoded frames.
+            latents: [F, 4, h, w] scaled VAE means of the window's decoded frames; they keep their number format if it
+                is one that `MemoryEntry` takes.
             face_embedding: [1, 512].
             model, reference: digests of what made them.
             windows: what it adds to the count of windows seen; 0 for the portrait held still before a video's first
@@ -196,8 +204,9 @@ class MemoryState:
         if whole(windows) is None:
             raise MemoryStateError(f"windows must be a whole number from 0, received {shown(windows)}")
         # Copies: nobody who holds the tensors given here can change the state through them.
-        copies = (t.detach().to("cpu", torch.float32, copy=True).contiguous() for t in (latents, face_embedding))
-        entry = MemoryEntry(*copies)
+        dtypes = (latents.dtype if latents.dtype in HALF else torch.float32, torch.float32)
+        given = zip((latents, face_embedding), dtypes)
+        entry = MemoryEntry(*(tensor.detach().to("cpu", dtype, copy=True).contiguous() for tensor, dtype in given))
         entries = _recent((*self._faded(len(entry.latents)), entry))
         if self.horizon is not None:
             entries = entries[-self.horizon :]
@@ -221,9 +230,9 @@ class MemoryState:
     def blend(a: MemoryState, b: MemoryState, weight: float) -> MemoryState:
         """(1 - weight) of `a` and `weight` of `b`, as their sums would blend; weight in [0, 1].
 
-        Windows both remember are joined. Where that is more than seven windows of frames, the heaviest stay: of two
-        full pasts three windows each, and what is left out weighs less than 0.9^48, 0.6%. A horizon counts again from
-        the next window on.
+        Windows both remember are joined. Where that is more than a memory holds, the heaviest six stay: of two full
+        pasts three windows each, and what is left out weighs less than 0.9^48, 0.6%. A horizon counts again from the
+        next window on.
         """
         for state in (a, b):
             if not isinstance(state, MemoryState):
@@ -264,9 +273,10 @@ class MemoryState:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically."""
+        half = any(entry.latents.dtype in HALF for entry in self.entries)
         header = {
             "format": FORMAT,
-            "version": str(VERSION),
+            "version": "2" if half else "1",  # which programs from before there was a second one read, too
             "state": json.dumps(
                 {
                     "horizon": self.horizon,
@@ -311,10 +321,10 @@ class MemoryState:
         header = file.metadata() or {}
         if header.get("format") != FORMAT:
             raise MemoryStateError("is a safetensors file, but not a memory state")
-        if header.get("version") != str(VERSION):
-            raise MemoryStateError(
-                f"has version {str(header.get('version'))[:40]}, this program reads version {VERSION}"
-            )
+        kinds = VERSIONS.get(str(header.get("version")))
+        if kinds is None:
+            version = str(header.get("version"))[:40]
+            raise MemoryStateError(f"has version {version}, this program reads versions {', '.join(VERSIONS)}")
         try:
             state = json.loads(header.get("state", "null"))
         except (ValueError, RecursionError) as error:
@@ -331,9 +341,9 @@ class MemoryState:
                 f"{shown(sorted(found))}"
             )
         for name in wanted:
-            kind = file.get_slice(name).get_dtype()
-            if kind != "F32":
-                raise MemoryStateError(f"is damaged: {name} holds {kind}, a memory state holds F32 (float32)")
+            kind, allowed = file.get_slice(name).get_dtype(), kinds if name.startswith("latents") else ("F32",)
+            if kind not in allowed:
+                raise MemoryStateError(f"is damaged: {name} holds {kind}, it should hold {' or '.join(allowed)}")
         try:
             entries = tuple(
                 MemoryEntry(file.get_tensor(f"latents.{i}"), file.get_tensor(f"face_embedding.{i}"), weight)
@@ -364,14 +374,17 @@ def _weighted(entries: Iterable[tuple[MemoryEntry, float]]) -> tuple[MemoryEntry
 
 
 def _recent(entries: tuple[MemoryEntry, ...]) -> tuple[MemoryEntry, ...]:
-    """The last KEEP frames or somewhat more, once there are more than seven windows of them; entries oldest first.
+    """All entries as long as their latents take no more than seven windows in float32 do, and are no more than
+    twelve windows; then the last KEEP frames or somewhat more. Entries oldest first.
 
-    Dropping two windows every second time costs less than one every time: the sums are rebuilt when the oldest changes.
+    Dropping several windows at once costs less than one every time, because the sums are rebuilt when the oldest
+    changes: of networks in half precision, whose windows take half the room, the Reference Net reads 12 / 7 windows for
+    each new one, in float32 7 / 2.
     """
-    frames = sum(len(entry.latents) for entry in entries)
-    if frames <= KEEP + WINDOW:
+    frames, first = sum(len(entry.latents) for entry in entries), 0
+    taken = sum(len(entry.latents) * entry.latents.itemsize for entry in entries)
+    if taken <= ROOM and frames <= MOST_WINDOWS * WINDOW:
         return entries
-    first = 0
     while frames - len(entries[first].latents) >= KEEP:
         frames -= len(entries[first].latents)
         first += 1
@@ -388,13 +401,14 @@ class LayerSums:
         kv, z: [B, N, H, D, D] and [B, N, H, D] on the device that computes; taken over, not copied.
         dtype: None keeps kv as it is; float8_e4m3fn takes half the room of bf16 and rounds to 3 bits of mantissa, with
             a scale per batch row, location and head. z stays as it is.
-        on_host: keep them in host memory, pinned where the device is a CUDA device.
+        on_host: keep them in host memory, locked where the device is a CUDA device.
     """
 
     def __init__(self, kv: Tensor, z: Tensor, dtype: torch.dtype | None = None, on_host: bool = False):
         self.device, self.dtype = kv.device, kv.dtype
         self._stored = kv.dtype if dtype is None else dtype
         self._scale: Tensor | None = None
+        self._home: tuple[HostMemory, list[Tensor]] | None = None
         self.on_host = on_host
         self.keep(kv, z)
 
@@ -419,13 +433,13 @@ class LayerSums:
             return self.restore(kv.to(self.device, non_blocking=True), z.to(self.device, non_blocking=True), rows)
         views = (
             into[first : first + part.nbytes].view(part.dtype).view(part.shape)
-            for part, first in ((kv, 0), (z, _aligned(kv.nbytes)))
+            for part, first in ((kv, 0), (z, aligned(kv.nbytes)))
         )
         kv, z = (view.copy_(part, non_blocking=True) for view, part in zip(views, (kv, z)))
         return kv, z
 
     def room(self, rows: slice) -> int:
-        return _aligned(self.kv[rows].nbytes) + self.z[rows].nbytes
+        return aligned(self.kv[rows].nbytes) + self.z[rows].nbytes
 
     def restore(self, kv: Tensor, z: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """What was kept in fp8, in its own dtype again."""
@@ -436,9 +450,8 @@ class LayerSums:
 
     def move(self, on_host: bool) -> None:
         if on_host != self.on_host:
-            kv, z = self.kv, self.z
             self.on_host = on_host
-            self.kv, self.z = (self._at_home(part) for part in (kv, z))
+            self._settle(self.kv, self.z)
 
     def keep(self, kv: Tensor, z: Tensor) -> None:
         """Takes over new sums, computed on the device: wherever they are kept, they are the same bits."""
@@ -446,26 +459,24 @@ class LayerSums:
             largest = torch.linalg.vector_norm(kv, float("inf"), dim=(-2, -1), keepdim=True)
             self._scale = (largest.float() / torch.finfo(FP8).max).clamp_min(torch.finfo(torch.float32).tiny)
             kv = kv.div_(self._scale).to(FP8)
-        self.kv, self.z = self._at_home(kv), self._at_home(z)
+        self._settle(kv, z)
 
-    def _at_home(self, part: Tensor) -> Tensor:
+    def _settle(self, kv: Tensor, z: Tensor) -> None:
+        """Where they are to lie."""
         if not self.on_host:
-            return part.to(self.device)
-        home = torch.empty(part.shape, dtype=part.dtype, pin_memory=self.device.type == "cuda")
-        return home.copy_(part)
-
-
-def _aligned(size: int) -> int:
-    """The next multiple of 256: where a kernel reads fastest."""
-    return -(-size // 256) * 256
+            self.kv, self.z, self._home = kv.to(self.device), z.to(self.device), None
+            return
+        if self._home is None:
+            self._home = HostMemory.for_((kv, z), self.device)
+        self.kv, self.z = (home.copy_(part) for home, part in zip(self._home[1], (kv, z)))
 
 
 class Sums(Sequence):
     """The memory that a window sees: per memory layer, in execution order, the pair (kv, z), or, where that takes
     bringing or restoring, a function of no arguments that does it when the layer is reached.
 
-    On a CUDA device the next layer comes from the host while one is used, into one of two buffers that take turns and
-    that all rows of it share. The first one comes when it is reached: a pass may be the last, or of other rows.
+    On a CUDA device the next two layers come from the host while one is used, and the first of the next pass while this
+    one ends, into buffers that take turns and that all rows share.
     """
 
     def __init__(self, layers: list[LayerSums], rows: slice = slice(None), room: _Room | None = None):
@@ -500,35 +511,81 @@ class Sums(Sequence):
             return partial(self._take, self._on_host.index(layer))
         return partial(layer.bring, self._rows)
 
-    def _start(self, place: int) -> tuple[Tensor, Tensor]:
-        """Begins to bring a layer; the buffer's last use lies on the current stream before this."""
-        stream = self._room.stream
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-        with torch.cuda.stream(stream):
-            return self._on_host[place].bring(self._rows, self._room.buffers[place % 2])
-
     def _take(self, place: int) -> tuple[Tensor, Tensor]:
-        room, following = self._room, place + 1
-        expected, parts = room.coming
-        if expected != (self._rows, place):
-            parts = self._start(place)
-        torch.cuda.current_stream(room.stream.device).wait_stream(room.stream)
-        room.coming = (None, None)
-        if following < len(self._on_host):
-            room.coming = ((self._rows, following), self._start(following))
-        return self._on_host[place].restore(*parts, self._rows)
+        room, rows, layer = self._room, (self._rows.start, self._rows.stop), self._on_host[place]
+        if place == 0:
+            room.passed(rows)
+        parts = room.take((rows, place), partial(self._bring, rows, place))
+        for _ in range(AHEAD):
+            place += 1
+            if place == len(self._on_host):
+                rows, place = room.next_rows(rows), 0
+            room.start((rows, place), partial(self._bring, rows, place))
+        return layer.restore(*parts, self._rows)
+
+    def _bring(self, rows: _Rows, place: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        return self._on_host[place].bring(slice(*rows), buffer)
+
+
+AHEAD = 2  # layers that come while one is used: a module's two layers follow each other fast
+_Rows = tuple[Any, Any]  # first and end of a slice, which has no hash before Python 3.12
+_Key = tuple[_Rows, int]  # rows, and the layer's place among those on the host
+_Parts = tuple[Tensor, Tensor]
 
 
 class _Room:
-    """Where layers come to from the host: two buffers, the stream that fills them, and what is on its way."""
+    """Where layers come to from the host: the buffers, the stream that fills them, and what is on its way.
+
+    A buffer is filled again AHEAD + 1 copies later at the earliest, behind all work that was on the computing stream by
+    then: its reader is among that, because a layer is read before the next one is taken.
+
+    Args:
+        size: bytes of a buffer.
+    """
 
     def __init__(self, size: int, device: torch.device):
-        self.stream = torch.cuda.Stream(device)
+        self.stream, self._device = torch.cuda.Stream(device), device
         with torch.inference_mode(False):  # so that they can be filled in and outside of it
-            self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+            self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(AHEAD + 1)]
         for buffer in self.buffers:
             buffer.record_stream(self.stream)  # an interrupted pass lets go of them while a copy is under way
-        self.coming: tuple[Any, Any] = (None, None)  # (rows, place), and the parts
+        self._coming: dict[_Key, tuple[int, _Parts, Any]] = {}  # the copy's number, what it makes, when it is done
+        self._copies, self._taken = 0, -1  # how many were begun; the number of the last one that was taken
+        self._followed: dict[_Rows, _Rows] = {}  # which rows came after which
+        self._before: _Rows | None = None
+
+    def passed(self, rows: _Rows) -> None:
+        """A pass over these rows begins."""
+        if self._before is not None:
+            self._followed[self._before] = rows
+        self._before = rows
+
+    def next_rows(self, rows: _Rows) -> _Rows:
+        """What the pass after one over these rows is likely to be: as last time."""
+        return self._followed.get(rows, rows)
+
+    def start(self, key: _Key, bring: Callable[[Tensor], _Parts]) -> None:
+        """Begins to bring a layer, unless it is on its way, or its buffer is still to be read."""
+        if key not in self._coming and self._copies <= self._taken + AHEAD:
+            self._copy(key, bring)
+
+    def _copy(self, key: _Key, bring: Callable[[Tensor], _Parts]) -> None:
+        buffer = self.buffers[self._copies % len(self.buffers)]
+        self.stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self.stream):
+            parts, ready = bring(buffer), torch.cuda.Event()
+            ready.record(self.stream)
+        self._coming[key] = self._copies, parts, ready
+        self._copies += 1
+
+    def take(self, key: _Key, bring: Callable[[Tensor], _Parts]) -> _Parts:
+        """A layer, for what is put on the computing stream from now on until the next one is taken."""
+        if key not in self._coming:  # another pass than was guessed, or one after an interrupted one
+            self._copy(key, bring)
+        self._taken, parts, ready = self._coming.pop(key)
+        self._coming = {k: coming for k, coming in self._coming.items() if coming[0] > self._taken}
+        torch.cuda.current_stream(self._device).wait_event(ready)
+        return parts
 
 
 def half_of(memory: Sequence[Any], number: int) -> Sequence[Any]:
@@ -544,7 +601,7 @@ def _half(item: Any, number: int) -> tuple[Tensor, Tensor]:
 
 
 class SumsCache:
-    """The resident sums of the last state used: going on from it costs one window instead of seven.
+    """The resident sums of the last state used: going on from it costs one window, rebuilding them 6 to 12.
 
     At released sizes they are gigabytes, so there is one copy of them, which each call brings up to date in place. A
     cached result has the same bits as a rebuilt one, because both add the windows in the same order (Horner's scheme).
@@ -573,6 +630,7 @@ class SumsCache:
         of_entry: Callable[[MemoryEntry, Iterator[tuple[Memory, float]] | None], Iterable[Memory]],
         dtype: torch.dtype | None = None,
         on_device: int | None = None,
+        look: Callable[[list[MemoryEntry]], None] | None = None,
     ) -> Sums:
         """The memory of `state`; valid until the next call.
 
@@ -583,6 +641,7 @@ class SumsCache:
             dtype: what kv is kept in (`LayerSums`); None for the networks' own.
             on_device: how many memory layers, in execution order, keep theirs on the device, the others in host memory;
                 None for all. It changes no bits.
+            look: called with all entries that `of_entry` will be asked for, before it is.
         """
 
         def on_host(place: int) -> bool:
@@ -598,6 +657,8 @@ class SumsCache:
         self.clear()  # while they change: an interrupt must not leave half of a sum behind
         for place, layer in enumerate(layers):
             layer.move(on_host(place))
+        if look is not None:
+            look([entry for _, entry in steps[done - 1 :]])
         for factor, entry in steps[done - 1 :]:
             if not layers:
                 pairs = enumerate(of_entry(entry, None))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import budget, checkpoint, emotion, waiting
+from . import budget, checkpoint, devices, emotion, waiting
 from .audio import AudioTrack, encode_audio, seconds_at_once
 from .budget import Plan
 from .checkpoint import Networks
@@ -264,6 +264,7 @@ class MemoPipeline:
             SamplingError: it does not fit; names what would.
         """
         _check_types(job)
+        devices.empty_cache(self.nets.device)  # what listening left behind lies in pieces
         room = budget.available_bytes(self.nets)
         if room is None:
             return None

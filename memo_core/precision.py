@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 HALF = (torch.bfloat16, torch.float16)
-VERSION = 1  # to be raised when windows in half precision come out differently: stored ones are then not found
+VERSION = 2  # to be raised when windows in half precision come out differently: stored ones are then not found
 _FULL = {"vae": ("decoder.", "post_quant_conv.")}  # weights by the beginnings of their names
 
 
@@ -33,6 +33,11 @@ def set_weights(net: str, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(of_weight(net, name, dtype))
     return module
+
+
+def remembered(dtype: torch.dtype) -> torch.dtype:
+    """In what latents of past frames are kept that networks in `dtype` will read: rounding them costs nothing there."""
+    return dtype if dtype in HALF else torch.float32
 
 
 def carried(dtype: torch.dtype) -> torch.dtype:

@@ -181,6 +181,8 @@ class Sampler:
         self.plan: Plan | None = None
         self.device, self.dtype = nets.device, nets.diffusion_net.conv_in.weight.dtype
         self._reference_features: list[Tensor] | None = None
+        self._coming: list[MemoryEntry] = []  # to be asked for
+        self._seen: dict[str, list[Tensor]] = {}  # what the Reference Net has seen of some of them, by digest
 
     @cached_property
     def _tokens(self) -> Tensor:
@@ -211,15 +213,42 @@ class Sampler:
 
     def _look(self, latents: Tensor, tokens: Tensor) -> list[Tensor]:
         """The Reference Net's features of pictures."""
-        if self.plan is None or self.plan.reference_net_stays:
+        with self._reading():
             return self.nets.reference_net(latents, tokens)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """The Reference Net's turn, where the nets take turns."""
+        if self.plan is None or self.plan.reference_net_stays:
+            yield
+            return
         waiting.leave(self.nets.diffusion_net)
         try:
             waiting.enter(self.nets.reference_net, self.device)
-            return self.nets.reference_net(latents, tokens)
+            yield
         finally:
             waiting.leave(self.nets.reference_net)
             waiting.enter(self.nets.diffusion_net, self.device)
+
+    def look_ahead(self, entries: list[MemoryEntry]) -> None:
+        """Says which windows `entry_sums` will be asked for next: where the nets take turns, the Reference Net looks at
+        several in one, and what it sees of the later ones waits in host memory."""
+        self._coming, self._seen = list(entries), {}
+
+    def _features(self, entry: MemoryEntry) -> list[Tensor]:
+        several = 1 if self.plan is None else self.plan.windows_a_turn
+        if entry.digest not in self._seen and several > 1:
+            first = next((i for i, coming in enumerate(self._coming) if coming.digest == entry.digest), 0)
+            together = self._coming[first : first + several]
+            if len(together) > 1:
+                with self._reading():
+                    for other in together:
+                        features = self.nets.reference_net(*self._seen_of(other)[:2])
+                        self._seen[other.digest] = [feature.cpu() for feature in features]
+        seen = self._seen.pop(entry.digest, None)
+        if seen is None:
+            return self._look(*self._seen_of(entry)[:2])
+        return [feature.to(self.device) for feature in seen]
 
     def entry_sums(
         self, entry: MemoryEntry, into: Iterator[tuple[Memory, float]] | None = None
@@ -227,6 +256,13 @@ class Sampler:
         """What one remembered window adds to the memory, layer by layer, for every batch row; `into` as for
         `DiffusionNet.memory_sums`."""
         frames, _, height, width = entry.latents.shape
+        features, rows = self._features(entry), self._seen_of(entry)[2]
+        return self.nets.diffusion_net.memory_sums(features, height, width, frames, rows, into)
+
+    def _seen_of(self, entry: MemoryEntry) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the Reference Net reads of a remembered window: latents and face tokens, and which of these rows each
+        frame's is, where some are alike."""
+        frames = len(entry.latents)
         still = bool((entry.latents == entry.latents[:1]).all())  # the portrait, held still before a video begins
         wanted = [
             (0 if still else frame, self._token_row(b * (1 + WINDOW) + 1 + frame, bool(b)))
@@ -239,8 +275,7 @@ class Sampler:
         if len(distinct) < len(wanted):
             rows = torch.tensor([distinct.index(row) for row in wanted], device=self.device)
         latents = entry.latents[list(which)].to(self.device, self.dtype)
-        features = self._look(latents, self._face_tokens(entry.face_embedding)[list(token_rows)])
-        return self.nets.diffusion_net.memory_sums(features, height, width, frames, rows, into)
+        return latents, self._face_tokens(entry.face_embedding)[list(token_rows)], rows
 
     def conditions(self, inputs: WindowInputs) -> Conditions:
         tokens = self.nets.audio_proj(inputs.audio[None].to(self.device, self.dtype))
@@ -260,6 +295,7 @@ class Sampler:
                 self.entry_sums,
                 FP8 if settings.speed.fp8_sums else None,
                 None if self.plan is None else self.plan.sums_on_device,
+                self.look_ahead,
             ),
             face_tokens=face,
             audio_tokens=tokens,
@@ -442,6 +478,7 @@ def sample_windows(
             if plan is None or plan.reference_net_stays:
                 for net in (nets.reference_net, nets.diffusion_net):
                     waiting.enter(net, nets.device)
+                    waiting.forget(net)
             noise = window_noise(settings.seed, inputs.start, shape) if inputs.noise is None else inputs.noise
             latents = sample_window(
                 nets,
@@ -464,6 +501,7 @@ def sample_windows(
                 frames = decode(nets.vae, latents, nets.device, frames_at_once)
                 # What the viewer sees, not the latents themselves, as released.
                 past = encode(nets.vae, frames * 2 - 1, nets.device, frames_at_once).cpu()
+                past = past.to(precision.remembered(sampler.dtype))
         memory = memory.push(past, reference.face_embedding, nets.digest, reference.digest)  # checks it: before keeping
         if store is not None and found is None:
             store.put(key, {"latents": latents, "past": past})

@@ -1,37 +1,97 @@
-"""Networks that wait in host memory, so that another one may have the device."""
+"""Networks that wait in host memory, so that another one may have the device.
+
+Weights hardly ever change, so what was copied to the host once stays there: a network that leaves again is let go of on
+the device, and nothing is copied but what comes back.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .host_memory import HostMemory
+
+
+@dataclass
+class _Home:
+    """A network's weights in host memory.
+
+    copied: fingerprints of what lies there; of each tensor 0 where nothing does yet.
+    """
+
+    memories: list[HostMemory]
+    views: list[Tensor]
+    copied: list[int]
+
+
+_homes: weakref.WeakKeyDictionary[nn.Module, _Home] = weakref.WeakKeyDictionary()
 _away: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def leave(module: nn.Module) -> None:
-    """Moves a network's weights from the device to host memory, pinned for a CUDA device. Nothing for one that is there
+    """Moves a network's weights from the device to host memory, locked for a CUDA device. Nothing for one that is there
     already, or on the CPU."""
     tensors = _tensors(module)
     if not tensors or all(tensor.device.type == "cpu" for tensor in tensors):
         return
+    home = _homes.get(module)
+    if home is None or [(view.shape, view.dtype) for view in home.views] != [(t.shape, t.dtype) for t in tensors]:
+        home = _homes[module] = _Home([], list(tensors), [0] * len(tensors))
+        for made in (False, True):  # views of a tensor made in inference mode are such tensors, too
+            places = [place for place, tensor in enumerate(tensors) if tensor.is_inference() is made]
+            with torch.inference_mode(made):
+                memory, views = HostMemory.for_([tensors[place] for place in places], tensors[0].device)
+            home.memories.append(memory)
+            for place, view in zip(places, views):
+                home.views[place] = view
     _away.add(module)  # first: of a network that an interrupt left halfway, `enter` brings back the rest
-    for tensor in tensors:
+    here = [place for place, (t, view) in enumerate(zip(tensors, home.views)) if t.data_ptr() != view.data_ptr()]
+    for place, now in zip(here, _fingerprints([tensors[place] for place in here])):
+        tensor, view = tensors[place], home.views[place]
         with _as_made(tensor):
-            tensor.data = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
+            if home.copied[place] != now:
+                view.copy_(tensor)
+                home.copied[place] = now
+            tensor.data = view
 
 
 def enter(module: nn.Module, device: torch.device) -> None:
     """Brings a network back that had left; nothing for any other one, whose place is someone else's affair."""
     if module not in _away:
         return
-    for tensor in _tensors(module):
-        with _as_made(tensor):
-            tensor.data = tensor.data.to(device, non_blocking=True)
+    for tensor, view in zip(_tensors(module), _homes[module].views):
+        if tensor.data_ptr() == view.data_ptr():
+            with _as_made(tensor):
+                tensor.data = view.to(device, non_blocking=True)
     _away.discard(module)
+
+
+def forget(module: nn.Module) -> None:
+    """Gives a network's host memory back where the network is on the device."""
+    if module not in _away:
+        _homes.pop(module, None)
+
+
+def host_bytes() -> int:
+    """Bytes of main memory that networks wait in, or have waited in and will again."""
+    return sum(memory.bytes.nbytes for home in _homes.values() for memory in home.memories)
+
+
+def _fingerprints(tensors: list[Tensor]) -> list[int]:
+    """A number for each of them that changes when theirs do: all bits added up, in one pass where they lie."""
+    sums = []
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().flatten()
+        sums.append(flat.view(_WHOLE[flat.itemsize]).sum(dtype=torch.int64) + 1)
+    return torch.stack(sums).tolist() if sums else []
+
+
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager

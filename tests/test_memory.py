@@ -23,7 +23,8 @@ from torch import Tensor
 from memo_core import AudioTrack, MemoPipeline, MemoryState, Reference
 from memo_core.errors import MemoryStateError
 from memo_core.kernels import DECAY, memory_sums, update_memory
-from memo_core.memory import MemoryEntry, Sums, SumsCache
+from memo_core.memory import MOST_WINDOWS, MemoryEntry, Sums, SumsCache
+from memo_core.precision import HALF
 
 FACE = torch.ones(1, 512)
 MODEL, PORTRAIT = "0123456789abcdef", "fedcba9876543210"
@@ -179,6 +180,68 @@ def test_at_512_a_state_weighs_at_most_8_mib(tmp_path: Path) -> None:
     for state in (whole, shattered, MemoryState.blend(whole, shattered, 0.5)):
         state.save(tmp_path / "state")
         assert 6 * MIB < state.nbytes <= (tmp_path / "state").stat().st_size <= 8 * MIB
+
+
+# In half precision
+
+
+def push_half(state: MemoryState, frames: int, seed: int, side: int = 2, dtype: torch.dtype = HALF[0]) -> MemoryState:
+    return state.push(window(frames, seed, side).to(dtype), FACE, MODEL, PORTRAIT)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_in_half_precision_a_file_keeps_every_bit_and_says_which_version_it_is(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    half = MemoryState.empty()
+    for seed in range(9):
+        half = push_half(half, 16, seed, dtype=dtype)
+    mixed = push(half, 16, 9)
+    for name, state, version in (("half", half, "2"), ("mixed", mixed, "2"), ("full", make([16, 5]), "1")):
+        state.save(tmp_path / name)
+        loaded = MemoryState.load(tmp_path / name)
+        assert same_entries(loaded, state)
+        assert [e.latents.dtype for e in loaded.entries] == [e.latents.dtype for e in state.entries]
+        with safe_open(tmp_path / name, "pt") as file:
+            assert file.metadata()["version"] == version
+    assert {entry.latents.dtype for entry in half.entries} == {dtype}
+
+
+def test_in_half_precision_at_512_a_state_weighs_at_most_8_mib_too(tmp_path: Path) -> None:
+    whole, shattered, mixed = MemoryState.empty(), MemoryState.empty(), MemoryState.empty()
+    most = 0
+    for i in range(30):
+        whole = push_half(whole, 16, i, side=64)
+        mixed = (push if i % 3 else push_half)(mixed, 16, i, side=64)
+        most = max(most, len(whole.entries))
+        assert max(whole.nbytes, mixed.nbytes) <= 8 * MIB
+    for i in range(230):
+        shattered = push_half(shattered, 1, i, side=64)
+        assert shattered.nbytes <= 8 * MIB
+    assert most == MOST_WINDOWS
+    whole.save(tmp_path / "state")
+    assert (tmp_path / "state").stat().st_size <= 8 * MIB
+
+
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 3.5), (torch.bfloat16, 12 / 7)], ids=str)
+def test_how_many_windows_are_looked_at_for_each_new_one(dtype: torch.dtype, passes: float) -> None:
+    """On the average over a long video; and wherever the sums come from, they are the same bits."""
+    state, cache, looked = MemoryState.empty(), SumsCache(), []
+
+    def counted(entry: MemoryEntry, into: Iterator[tuple[tuple[Tensor, Tensor], float]] | None = None) -> Sums:
+        looked.append(entry.digest)
+        return entry_sums(entry, into)
+
+    each = []
+    for seed in range(7 * 16):
+        state = state.push(window(16, seed).to(dtype), FACE, MODEL, PORTRAIT)
+        looked.clear()
+        ((kv, z),) = cache.sums(state, "", counted)
+        each.append(len(looked))
+        ((wanted_kv, wanted_z),) = SumsCache().sums(state, "", entry_sums)
+        assert torch.equal(kv, wanted_kv) and torch.equal(z, wanted_z)
+    assert sum(each[16:]) / len(each[16:]) == pytest.approx(passes, rel=0.02)
+    assert sorted(set(each)) == [1, 6]
 
 
 @given(pasts, pasts, seeds)
@@ -524,7 +587,7 @@ def test_damaged_files_are_refused(tmp_path: Path, data) -> None:
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"version": "2"}, "version 2, this program reads version 1"),
+        ({"version": "3"}, "version 3, this program reads versions 1, 2"),
         ({"format": "other"}, "not a memory state"),
         ({"state": "{"}, "damaged"),
         ({"state": "[]"}, "damaged"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative_l2
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import networks
-from memo_core import MemoPipeline, MemoryState, budget, cli, memory, sampling, waiting
+from memo_core import MemoPipeline, MemoryState, budget, cli, devices, host_memory, memory, waiting
 from memo_core.budget import GIB, LiveBytes, Plan
 from memo_core.errors import SamplingError
 from memo_core.job import Settings
@@ -80,6 +82,7 @@ def test_what_was_there_before_is_not_counted() -> None:
 def test_parts_take_what_the_allocator_says(pipe: MemoPipeline, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     """Counted without data, and as the CPU's allocator served the same work with data."""
     monkeypatch.setitem(layers.FEED_FORWARD_TOKENS, False, layers.FEED_FORWARD_TOKENS[True])  # the CPU's pieces
+    monkeypatch.setattr(budget, "_counted", {})  # others may have counted before, with a GPU's pieces
     nets, size = pipe.nets, (16, 16)
     need = budget.needs(nets, 128, 128, EXACT)
     latents, code, frame = torch.zeros(32, 4, *size), torch.zeros(1, 4, *size), torch.zeros(1, 3, 128, 128)
@@ -125,17 +128,19 @@ def test_counting_leaves_the_networks_alone(pipe: MemoPipeline) -> None:
     "settings", [EXACT, BALANCED, Settings(guidance_scale=1.0)], ids=["exact", "balanced", "alone"]
 )
 def test_plans_fit_and_give_up_more_as_budgets_shrink(full: Any, settings: Settings) -> None:
-    plans = [budget.plan(full, 512, 512, settings, room * GIB // 2) for room in range(60, 11, -1)]
-    for room, plan in zip(range(60, 11, -1), plans):
+    plans = [budget.plan(full, 512, 512, settings, room * GIB // 2) for room in range(60, 12, -1)]
+    for room, plan in zip(range(60, 12, -1), plans):
         assert plan.peak <= room * GIB // 2
         assert plan.peak == plan.weights + plan.sums + plan.features + plan.working
     first, last = plans[0], plans[-1]
-    assert first.reference_net_stays and not first.sums_on_host and first.vae_frames == 16 and not first.on_host
+    assert first.reference_net_stays and first.vae_frames == budget.VAE_FRAMES
+    assert not first.sums_on_host and not first.on_host
     assert not last.reference_net_stays and last.sums_on_host
     hosted = [plan.sums_on_host for plan in plans if not plan.row_by_row]
     assert hosted == sorted(hosted)
-    for plan in plans:  # what costs more time is not given up before what costs less
-        assert plan.reference_net_stays or plan.vae_frames < 16
+    for room, plan in zip(range(60, 12, -1), plans):  # what costs more time is not given up before what costs less
+        frame_by_frame = Plan.of(budget.needs(full, 512, 512, settings), vae_frames=1)
+        assert plan.reference_net_stays or frame_by_frame.peak > room * GIB // 2
         assert not plan.sums_on_host or not plan.reference_net_stays
         assert not plan.row_by_row or plan.sums_on_host
 
@@ -204,14 +209,15 @@ def test_free_memory_of_the_current_card_is_asked_for_by_its_number(monkeypatch:
 
 
 class OnCard(nn.Parameter):
-    """Says that it lies on a card, and notes when it is moved; the first move of a `stubborn` one is interrupted."""
+    """Says that it lies on a device of its own, and notes when it is moved; the first move of a `stubborn` one is
+    interrupted."""
 
     stubborn = False
     moves = 0
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda")
+        return torch.device("mps")
 
     @property
     def data(self) -> Tensor:
@@ -228,14 +234,102 @@ class OnCard(nn.Parameter):
 
 def test_a_network_whose_leaving_was_interrupted_comes_back_whole() -> None:
     net = nn.ParameterList([OnCard(torch.ones(2)), OnCard(torch.ones(2))])
+    places = [p.data_ptr() for p in net]
     net[1].stubborn = True
     with pytest.raises(KeyboardInterrupt):
         waiting.leave(net)
     assert [p.moves for p in net] == [1, 0]
     waiting.enter(net, torch.device("cpu"))
-    assert [p.moves for p in net] == [2, 1]
     waiting.enter(net, torch.device("cpu"))  # it is back
-    assert [p.moves for p in net] == [2, 1]
+    assert [p.tolist() for p in net] == [[1, 1], [1, 1]] and net[1].data_ptr() == places[1]
+
+
+def test_weights_are_copied_to_the_host_once_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever way they were changed: in place, through `data`, or replaced."""
+    copied, copy = [], Tensor.copy_
+    net = nn.ParameterList([OnCard(torch.ones(3, 2).to(torch.bfloat16)), OnCard(torch.ones(2))])
+    monkeypatch.setattr(Tensor, "copy_", lambda to, what, **how: copied.append(what.shape) or copy(to, what, **how))
+
+    def there_and_back() -> list[torch.Size]:
+        copied.clear()
+        waiting.leave(net)
+        waiting.enter(net, torch.device("cpu"))  # where `to` gives the host's own copy: what is on a device is another
+        for parameter in net:
+            Tensor.data.__set__(parameter, Tensor.data.__get__(parameter).clone())
+        return list(copied)
+
+    assert there_and_back() == [(3, 2), (2,)]
+    assert there_and_back() == []
+    with torch.no_grad():
+        net[1].add_(1)
+    assert there_and_back() == [(2,)] and net[1].tolist() == [2, 2]
+    Tensor.data.__get__(net[0]).mul_(3)
+    assert there_and_back() == [(3, 2)] and net[0].flatten().tolist() == [3] * 6
+    waiting.forget(net)
+    assert there_and_back() == [(3, 2), (2,)]
+
+
+def test_the_order_of_weights_in_memory_survives() -> None:
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    net = nn.ParameterList([OnCard(weight.clone())])
+    waiting.leave(net)
+    assert torch.equal(net[0], weight) and net[0].stride() == weight.stride()
+    waiting.enter(net, torch.device("cpu"))
+    assert torch.equal(net[0], weight) and net[0].stride() == weight.stride()
+
+
+class Runtime:
+    """CUDA's runtime, which locks so many bytes of main memory and no more."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.locked = most, {}
+
+    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+        assert pointer % 4096 == 0  # pages of its own
+        if sum(self.locked.values()) + size > self.most:
+            return 2
+        self.locked[pointer] = size
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:
+        del self.locked[pointer]
+        return 0
+
+
+@pytest.fixture
+def lockable(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Runtime]:
+    def allow(most: int) -> Runtime:
+        runtime = Runtime(most)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+        monkeypatch.setattr(host_memory, "_refused", False)
+        return runtime
+
+    return allow
+
+
+CARD = torch.device("cuda", 0)
+
+
+def test_host_memory_is_locked_to_the_byte_and_given_back(lockable: Callable[[int], Runtime]) -> None:
+    runtime = lockable(GIB)
+    memory, views = host_memory.HostMemory.for_([torch.ones(1000), torch.ones(3, 5, dtype=torch.bfloat16)], CARD)
+    views[0].fill_(2), views[1].fill_(3)
+    assert list(runtime.locked.values()) == [memory.bytes.nbytes] == [4096 + 256]
+    assert views[0].sum() == 2000 and views[1].shape == (3, 5) and views[1].sum() == 45
+    del memory, views
+    assert not runtime.locked
+
+
+def test_memory_that_cannot_be_locked_serves_unlocked_and_it_is_said_once(
+    lockable: Callable[[int], Runtime], caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = lockable(1000)
+    for _ in range(2):
+        memory = host_memory.HostMemory(2000, CARD)
+        assert memory.bytes.fill_(7).sum() == 14000 and not runtime.locked
+    assert len(caplog.messages) == 1 and "cannot be locked" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("made", [False, True])
@@ -287,6 +381,22 @@ def test_fp8_sums_change_pictures_little(sample: Sample) -> None:
     assert torch.equal(sample(Speed(fp8_sums=True), sums_on_device=1)[0], halved)
 
 
+def test_a_rebuild_looks_at_several_windows_in_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    nets = networks.tiny()
+    job = networks.clip(MemoPipeline(nets), 64, 4, steps=1)
+    whole = list(MemoPipeline(nets).sample_windows(job))
+    plan = Plan.of(budget.needs(nets, 64, 64, job.settings), reference_net_stays=False)
+    turns, leave = [], waiting.leave
+    monkeypatch.setattr(waiting, "leave", lambda net: turns.append(net) or leave(net))
+    for several, wanted in ((1, 1 + 4), (2, 1 + 2), (12, 1 + 1)):  # and the portrait's turn
+        rest = replace(job, start=48, num_frames=16, memory=whole[2].memory)  # by another process, as it were
+        turns.clear()
+        (last,) = MemoPipeline(nets).sample_windows(rest, plan=replace(plan, windows_a_turn=several))
+        assert torch.equal(last.latents, whole[3].latents)
+        assert turns.count(nets.diffusion_net) == wanted
+    assert plan.windows_a_turn == 12 and plan.on_host > 12 * budget.needs(nets, 64, 64, job.settings).features
+
+
 def test_two_jobs_of_one_pipeline_may_take_turns() -> None:
     nets = networks.tiny()
     pipe = MemoPipeline(nets)
@@ -314,7 +424,8 @@ def test_a_stored_job_needs_no_plan_and_so_no_room(tmp_path: Path, monkeypatch: 
 
 
 def test_a_device_without_8_bit_floats_is_told_to_be_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "FP8", object())  # a TypeError, as MPS raises it
+    lacking = replace(devices.of("cpu"), fp8=False)
+    monkeypatch.setattr(devices, "of", lambda _: lacking)
     pipe = MemoPipeline(networks.tiny())
     with pytest.raises(SamplingError, match="speed 'draft' .* choose speed 'exact'"):
         next(pipe.sample_windows(networks.clip(pipe, 64, 1, speed="draft")))
@@ -391,38 +502,113 @@ def test_only_what_must_be_brought_is_brought() -> None:
     assert len(kv) == len(z) == 0
 
 
-class NoStream:
-    """A stream of a machine without any: all is done at once."""
+class Clock:
+    """What streams, events and copies do to each other: every piece of work knows all work that is certain to be done
+    before it."""
 
-    def __init__(self, device: object = "cpu") -> None:
-        self.device = device
+    def __init__(self) -> None:
+        self.done: dict[str, set[int]] = {"compute": set(), "copy": set()}
+        self.count, self.on = 0, "compute"
 
-    def wait_stream(self, other: object) -> None:
-        pass
+    def work(self) -> int:
+        """A piece of work on the current stream; its number."""
+        self.count += 1
+        self.done[self.on].add(self.count)
+        return self.count
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_what_comes_from_the_host_ahead_of_its_use_is_the_layer_in_use(
-    monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
-    """Over several passes, of the whole batch and of its halves, of which some end before their last layer."""
-    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+class FakeStream:
+    def __init__(self, clock: Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.clock.done[self.name] |= self.clock.done[other.name]
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.clock.done[self.name] |= event.done
+
+
+class FakeEvent:
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def record(self, stream: FakeStream) -> None:
+        self.done = set(self.clock.done[stream.name])
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """torch's streams, played."""
+    clock = Clock()
+
+    @contextmanager
+    def on_stream(stream: FakeStream) -> Iterator[None]:
+        clock.on, before = stream.name, clock.on
+        yield
+        clock.on = before
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: FakeStream(clock, "copy"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: FakeStream(clock, "compute"))
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(clock))
     monkeypatch.setattr(Tensor, "record_stream", lambda *_: None, raising=False)
+    return clock
+
+
+PASSES = st.lists(st.tuples(st.sampled_from(["whole", "first", "second"]), st.integers(1, 5)), max_size=12)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(count=st.integers(1, 5), passes=PASSES)
+def test_what_comes_from_the_host_ahead_of_its_use_is_the_layer_in_use(
+    clock: Clock, count: int, passes: list[tuple[str, int]]
+) -> None:
+    """Over passes of the whole batch and of its halves in any order, of which some end before their last layer: what is
+    read is the layer, its copy is done before, and nothing is copied over what is still to be read."""
     rows = torch.arange(2.0).view(2, 1, 1, 1)
     layers = [
         LayerSums((rows[..., None] + 2 * i).expand(2, 4, 1, 2, 2), (rows + 2 * i).expand(2, 4, 1, 2), on_host=True)
         for i in range(count)
     ]
+    copies: dict[int, list[int]] = {}  # by the buffer's address
+    reads: dict[int, list[int]] = {}
+    for layer in layers:
+
+        def bring(rows: slice, into: Tensor, plain: Callable[..., Any] = layer.bring) -> tuple[Tensor, Tensor]:
+            assert clock.on == "copy"
+            assert set(reads.get(into.data_ptr(), [])) <= clock.done["copy"], "copied over what is still to be read"
+            copies.setdefault(into.data_ptr(), []).append(clock.work())
+            return plain(rows, into)
+
+        layer.bring = bring  # type: ignore[method-assign]
     with torch.inference_mode():  # as `SumsCache.sums` makes them, to be read in or outside
         room = memory._Room(max(layer.room(slice(None)) for layer in layers), torch.device("cpu"))
     whole = Sums(layers, room=room)
-    views = {(0, 1): whole, (0,): whole.half(0), (1,): whole.half(1)}
-    for wanted, length in [((0, 1), 4), ((0, 1), 4), ((0,), 1), ((1,), 4), ((0, 1), 2), ((0,), 4), ((0,), 4)]:
-        for i, item in list(enumerate(views[wanted]))[:length]:
+    views = {"whole": (whole, [0, 1]), "first": (whole.half(0), [0]), "second": (whole.half(1), [1])}
+    for name, length in passes:
+        view, wanted = views[name]
+        for i, item in list(enumerate(view))[:length]:
             kv, z = item()
             assert kv[:, 0, 0, 0, 0].tolist() == z[:, 0, 0, 0].tolist() == [row + 2 * i for row in wanted]
+            buffer = next(b.data_ptr() for b in room.buffers if b.data_ptr() <= kv.data_ptr() < b.data_ptr() + b.nbytes)
+            assert set(copies[buffer]) <= clock.done["compute"], "read before its copy is done"
+            reads.setdefault(buffer, []).append(clock.work())
+
+
+def test_two_layers_and_the_next_passs_first_one_come_ahead(clock: Clock) -> None:
+    began: list[int] = []
+    rows = torch.zeros(2, 4, 1, 2)
+    layers = [LayerSums(torch.zeros(2, 4, 1, 2, 2), rows, on_host=True) for _ in range(4)]
+    for i, layer in enumerate(layers):
+        layer.bring = lambda rows, into, i=i, plain=layer.bring: began.append(i) or plain(rows, into)  # type: ignore
+    sums = Sums(layers, room=memory._Room(layers[0].room(slice(None)), torch.device("cpu")))
+    seen = []
+    for _ in range(2):
+        for item in sums:
+            item()
+            seen.append(list(began))
+    assert seen[:4] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 0], [0, 1, 2, 3, 0, 1]]
+    assert seen[4] == [0, 1, 2, 3, 0, 1, 2]
 
 
 def test_fp8_halves_the_sums_and_costs_a_few_percent() -> None:

@@ -53,7 +53,9 @@ def test_the_peak_is_the_plans_and_below_the_budget(
     full: Networks, speed: str, guidance: float, room: float | None
 ) -> None:
     _, plan, peak = sample(full, room, speed=speed, guidance_scale=guidance)
-    print(f"{speed}: {plan.describe()}; counted {plan.peak / GIB:.2f}, measured {peak / GIB:.2f} GiB")
+    reserved = torch.cuda.max_memory_reserved()  # more by what lies in pieces: nobody has counted that yet
+    figures = f"counted {plan.peak / GIB:.2f}, allocated {peak / GIB:.2f}, reserved {reserved / GIB:.2f} GiB"
+    print(f"{speed}: {plan.describe()}; {figures}")
     if room is not None:
         assert peak < room * GIB
     assert peak == pytest.approx(plan.peak, rel=0.15)
