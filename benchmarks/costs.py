@@ -1,0 +1,348 @@
+"""What one window costs on a GPU, counted: `python -m benchmarks.costs`, half a minute without a GPU or weights.
+
+The released networks run on tensors without data, and every operator says how many operations it does and how many
+bytes it reads and writes, as torch runs it eagerly on CUDA in bfloat16 at 512 x 512: inputs and outputs once each, what
+is broadcast once, views for nothing; copies of what an operator wants contiguous, cuDNN's own of maps that are not
+channels-last, group norm's second reading; attention and the kernels of this project as one operator each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from memo_core import budget, kernels
+from memo_core.clips import WINDOW
+from memo_core.job import Settings
+
+SIZE, TERA, GIGA = 512, 1e12, 1e9
+CARDS = (8, 12, 16, 24)
+_aten = torch.ops.aten
+_KINDS = {
+    "linear": "matrix products", "mm": "matrix products", "bmm": "matrix products", "addmm": "matrix products",
+    "baddbmm": "matrix products", "matmul": "matrix products", "convolution": "convolutions", "conv2d": "convolutions",
+    "layer_norm": "norms", "native_layer_norm": "norms", "group_norm": "norms", "native_group_norm": "norms",
+    "cat": "copies", "clone": "copies", "repeat": "copies", "copy_": "copies", "_to_copy": "casts", "to": "casts",
+    "contiguous": "copies", "index": "copies", "upsample_nearest2d": "copies", "repeat_interleave": "copies",
+}  # fmt: skip
+
+
+class Costs(TorchDispatchMode):
+    """Inside it, adds up operations and bytes moved.
+
+    Attributes:
+        operations: floating-point, a multiplication and an addition being two.
+        bytes: by kind of operator.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.bytes = 0, defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        short = budget._SHORT.get(func) if args and isinstance(args[0], Tensor) else None
+        result = func(*args, **(kwargs or {})) if short is None else short(*args)
+        given = [x for x in _tensors((args, kwargs))]
+        made = [x for x in _tensors(result)]
+        if all(any(x.untyped_storage()._cdata == g.untyped_storage()._cdata for g in given) for x in made) and not (
+            func._schema.is_mutable
+        ):
+            return result  # views
+        name = func._schema.name.split("::")[1]
+        if name.startswith(("empty", "new_empty")):
+            return result
+        kind = _KINDS.get(name, "pointwise")
+        self.bytes[kind] += sum(map(moved, given)) + sum(map(moved, made))
+        if kind in ("norms", "matrix products") and not args[0].is_contiguous() and name != "group_norm":
+            self.bytes["copies"] += 2 * moved(args[0])
+        if "group_norm" in name:
+            if not args[0].is_contiguous():
+                self.bytes["copies"] += 2 * moved(args[0])
+            self.bytes[kind] += moved(args[0])
+        if kind == "convolutions":
+            if result.itemsize == 2 and not args[0].is_contiguous(memory_format=torch.channels_last):
+                self.bytes["cuDNN's layout changes"] += 2 * moved(args[0]) + 2 * moved(result)
+        count = flop_registry.get(func._overloadpacket)
+        if name == "linear":
+            self.operations += 2 * args[0].numel() * args[1].shape[0]
+        elif name == "conv2d":
+            self.operations += 2 * result.numel() * args[1][0].numel()
+        elif count is not None:
+            self.operations += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+    def kernel(self, kind: str, operations: int, *tensors: Any) -> None:
+        """One kernel that reads and writes these."""
+        self.operations += operations
+        self.bytes[kind] += sum(map(moved, _tensors(tensors)))
+
+
+def moved(tensor: Tensor) -> int:
+    """Bytes of a tensor's numbers, those that a broadcast repeats once."""
+    numbers = 1
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        numbers *= size if stride or size == 0 else 1
+    return numbers * tensor.itemsize
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+class _Attention(TorchFunctionMode):
+    """Attention as one kernel."""
+
+    def __init__(self, costs: Costs):
+        super().__init__()
+        self.costs = costs
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._C._nn.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = args[:3]
+        # As flash attention leaves it: one frame's tokens after the other, heads within.
+        batch, heads, tokens, _ = query.shape
+        out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        products = batch * heads * tokens * key.shape[2] * (query.shape[-1] + value.shape[-1])
+        self.costs.kernel("attention", 2 * products, query, key, value, out)
+        return out
+
+
+@contextmanager
+def counted() -> Iterator[Costs]:
+    """Counts what is done inside, on tensors without data."""
+    with torch.inference_mode(), Costs() as costs, _Attention(costs), ExitStack() as stack:
+        for name, make in _stand_ins(costs).items():
+            if hasattr(kernels, name):
+                stack.enter_context(mock.patch.object(kernels, name, make))
+        yield costs
+
+
+def _stand_ins(costs: Costs) -> dict[str, Callable[..., Any]]:
+    """The project's kernels, each as one that reads its inputs and writes its outputs."""
+
+    def memory_attention(query: Tensor, key: Tensor, value: Tensor, memory: Any, decay: float = 0.9) -> Tensor:
+        out, products = query.new_empty(query.shape), 2 * query.numel() * 2 * key.shape[1]
+        past = 0 if memory is None else 2 * query.numel() * query.shape[-1]
+        costs.kernel("memory kernels", products + past, query, key, value, memory, out)
+        return out
+
+    def memory_sums(key: Tensor, value: Tensor, decay: float = 0.9) -> tuple[Tensor, Tensor]:
+        shape = (key.shape[0], *key.shape[2:])
+        made = key.new_empty(*shape, shape[-1]), key.new_empty(shape)
+        costs.kernel("memory kernels", 2 * key.numel() * key.shape[-1], key, value, made)
+        return made
+
+    def update_memory(memory: Any, factor: float, key: Tensor, value: Tensor, decay: float = 0.9) -> Any:
+        costs.kernel("memory kernels", 2 * key.numel() * key.shape[-1], key, value, memory, memory)
+        return memory
+
+    def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5, **more: Any) -> Tensor:
+        out = x.new_empty(x.shape, dtype=shift.dtype)
+        costs.kernel("norms", 0, x, shift, scale, out)
+        return out
+
+    def fuses(x: Tensor) -> bool:
+        return True
+
+    def geglu(x: Tensor) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        costs.kernel("pointwise", 0, x, out)
+        return out
+
+    def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, shift=None, silu=False) -> Tensor:
+        out = torch.empty_like(x, dtype=weight.dtype, memory_format=torch.channels_last)
+        costs.kernel("norms", 0, x, x, out, () if shift is None else shift)
+        return out
+
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        out = x.new_empty(x.shape, dtype=weight.dtype)
+        costs.kernel("norms", 0, x, out)
+        return out
+
+    def add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype, modulated=False) -> Any:
+        total, out = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=y.dtype)
+        costs.kernel("norms", 0, x, y, total, out)
+        return total, out
+
+    return {name: value for name, value in locals().items() if inspect.isfunction(value)}
+
+
+# --- The parts --------------------------------------------------------------------------------------------------------
+
+
+def _parts_of(net: nn.Module) -> dict[str, str]:
+    """Kinds of the Diffusion Net's modules, by the names of their classes."""
+    return {
+        "SpatialTransformer": "spatial attention",
+        "AudioModule": "audio attention",
+        "MemoryModule": "memory modules",
+        "ResnetBlock": "residual blocks",
+    }
+
+
+def step(nets: Any, height: int, width: int) -> dict[str, dict[str, Any]]:
+    """A step with both rows of guidance: whole, and by part."""
+    net, size, dtype, batch = nets.diffusion_net, (height // 8, width // 8), torch.bfloat16, 2
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    face = numbers(batch, nets.image_proj.tokens, net.config.cross_attention_dim)
+    with counted():
+        past = nets.reference_net(numbers(batch * WINDOW, 4, *size), numbers(batch * WINDOW, *face.shape[1:]))
+        sums = [(kv, z) for kv, z in net.memory_sums(past, *size, WINDOW)]
+        given = net.prepare(
+            reference=[feature[:1][None] for feature in past],  # as the released rows go: two sets count alike
+            face_tokens=face,
+            audio_tokens=numbers(batch, WINDOW, nets.audio_proj.tokens, net.config.audio_attention_dim),
+            emotion=torch.empty(batch, dtype=torch.long, device="meta"),
+            frames=WINDOW,
+        )
+        shifts = net.time_shifts(torch.zeros(1, device="meta"), dtype)
+    carried = getattr(getattr(budget, "precision", None), "carried", lambda dtype: dtype)(dtype)
+    latents = numbers(1, 4, WINDOW, *size).to(carried)
+    if getattr(kernels, "fuses", None) is not None:
+        latents = latents.contiguous()
+    found: dict[str, dict[str, Any]] = {}
+    stack: list[tuple[str, int, dict[str, int]]] = []
+    kinds, handles = _parts_of(net), []
+    with counted() as costs:
+        for module in net.modules():
+            part = kinds.get(type(module).__name__)
+            if part is not None:
+
+                def before(*_: Any, part: str = part) -> None:
+                    stack.append((part, costs.operations, dict(costs.bytes)))
+
+                def after(*_: Any) -> None:
+                    part, operations, moved_before = stack.pop()
+                    row = found.setdefault(part, {"operations": 0, "bytes": defaultdict(int)})
+                    row["operations"] += costs.operations - operations
+                    for kind, count in costs.bytes.items():
+                        row["bytes"][kind] += count - moved_before.get(kind, 0)
+
+                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        net(latents, shifts, given, sums)
+    for handle in handles:
+        handle.remove()
+    whole = {"operations": costs.operations, "bytes": costs.bytes}
+    rest = {"operations": whole["operations"] - sum(row["operations"] for row in found.values())}
+    rest["bytes"] = {k: n - sum(row["bytes"].get(k, 0) for row in found.values()) for k, n in costs.bytes.items()}
+    return {"step": whole, **found, "resampling, in, out": rest}
+
+
+def window(height: int = SIZE, width: int = SIZE) -> dict[str, dict[str, Any]]:
+    """TFLOP and GB moved of every part of a window, by kind of operator."""
+    nets = budget.released()
+    size = (height // 8, width // 8)
+
+    def numbers(half: nn.Module, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=half.conv_in.weight.dtype, device="meta")
+
+    rows = step(nets, height, width)
+    face = torch.empty(2 * WINDOW, 4, nets.diffusion_net.config.cross_attention_dim, dtype=torch.bfloat16, device="meta")
+    with counted() as costs:
+        past = nets.reference_net(numbers(nets.reference_net, 2 * WINDOW, 4, *size), face)
+    rows["Reference Net on a past window"] = {"operations": costs.operations, "bytes": costs.bytes}
+    with counted() as costs:
+        for _ in nets.diffusion_net.memory_sums(past, *size, WINDOW):
+            pass
+    rows["memory sums of it"] = {"operations": costs.operations, "bytes": costs.bytes}
+    for name, half, run, shape in (
+        ("VAE decode, 16 frames", nets.vae.decoder, nets.vae.decode, (1, 4, *size)),
+        ("VAE encode, 16 frames", nets.vae.encoder, nets.vae.encode, (1, 3, height, width)),
+    ):
+        with counted() as costs:
+            run(numbers(half, *shape), return_dict=False)
+        times = {kind: WINDOW * count for kind, count in costs.bytes.items()}
+        rows[name] = {"operations": WINDOW * costs.operations, "bytes": times}
+    return {
+        name: {
+            "TFLOP": round(row["operations"] / TERA, 2),
+            "GB": round(sum(row["bytes"].values()) / GIGA, 1),
+            **{kind: round(count / GIGA, 1) for kind, count in sorted(row["bytes"].items()) if count > 5e7},
+        }
+        for name, row in rows.items()
+    }
+
+
+def plans() -> dict[str, dict[str, str]]:
+    """Peaks of `exact` and `balanced` by card, in GiB, and what waits on the host."""
+    nets, found = budget.released(), {}
+    for speed in ("exact", "balanced"):
+        settings, row = Settings(speed=speed), {}
+        for card in (*CARDS, None):
+            room = None if card is None else card * budget.GIB - budget.DRIVER
+            try:
+                plan = budget.plan(nets, SIZE, SIZE, settings, 10**12 if room is None else room)
+            except Exception as error:
+                row[str(card)] = str(error)
+                continue
+            host = f", {plan.on_host / budget.GIB:.1f} on the host" if plan.on_host else ""
+            row["no limit" if card is None else f"{card} GB"] = f"{plan.peak / budget.GIB:.1f}{host}"
+        found[speed] = row
+    return found
+
+
+def looks(windows: int = 40) -> dict[str, float]:
+    """Windows that the Reference Net looks at for each new one, on average after the first eight."""
+    from memo_core import MemoryState
+    from memo_core.memory import SumsCache
+
+    found, face = {}, torch.zeros(1, 512)
+    for dtype in (torch.float32, torch.bfloat16):
+        state, cache, looked, each = MemoryState.empty(), SumsCache(), [], []
+
+        def of_entry(entry: Any, into: Any = None, looked: list = looked) -> list[tuple[Tensor, Tensor]]:
+            looked.append(entry.digest)
+            return [next(into)[0] if into is not None else (torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1))]
+
+        for number in range(windows + 8):
+            latents = torch.randn(WINDOW, 4, 2, 2, generator=torch.Generator().manual_seed(number)).to(dtype)
+            state = state.push(latents, face, "model", "reference")
+            looked.clear()
+            cache.sums(state, "", of_entry)
+            each.append(len(looked))
+        found[str(dtype).removeprefix("torch.")] = sum(each[8:]) / windows
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.costs", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    args = parser.parse_args(arguments)
+    rows = window()
+    print(f"{'':<34}{'TFLOP':>8}{'GB':>8}")
+    for name, row in rows.items():
+        kinds = ", ".join(f"{kind} {count}" for kind, count in row.items() if kind not in ("TFLOP", "GB"))
+        print(f"{name:<34}{row['TFLOP']:>8}{row['GB']:>8}   {kinds}")
+    report = {"window": rows, "plans": plans(), "windows looked at for each new one": looks()}
+    for name in ("plans", "windows looked at for each new one"):
+        print(f"\n{name}: {json.dumps(report[name], indent=1)}")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
