@@ -29,7 +29,9 @@ from memo_core.clips import WINDOW
 from memo_core.job import Settings
 
 SIZE, TERA, GIGA = 512, 1e12, 1e9
+TIMED = "for a model of seconds, TFLOP"  # `Costs.work` and `Costs.transposed`: benchmarks.model reads them
 CARDS = (8, 12, 16, 24)
+HEADS = (32, 64, 96, 128, 192, 256)  # widths that flash attention is made for; others are filled up
 _aten = torch.ops.aten
 _KINDS = {
     "linear": "matrix products", "mm": "matrix products", "bmm": "matrix products", "addmm": "matrix products",
@@ -46,11 +48,15 @@ class Costs(TorchDispatchMode):
     Attributes:
         operations: floating-point, a multiplication and an addition being two.
         bytes: by kind of operator.
+        work: operations as they take time, by kind: float32 counts twice (TF32), attention in the head widths that
+            flash attention is made for.
+        transposed: bytes among all that are read in another order than they are written.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations, self.bytes = 0, defaultdict(int)
+        self.work, self.transposed = defaultdict(int), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         short = budget._SHORT.get(func) if args and isinstance(args[0], Tensor) else None
@@ -64,13 +70,20 @@ class Costs(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if name.startswith(("empty", "new_empty")):
             return result
-        kind = _KINDS.get(name, "pointwise")
+        kind, before = _KINDS.get(name, "pointwise"), self.operations
+        if (
+            kind in ("pointwise", "copies", "casts")
+            and len({_order(x) for x in (*given, *made) if _alike(x, made[0])}) > 1
+        ):
+            self.transposed += sum(map(moved, given)) + sum(map(moved, made))
         self.bytes[kind] += sum(map(moved, given)) + sum(map(moved, made))
         if kind in ("norms", "matrix products") and not args[0].is_contiguous() and name != "group_norm":
             self.bytes["copies"] += 2 * moved(args[0])
+            self.transposed += 2 * moved(args[0])
         if "group_norm" in name:
             if not args[0].is_contiguous():
                 self.bytes["copies"] += 2 * moved(args[0])
+                self.transposed += 2 * moved(args[0])
             self.bytes[kind] += moved(args[0])
         if kind == "convolutions":
             if result.itemsize == 2 and not args[0].is_contiguous(memory_format=torch.channels_last):
@@ -82,6 +95,8 @@ class Costs(TorchDispatchMode):
             self.operations += 2 * result.numel() * args[1][0].numel()
         elif count is not None:
             self.operations += count(*args, **(kwargs or {}), out_val=result)
+        if self.operations > before:
+            self.work[kind] += (self.operations - before) * (1 if result.itemsize == 2 else 2)
         return result
 
     def kernel(self, kind: str, operations: int, *tensors: Any) -> None:
@@ -96,6 +111,17 @@ def moved(tensor: Tensor) -> int:
     for size, stride in zip(tensor.shape, tensor.stride()):
         numbers *= size if stride or size == 0 else 1
     return numbers * tensor.itemsize
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    """Its axes, those that are there and not repeated, from the slowest to the fastest."""
+    axes = [axis for axis, size in enumerate(tensor.shape) if size > 1 and tensor.stride(axis)]
+    return tuple(sorted(axes, key=lambda axis: -tensor.stride(axis)))
+
+
+def _alike(tensor: Tensor, other: Tensor) -> bool:
+    """Whether both are of one rank and about as large."""
+    return tensor.dim() == other.dim() and 4 * moved(tensor) >= moved(other)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -125,6 +151,8 @@ class _Attention(TorchFunctionMode):
         out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
         products = batch * heads * tokens * key.shape[2] * (query.shape[-1] + value.shape[-1])
         self.costs.kernel("attention", 2 * products, query, key, value, out)
+        wide = next((width for width in HEADS if width >= query.shape[-1]), query.shape[-1]) / query.shape[-1]
+        self.costs.work["attention"] += int(2 * products * wide) * (1 if query.itemsize == 2 else 2)
         return out
 
 
@@ -246,10 +274,19 @@ def step(nets: Any, height: int, width: int) -> dict[str, dict[str, Any]]:
         net(latents, shifts, given, sums)
     for handle in handles:
         handle.remove()
-    whole = {"operations": costs.operations, "bytes": costs.bytes}
+    whole = _row(costs)
     rest = {"operations": whole["operations"] - sum(row["operations"] for row in found.values())}
     rest["bytes"] = {k: n - sum(row["bytes"].get(k, 0) for row in found.values()) for k, n in costs.bytes.items()}
     return {"step": whole, **found, "resampling, in, out": rest}
+
+
+def _row(costs: Costs, times: int = 1) -> dict[str, Any]:
+    work = {kind: round(times * count / TERA, 2) for kind, count in costs.work.items() if count}
+    return {
+        "operations": times * costs.operations,
+        "bytes": {kind: times * count for kind, count in costs.bytes.items()},
+        TIMED: {**work, "transposed, GB": round(times * costs.transposed / GIGA, 1)},
+    }
 
 
 def window(height: int = SIZE, width: int = SIZE) -> dict[str, dict[str, Any]]:
@@ -261,27 +298,29 @@ def window(height: int = SIZE, width: int = SIZE) -> dict[str, dict[str, Any]]:
         return torch.empty(shape, dtype=half.conv_in.weight.dtype, device="meta")
 
     rows = step(nets, height, width)
-    face = torch.empty(2 * WINDOW, 4, nets.diffusion_net.config.cross_attention_dim, dtype=torch.bfloat16, device="meta")
+    face = torch.empty(
+        2 * WINDOW, 4, nets.diffusion_net.config.cross_attention_dim, dtype=torch.bfloat16, device="meta"
+    )
     with counted() as costs:
         past = nets.reference_net(numbers(nets.reference_net, 2 * WINDOW, 4, *size), face)
-    rows["Reference Net on a past window"] = {"operations": costs.operations, "bytes": costs.bytes}
+    rows["Reference Net on a past window"] = _row(costs)
     with counted() as costs:
         for _ in nets.diffusion_net.memory_sums(past, *size, WINDOW):
             pass
-    rows["memory sums of it"] = {"operations": costs.operations, "bytes": costs.bytes}
+    rows["memory sums of it"] = _row(costs)
     for name, half, run, shape in (
         ("VAE decode, 16 frames", nets.vae.decoder, nets.vae.decode, (1, 4, *size)),
         ("VAE encode, 16 frames", nets.vae.encoder, nets.vae.encode, (1, 3, height, width)),
     ):
         with counted() as costs:
             run(numbers(half, *shape), return_dict=False)
-        times = {kind: WINDOW * count for kind, count in costs.bytes.items()}
-        rows[name] = {"operations": WINDOW * costs.operations, "bytes": times}
+        rows[name] = _row(costs, WINDOW)
     return {
         name: {
             "TFLOP": round(row["operations"] / TERA, 2),
             "GB": round(sum(row["bytes"].values()) / GIGA, 1),
             **{kind: round(count / GIGA, 1) for kind, count in sorted(row["bytes"].items()) if count > 5e7},
+            **({TIMED: row[TIMED]} if TIMED in row else {}),
         }
         for name, row in rows.items()
     }
@@ -335,7 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = window()
     print(f"{'':<34}{'TFLOP':>8}{'GB':>8}")
     for name, row in rows.items():
-        kinds = ", ".join(f"{kind} {count}" for kind, count in row.items() if kind not in ("TFLOP", "GB"))
+        kinds = ", ".join(f"{kind} {count}" for kind, count in row.items() if kind not in ("TFLOP", "GB", TIMED))
         print(f"{name:<34}{row['TFLOP']:>8}{row['GB']:>8}   {kinds}")
     report = {"window": rows, "plans": plans(), "windows looked at for each new one": looks()}
     for name in ("plans", "windows looked at for each new one"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cpu
-from benchmarks import gpu, measures, networks, released
+from benchmarks import costs, gpu, measures, model, networks, released
 from benchmarks.results import Results
 from benchmarks.timing import Parts
 from memo_core import MemoPipeline
@@ -229,3 +229,45 @@ def test_watching_changes_nothing() -> None:
     counts = parts.counts()
     assert counts["diffusion step"] == counts["reference net"] / 2 == 1  # the portrait, and what came before
     assert counts["memory inputs"] and counts["residual blocks"] and counts["vae decode"]
+
+
+def test_operators_cost_what_they_read_and_write() -> None:
+    def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    with costs.counted() as found:
+        torch.nn.functional.linear(numbers(4, 8), numbers(16, 8))
+        assert found.operations == 2 * 4 * 8 * 16 and found.bytes == {"matrix products": 2 * (32 + 128 + 64)}
+    with costs.counted() as found:
+        numbers(2, 3, 4).transpose(1, 2).unflatten(1, (2, 2)) + numbers(1, 1, 1, 1).expand(2, 2, 2, 3)
+        assert found.bytes == {"pointwise": 2 * (24 + 1 + 24)} and not found.transposed
+    with costs.counted() as found:
+        numbers(2, 4, 4) + numbers(2, 4, 4).transpose(1, 2)
+        assert found.transposed == found.bytes["pointwise"] == 3 * 2 * 32
+    maps, weight = numbers(1, 4, 8, 8), numbers(4, 4, 1, 1)
+    with costs.counted() as found:
+        torch.nn.functional.conv2d(maps, weight)
+        assert found.bytes["cuDNN's layout changes"] == 4 * maps.nbytes
+    with costs.counted() as found:
+        torch.nn.functional.conv2d(maps.to(memory_format=torch.channels_last), weight)
+        assert "cuDNN's layout changes" not in found.bytes
+    heads = numbers(1, 8, 64, 40)
+    with costs.counted() as found:
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+    assert found.operations == 4 * 8 * 64 * 64 * 40 and found.bytes == {"attention": 4 * heads.nbytes}
+    assert found.work["attention"] == 4 * 8 * 64 * 64 * 64  # as wide as flash attention makes it
+
+
+def test_a_model_of_seconds_takes_the_longer_of_operations_and_bytes() -> None:
+    rates = model.Rates(products=100, convolutions=100, attention=50, bandwidth=1)
+    work = {"matrix products": 10.0, "attention": 1.0, "transposed, GB": 35.0}
+    row = {"TFLOP": 11.0, "GB": 250.0, "matrix products": 50.0, "attention": 100.0, "copies": 100.0, costs.TIMED: work}
+    found = model.seconds(row, rates)
+    assert found == pytest.approx(
+        {"matrix products": 0.1, "attention": 0.1, "copies": 0.1, "read in another order": 0.065}
+    )
+    names = ["step", "Reference Net on a past window", "memory sums of it"]
+    names += ["VAE decode, 16 frames", "VAE encode, 16 frames"]
+    report = {"window": dict.fromkeys(names, row), "windows looked at for each new one": {"bfloat16": 1.5}}
+    assert model.frame(report, rates, "exact", 1.5) == pytest.approx((20 + 2 * 1.5 + 2) * 0.365 / 16)
+    assert "| a | b |" in model.table({"a": report, "b": report})
