@@ -335,6 +335,84 @@ def test_only_what_is_on_cuda_goes_to_triton(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(kernels.memory_attention(*window, memory), wanted)
 
 
+# --- Between the products ---------------------------------------------------------------------------------------------
+
+# rows, channels, height, width, groups, rows of the shift (0: none): a group of one channel; odd sizes; many pixels
+MAPS = [(2, 8, 3, 5, 8, 0), (4, 10, 7, 6, 2, 2), (2, 24, 13, 14, 4, 1), (3, 20, 1, 1, 5, 3)]
+maps = pytest.mark.parametrize("size", MAPS, ids=name)
+carried = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def map_inputs(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, int, Tensor, Tensor, Tensor]:
+    """Maps in float32 far from zero, groups, weight, bias and shift in `dtype`."""
+    rows, channels, height, width, groups, shifts = size
+    x, weight, bias, shift = draw((rows, channels, height, width), (channels,), (channels,), (max(1, shifts), channels))
+    weight, bias, shift = (part.to(dtype) for part in (weight, bias, shift))
+    return 3 * x + 20, groups, weight, bias, shift if shifts else None
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels-first", "channels-last"])
+@pytest.mark.parametrize("silu", [False, True], ids=["", "silu"])
+@carried
+@maps
+def test_group_norm(size: tuple[int, ...], dtype: torch.dtype, silu: bool, last: bool) -> None:
+    x, groups, weight, bias, shift = map_inputs(size, dtype)
+    x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    out = triton.group_norm(x, groups, weight, bias, 1e-5, shift, silu)
+    assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+    exact_shift = None if shift is None else shift.double()
+    wanted = naive.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-5, exact_shift, silu)
+    assert_close([out], [wanted], 10 * TOLERANCE[dtype] if dtype == torch.float32 else TOLERANCE[dtype])
+
+
+@carried
+@norms
+def test_layer_norm_and_the_residual_sum_before_it(norm: tuple[int, ...], dtype: torch.dtype) -> None:
+    """x and the sum in float32, what is added and the norm in `dtype`."""
+    x, shift, scale = norm_inputs(norm)
+    y = draw(x.shape, dtype=dtype, seed=1)[0]
+    shift, scale = shift.to(dtype), scale.to(dtype)
+    out = triton.layer_norm(x, scale[0], shift[0])
+    assert out.dtype == dtype
+    assert_close([out], [naive.layer_norm(x.double(), scale[0].double(), shift[0].double())], TOLERANCE[dtype])
+    for modulated in (True, False):
+        if not modulated:
+            shift, scale = shift[:1], scale[:1]
+        total, normed = triton.add_norm(x, y, shift, scale, 1e-5, torch.float32, modulated)
+        assert (total.dtype, normed.dtype) == (torch.float32, dtype)
+        given = [part.double() for part in (x, y, shift, scale)]
+        wanted = naive.add_norm(*given, 1e-5, torch.float64, modulated)
+        assert_close([total], [wanted[0]], 2e-6)
+        assert_close([normed], [wanted[1]], TOLERANCE[dtype])
+
+
+@carried
+def test_gates_and_sums(dtype: torch.dtype) -> None:
+    (x,) = draw((3, 5, 2 * 37), dtype=dtype)
+    assert_close([triton.geglu(x)], [naive.geglu(x.double())], TOLERANCE[dtype])
+    x, y = draw((2, 6, 5, 3), (2, 6, 5, 3))
+    for one, other in ((x, y), (x.to(memory_format=torch.channels_last), y.to(dtype))):
+        out = triton.add(one, other, dtype)
+        assert out.dtype == dtype and out.stride() == one.stride()
+        assert_close([out], [one.double() + other.double()], TOLERANCE[dtype])
+
+
+def test_their_gradients() -> None:
+    x, groups, weight, bias, shift = map_inputs((4, 10, 7, 6, 2, 2), torch.float32)
+    tokens, scale, offset, other, pairs = draw((2, 5, 12), (2, 12), (2, 12), (2, 5, 12), (3, 5, 14))
+    for run, given in (
+        (lambda k, x, w, b, s: k.group_norm(x, groups, w, b, 1e-5, s, True), [x, weight, bias, shift]),
+        (lambda k, x, w, b: k.layer_norm(x, w, b, 1e-5), [tokens, scale[0], offset[0]]),
+        (lambda k, x, y, b, w: sum(k.add_norm(x, y, b, w, 1e-5, x.dtype, True)), [tokens, other, offset, scale]),
+        (lambda k, x: k.geglu(x), [pairs]),
+        (lambda k, x, y: k.add(x, y, x.dtype), [tokens, other]),
+    ):
+        upstream = draw(run(naive, *given).shape, seed=1)
+        wanted = gradients(lambda *g, run=run: run(naive, *g), exact(*given), exact(*upstream))
+        mine = gradients(lambda *g, run=run: run(triton, *g), given, upstream)
+        assert_close(mine, wanted, 2e-5)
+
+
 class OnCuda(Tensor):
     """Numbers on the CPU that say they are on a GPU."""
 

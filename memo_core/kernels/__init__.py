@@ -16,7 +16,19 @@ from .. import devices
 from . import fused
 from .naive import DECAY
 
-__all__ = ["DECAY", "memory_attention", "memory_sums", "modulated_norm", "update_memory"]
+__all__ = [
+    "DECAY",
+    "add",
+    "add_norm",
+    "fuses",
+    "geglu",
+    "group_norm",
+    "layer_norm",
+    "memory_attention",
+    "memory_sums",
+    "modulated_norm",
+    "update_memory",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -86,3 +98,44 @@ def update_memory(
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
     """As `naive.modulated_norm`."""
     return _kernels(x).modulated_norm(x, shift, scale, eps)
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether what follows runs as kernels of its own for x: without gradients, uncompiled, where Triton runs.
+    Elsewhere torch's own operators do it, and the compiler fuses better by itself."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and _kernels(x) is not fused
+
+
+def geglu(x: Tensor) -> Tensor:
+    """As `naive.geglu`."""
+    return _kernels(x).geglu(x)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """As `naive.layer_norm`."""
+    return _kernels(x).layer_norm(x, weight, bias, eps)
+
+
+def add_norm(
+    x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, modulated: bool
+) -> tuple[Tensor, Tensor]:
+    """As `naive.add_norm`."""
+    return _kernels(x).add_norm(x, y, shift, scale, eps, dtype, modulated)
+
+
+def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `naive.add`."""
+    return _kernels(x).add(x, y, dtype)
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    shift: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """As `naive.group_norm`; channels-last in memory where `fuses`."""
+    return _kernels(x).group_norm(x, groups, weight, bias, eps, shift, silu)

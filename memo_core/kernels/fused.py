@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .naive import DECAY, MIN_NORMALISER
+from .naive import DECAY, MIN_NORMALISER, add, add_norm, geglu, group_norm, layer_norm
+
+__all__ = ["add", "add_norm", "geglu", "group_norm", "layer_norm"]  # nothing to gain with torch's operators
 
 
 def _by_location(x: Tensor) -> Tensor:

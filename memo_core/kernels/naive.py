@@ -90,3 +90,61 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -
     """
     shift, scale = (part.repeat_interleave(x.shape[0] // part.shape[0], dim=0)[:, None] for part in (shift, scale))
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def geglu(x: Tensor) -> Tensor:
+    """Gated linear unit with GELU: [..., 2 C] -> [..., C], the first half times the GELU of the second."""
+    x, gate = x.chunk(2, dim=-1)
+    return x * F.gelu(gate)
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    shift: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """Group norm of maps, after a shift of each channel and before SiLU, if they are asked for.
+
+    Args:
+        x: [R, C, h, w], in the number format of the weights or a finer one.
+        weight, bias: [C].
+        shift: [S, C], S a divisor of R; row r of x takes row r // (R // S).
+
+    Returns:
+        [R, C, h, w] in the number format of the weights.
+    """
+    x = x.to(torch.promote_types(x.dtype, weight.dtype))
+    if shift is not None:
+        x = x + shift.repeat_interleave(len(x) // len(shift), dim=0)[:, :, None, None].to(x.dtype)
+    out = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    return (F.silu(out) if silu else out).to(weight.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Layer norm of [..., C] over C, in the number format of the weights [C]; x may have a finer one."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps).to(weight.dtype)
+
+
+def add_norm(
+    x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, modulated: bool
+) -> tuple[Tensor, Tensor]:
+    """A residual sum and its norm: x + y in `dtype`, and of that `modulated_norm(..., shift, scale)`, or with
+    `modulated` False the layer norm of weight scale[0] and bias shift[0], in the number format of y.
+
+    Args:
+        x, y: [R, N, C].
+    """
+    total = x.to(dtype) + y.to(dtype)
+    if modulated:
+        return total, modulated_norm(total, shift.to(dtype), scale.to(dtype), eps).to(y.dtype)
+    return total, layer_norm(total, scale[0].to(dtype), shift[0].to(dtype), eps).to(y.dtype)
+
+
+def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x + y in `dtype`, rounded once."""
+    return (x.float() + y.float()).to(dtype)

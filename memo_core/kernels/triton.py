@@ -298,8 +298,9 @@ def _sums_backward_kernel(
 @_tune(_rows)
 @triton.jit
 def _norm_kernel(
-    x, shift, scale, out, eps, N, rows,
-    x_r, x_n, shift_s, scale_s, x_c: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, shift, scale, total, out, eps, N, rows, x_r, x_n, y_r, y_n, shift_s, scale_s,
+    x_c: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, ADD: tl.constexpr, MODULATED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     s, columns = tl.program_id(1).to(tl.int64), tl.arange(0, CP)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of those that share a shift and a scale
@@ -307,12 +308,18 @@ def _norm_kernel(
     row = s * rows + row
     at = x + (row // N)[:, None] * x_r + (row % N)[:, None] * x_n + columns[None, :] * x_c
     centred = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    out_at = row[:, None] * C + columns[None, :]
+    if ADD:
+        at = y + (row // N)[:, None] * y_r + (row % N)[:, None] * y_n + columns[None, :]
+        centred += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total + out_at, centred.to(total.dtype.element_ty), mask=inside)
     centred = tl.where(inside, centred - tl.sum(centred, axis=1, keep_dims=True) / C, 0.0)
     normed = centred / tl.sqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / C + eps)
-    weight = 1 + tl.load(scale + s * scale_s + columns, mask=columns < C, other=0.0).to(tl.float32)
+    weight = tl.load(scale + s * scale_s + columns, mask=columns < C, other=0.0).to(tl.float32)
+    if MODULATED:
+        weight += 1
     bias = tl.load(shift + s * shift_s + columns, mask=columns < C, other=0.0).to(tl.float32)
-    out_at = out + row[:, None] * C + columns[None, :]
-    tl.store(out_at, (normed * weight[None, :] + bias[None, :]).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + out_at, (normed * weight[None, :] + bias[None, :]).to(out.dtype.element_ty), mask=inside)
 
 
 @_tune(_rows)
@@ -498,22 +505,27 @@ def _(kv, z, factor, key, value, decay):
     return None
 
 
-@_operator("modulated_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor")
-def _norm(x, shift, scale, eps):
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _launch_norm(x, y, shift, scale, total, out, eps, modulated):
     samples, rows, width = shift.shape[0], x.shape[0] // shift.shape[0] * x.shape[1], x.shape[2]
     with torch.cuda.device_of(x):
         _norm_kernel[lambda given: (triton.cdiv(rows, given["BLOCK"]), samples)](
-            x, shift, scale, out, eps, x.shape[1], rows,
-            x_r=x.stride(0), x_n=x.stride(1), shift_s=shift.stride(0), scale_s=scale.stride(0), x_c=x.stride(2),
-            C=width, CP=triton.next_power_of_2(width),
+            x, x if y is None else y, shift, scale, out if total is None else total, out, eps, x.shape[1], rows,
+            x_r=x.stride(0), x_n=x.stride(1), y_r=0 if y is None else y.stride(0), y_n=0 if y is None else y.stride(1),
+            shift_s=shift.stride(0), scale_s=scale.stride(0), x_c=x.stride(2),
+            C=width, CP=triton.next_power_of_2(width), ADD=y is not None, MODULATED=modulated,
         )  # fmt: skip
+
+
+@_operator("modulated_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor")
+def _norm(x, shift, scale, eps):
+    out = torch.empty(x.shape, dtype=shift.dtype, device=x.device)
+    _launch_norm(x, None, shift, scale, None, out, eps, True)
     return out
 
 
 @_norm.register_fake
 def _(x, shift, scale, eps):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=shift.dtype, device=x.device)
 
 
 @_operator(
@@ -551,13 +563,287 @@ def _norm_gradients(ctx, grad):
 _norm.register_autograd(_norm_gradients, setup_context=_save_norm)
 
 
+def _differentiable(operator: Any, stated: Callable[..., Any]) -> None:
+    """Gives an operator the gradients of what it states, computed from its inputs once more: memory and time as torch
+    takes without it."""
+
+    def keep(ctx, inputs, output):
+        ctx.given = inputs
+
+    def gradients(ctx, *upstream):
+        with torch.enable_grad():
+            given = [
+                x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in ctx.given
+            ]
+            made = stated(*given)
+            made = made if isinstance(made, tuple) else (made,)
+            pairs = [(part, grad) for part, grad in zip(made, upstream) if grad is not None]
+            wanted = [x for x in given if isinstance(x, Tensor)]
+            found = torch.autograd.grad([p for p, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+        found = iter(found)
+        return tuple(next(found) if isinstance(x, Tensor) else None for x in given)
+
+    operator.register_autograd(gradients, setup_context=keep)
+
+
+# --- What a step does between its products: norms, gates, sums -------------------------------------------------------
+
+
+@_operator("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor")
+def _layer_norm(x, weight, bias, eps):
+    out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    _launch_norm(x, None, bias[None], weight[None], None, out, eps, False)
+    return out
+
+
+@_layer_norm.register_fake
+def _(x, weight, bias, eps):
+    return torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+
+
+_differentiable(_layer_norm, naive.layer_norm)
+
+
+@_operator(
+    "add_norm(Tensor x, Tensor y, Tensor shift, Tensor scale, float eps, ScalarType dtype, bool modulated)"
+    " -> (Tensor, Tensor)"
+)
+def _add_norm(x, y, shift, scale, eps, dtype, modulated):
+    total, out = _empty_sum_and_norm(x, y, shift, scale, eps, dtype, modulated)
+    _launch_norm(x, y, shift, scale, total, out, eps, modulated)
+    return total, out
+
+
+@_add_norm.register_fake
+def _empty_sum_and_norm(x, y, shift, scale, eps, dtype, modulated):
+    return tuple(torch.empty(x.shape, dtype=kind, device=x.device) for kind in (dtype, y.dtype))
+
+
+_differentiable(_add_norm, naive.add_norm)
+
+
+def _flat(_: dict[str, Any]) -> list[tuple[int, int]]:
+    """(BLOCK, warps) of what treats every number by itself."""
+    return [(1024, 4), (2048, 8), (512, 4)]
+
+
+@_tune(_flat)
+@triton.jit
+def _geglu_kernel(x, out, total, C: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    source = x + (at // C) * (2 * C) + at % C
+    value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(source + C, mask=inside, other=0.0).to(tl.float32)
+    gelu = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+    tl.store(out + at, (value * gelu).to(out.dtype.element_ty), mask=inside)
+
+
+@_operator("geglu(Tensor x) -> Tensor")
+def _geglu(x):
+    out = _empty_geglu(x)
+    with torch.cuda.device_of(x):
+        _geglu_kernel[lambda given: (triton.cdiv(out.numel(), given["BLOCK"]),)](
+            x.contiguous(), out, out.numel(), C=out.shape[-1]
+        )
+    return out
+
+
+@_geglu.register_fake
+def _empty_geglu(x):
+    return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+
+
+_differentiable(_geglu, naive.geglu)
+
+
+@_tune(_flat)
+@triton.jit
+def _add_kernel(x, y, out, total, C: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(y + at, mask=inside, other=0.0).to(
+        tl.float32
+    )
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@_operator("add(Tensor x, Tensor y, ScalarType dtype) -> Tensor")
+def _add(x, y, dtype):
+    out = torch.empty_like(x, dtype=dtype)
+    y = y if y.stride() == out.stride() else torch.empty_like(out, dtype=y.dtype).copy_(y)
+    x = x if x.stride() == out.stride() else torch.empty_like(out, dtype=x.dtype).copy_(x)
+    with torch.cuda.device_of(x):
+        _add_kernel[lambda given: (triton.cdiv(out.numel(), given["BLOCK"]),)](x, y, out, out.numel(), C=1)
+    return out
+
+
+@_add.register_fake
+def _(x, y, dtype):
+    return torch.empty_like(x, dtype=dtype)
+
+
+_differentiable(_add, naive.add)
+
+_PIXELS = 128  # of a map, whose statistics one program takes; the programs' are joined in a fixed order
+
+
+def _pixels(given: dict[str, Any]) -> list[tuple[int, int]]:
+    """(BLOCK, warps) of the group norm's passes: pixels at once, all channels of each."""
+    warps = min(max(given["CP"] // 128, 1), 8)
+    block = max(1, min(16, 8192 // given["CP"]))
+    return list(dict.fromkeys([(block, warps), (max(1, block // 2), warps), (block, min(2 * warps, 16))]))
+
+
+@_tune(_pixels)
+@triton.jit
+def _group_statistics_kernel(
+    x, shift, mean, spread, pixels, each, x_r, x_p, x_c, shift_s,
+    C: tl.constexpr, CP: tl.constexpr, CHUNK: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of each channel over CHUNK pixels: their mean, and the sum of squared differences from it (Chan et al. 1979)."""
+    r, columns = tl.program_id(1).to(tl.int64), tl.arange(0, CP)
+    first = tl.program_id(0) * CHUNK
+    channel = columns < C
+    count, average, squares = 0.0, tl.zeros([CP], tl.float32), tl.zeros([CP], tl.float32)
+    for start in range(0, CHUNK, BLOCK):
+        pixel = first + start + tl.arange(0, BLOCK)
+        inside = (pixel[:, None] < pixels) & channel[None, :]
+        at = x + r * x_r + pixel.to(tl.int64)[:, None] * x_p + columns[None, :] * x_c
+        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        more = tl.minimum(tl.maximum(pixels - first - start, 0), BLOCK).to(tl.float32)
+        here = tl.sum(value, axis=0) / tl.maximum(more, 1.0)
+        off = tl.where(inside, value - here[None, :], 0.0)
+        together = tl.maximum(count + more, 1.0)
+        squares += tl.sum(off * off, axis=0) + (here - average) * (here - average) * (count * more / together)
+        average += (here - average) * (more / together)
+        count += more
+    if SHIFTED:
+        average += tl.load(shift + (r // each) * shift_s + columns, mask=channel, other=0.0).to(tl.float32)
+    at = (r * tl.num_programs(0) + tl.program_id(0)) * C + columns
+    tl.store(mean + at, average, mask=channel)
+    tl.store(spread + at, squares, mask=channel)
+
+
+@triton.jit
+def _join_statistics_kernel(
+    mean, spread, found, pixels, chunks, eps,
+    C: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / deviation of each group, of what the programs found of its channels."""
+    r, g = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    columns = tl.arange(0, DP)
+    count, average, squares = 0.0, 0.0, 0.0
+    for start in range(0, chunks, BLOCK):
+        chunk = start + tl.arange(0, BLOCK)
+        inside = (chunk[:, None] < chunks) & (columns[None, :] < D)
+        at = (r * chunks + chunk)[:, None] * C + g * D + columns[None, :]
+        weight = tl.minimum(tl.maximum(pixels - chunk * CHUNK, 0), CHUNK).to(tl.float32)[:, None]
+        weight = tl.where(inside, weight, 0.0)
+        value = tl.load(mean + at, mask=inside, other=0.0)
+        more = tl.sum(tl.sum(weight, axis=1), axis=0)
+        here = tl.sum(tl.sum(value * weight, axis=1), axis=0) / tl.maximum(more, 1.0)
+        off = value - here
+        within = tl.sum(tl.sum(tl.load(spread + at, mask=inside, other=0.0) + off * off * weight, axis=1), axis=0)
+        together = tl.maximum(count + more, 1.0)
+        squares += within + (here - average) * (here - average) * (count * more / together)
+        average += (here - average) * (more / together)
+        count += more
+    tl.store(found + (r * G + g) * 2, average)
+    tl.store(found + (r * G + g) * 2 + 1, 1 / tl.sqrt(squares / count + eps))
+
+
+@_tune(_pixels)
+@triton.jit
+def _group_norm_kernel(
+    x, shift, weight, bias, found, out, pixels, each, x_r, x_p, x_c, shift_s,
+    C: tl.constexpr, CP: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    SHIFTED: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    r, columns = tl.program_id(1).to(tl.int64), tl.arange(0, CP)
+    channel = columns < C
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (pixel[:, None] < pixels) & channel[None, :]
+    at = x + r * x_r + pixel.to(tl.int64)[:, None] * x_p + columns[None, :] * x_c
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    of_group = found + (r * G + columns // D) * 2
+    average = tl.load(of_group, mask=channel, other=0.0)
+    factor = tl.load(of_group + 1, mask=channel, other=0.0)
+    factor *= tl.load(weight + columns, mask=channel, other=0.0).to(tl.float32)
+    if SHIFTED:
+        average -= tl.load(shift + (r // each) * shift_s + columns, mask=channel, other=0.0).to(tl.float32)
+    value = (value - average[None, :]) * factor[None, :]
+    value += tl.load(bias + columns, mask=channel, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        value = value / (1 + tl.exp(-value))
+    at = out + (r * pixels + pixel)[:, None] * C + columns[None, :]
+    tl.store(at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@_operator(
+    "group_norm(Tensor x, int groups, Tensor weight, Tensor bias, float eps, Tensor? shift, bool silu) -> Tensor"
+)
+def _group_norm(x, groups, weight, bias, eps, shift, silu):
+    rows, width, height, breadth = x.shape
+    if x.stride(2) != breadth * x.stride(3):  # pixels one after the other, whatever their distance
+        x = x.contiguous(memory_format=torch.channels_last)
+    pixels, chunks = height * breadth, triton.cdiv(height * breadth, _PIXELS)
+    out = _empty_maps(x, groups, weight, bias, eps, shift, silu)
+    mean, spread = torch.empty((2, rows, chunks, width), dtype=torch.float32, device=x.device)
+    found = torch.empty((rows, groups, 2), dtype=torch.float32, device=x.device)
+    given, each = (weight, 1) if shift is None else (shift, rows // shift.shape[0])
+    where = {"x_r": x.stride(0), "x_p": x.stride(3), "x_c": x.stride(1), "shift_s": given.stride(0)}
+    sizes = {"C": width, "CP": triton.next_power_of_2(width), "SHIFTED": shift is not None}
+    group = {"G": groups, "D": width // groups}
+    with torch.cuda.device_of(x):
+        _group_statistics_kernel[(chunks, rows)](x, given, mean, spread, pixels, each, **where, **sizes, CHUNK=_PIXELS)
+        _join_statistics_kernel[(groups, rows)](
+            mean, spread, found, pixels, chunks, eps, C=width, **group,
+            DP=triton.next_power_of_2(width // groups), CHUNK=_PIXELS, BLOCK=32,
+        )  # fmt: skip
+        _group_norm_kernel[lambda chosen: (triton.cdiv(pixels, chosen["BLOCK"]), rows)](
+            x, given, weight, bias, found, out, pixels, each, **where, **sizes, **group, SILU=silu
+        )
+    return out
+
+
+@_group_norm.register_fake
+def _empty_maps(x, groups, weight, bias, eps, shift, silu):
+    rows, width, height, breadth = x.shape
+    out = torch.empty((rows, height, breadth, width), dtype=weight.dtype, device=x.device)
+    return out.permute(0, 3, 1, 2)
+
+
+_differentiable(_group_norm, naive.group_norm)
+
+
 def check(device: torch.device | int) -> None:
     """Compiles and runs the smallest kernels, untuned, on a device; raises whatever stands in the way."""
     x = torch.arange(16.0, device=device)
     out = torch.zeros_like(x)
     with torch.cuda.device_of(x):
         _norm_kernel.fn[1, 1](
-            x, x, x, out, 1e-5, 1, 1, x_r=16, x_n=16, shift_s=16, scale_s=16, x_c=1, C=16, CP=16, BLOCK=1
+            x,
+            x,
+            x,
+            x,
+            out,
+            out,
+            1e-5,
+            1,
+            1,
+            x_r=16,
+            x_n=16,
+            y_r=0,
+            y_n=0,
+            shift_s=16,
+            scale_s=16,
+            x_c=1,
+            C=16,
+            CP=16,
+            ADD=False,
+            MODULATED=True,
+            BLOCK=1,
         )
     wanted = torch.nn.functional.layer_norm(x, (16,)) * (1 + x) + x
     if not torch.allclose(out, wanted, atol=1e-3):
@@ -621,5 +907,44 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -
     if x.shape[0] % shift.shape[0] or shift.shape != scale.shape or shift.shape[1:] != x.shape[2:]:
         shapes = [tuple(part.shape) for part in (x, shift, scale)]
         raise ValueError(f"x, shift and scale are {shapes}; wanted [R, N, C] and twice [a divisor of R, C]")
-    shift, scale = (part if part.stride(1) == 1 else part.contiguous() for part in (shift, scale))
-    return _norm(x, shift, scale, eps)
+    return _norm(x, *_dense(shift, scale), eps)
+
+
+def _dense(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Tensors whose last axis is contiguous."""
+    return tuple(part if part.stride(-1) == 1 else part.contiguous() for part in parts)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """As `naive.layer_norm`, of [R, N, C]."""
+    return _layer_norm(x, weight, bias, eps)
+
+
+def add_norm(
+    x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, modulated: bool
+) -> tuple[Tensor, Tensor]:
+    """As `naive.add_norm`."""
+    return _add_norm(x, *_dense(y, shift, scale), eps, dtype, modulated)
+
+
+def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `naive.add`; the sum lies in memory as x does."""
+    return _add(x, y, dtype)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """As `naive.geglu`."""
+    return _geglu(x)
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    shift: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """As `naive.group_norm`; what comes back is channels-last in memory."""
+    return _group_norm(x, groups, weight, bias, eps, None if shift is None else _dense(shift)[0], silu)

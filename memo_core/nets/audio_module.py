@@ -13,11 +13,15 @@ from .layers import (
     QUERY_KEY_VALUE,
     Attention,
     FeedForward,
+    add_layer_normed,
+    added,
     attend,
     fuse,
+    group_normed,
     join_heads,
     narrowed,
     project,
+    residual,
     split_heads,
     to_maps,
     to_tokens,
@@ -57,9 +61,17 @@ class EmotionAdaNorm(nn.Module):
         return self.adaLN_modulation[1](F.silu(embedding)).chunk(2, dim=-1)
 
     def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
-        """x [B * F, N, C]."""
-        x = narrowed(x, self.class_embedder.embedding_table)
-        return kernels.modulated_norm(x, *modulation)
+        """x [B * F, N, C], in the format of the modulation or a finer one."""
+        if kernels.fuses(x):
+            return kernels.modulated_norm(x, *modulation)
+        return kernels.modulated_norm(narrowed(x, self.class_embedder.embedding_table), *modulation)
+
+    def after_sum(self, x: Tensor, y: Tensor, modulation: Modulation, carried: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The residual sum x + y, carried in that format, and its norm."""
+        if kernels.fuses(x):
+            return kernels.add_norm(x, y, *modulation, 1e-5, carried, True)
+        x = x + y
+        return x, self(x, modulation)
 
 
 class Feeling(NamedTuple):
@@ -145,11 +157,13 @@ class _JointBlock(nn.Module):
         normed = self.audio_norm2(audio, feeling.audio_norm2)
         return Heard(entering, audio, *self.attn2.of_audio(normed))
 
-    def forward(self, x: Tensor, heard: Heard, feeling: Feeling) -> tuple[Tensor, Tensor | None]:
-        x = x + self.attn1(self.norm1(x, feeling.norm1))
-        joint, joint_audio = self.attn2(self.norm2(x, feeling.norm2), heard)
-        x = x + joint
-        x = x + self.ff(self.norm3(narrowed(x, self.norm3)))
+    def forward(self, x: Tensor, heard: Heard, feeling: Feeling, carried: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """x [B * F, N, C] in the layers' format, as what comes back is; between them hidden states are `carried`."""
+        attention = self.attn1(self.norm1(x, feeling.norm1))
+        x, normed = self.norm2.after_sum(widened(x, carried, self.norm3), attention, feeling.norm2, carried)
+        joint, joint_audio = self.attn2(normed, heard)
+        x, normed = add_layer_normed(self.norm3, x, joint, carried)
+        x = added(x, self.ff(normed), self.norm3)
         if joint_audio is None:
             return x, None
         audio = heard.audio + joint_audio
@@ -196,7 +210,7 @@ class AudioModule(nn.Module):
             Frames and audio tokens, each with the module's contribution added.
         """
         heard = audio if isinstance(audio, Heard) else self.listen(audio, feeling)
-        hidden = to_tokens(self.proj_in(self.norm(narrowed(x, self.norm))))
-        hidden, out_audio = self.transformer_blocks[0](widened(hidden, x, self.norm), heard, feeling)
-        x = x + self.proj_out(to_maps(narrowed(hidden, self.norm), *x.shape[2:]))
+        hidden = to_tokens(self.proj_in(group_normed(self.norm, x)))
+        hidden, out_audio = self.transformer_blocks[0](hidden, heard, feeling, x.dtype)
+        x = residual(x, self.proj_out(to_maps(hidden, *x.shape[2:])), self.norm)
         return x, None if out_audio is None else heard.entering + out_audio

@@ -10,10 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
 from ..speed import StepCache
 from .audio_module import AudioModule, Feeling, Heard
 from .config import NetConfig
-from .layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, in_full, narrowed, widened
+from .layers import (
+    Downsample,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    as_laid_out,
+    fused,
+    in_full,
+    narrowed,
+    widened,
+)
 from .memory_module import LazyMemory, Memory, MemoryModule
 from .reference_net import down_widths, up_widths
 from .spatial import SpatialConditions, SpatialTransformer
@@ -132,7 +143,7 @@ class WindowConditions(NamedTuple):
 
 def _of_every_row(x: Tensor, rows: int) -> Tensor:
     """Rows that were computed once, because they do not differ yet, for all: [R, C, h, w] -> [rows, C, h, w]."""
-    return x if len(x) == rows else x.repeat(rows // len(x), 1, 1, 1)
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))  # in memory as x is
 
 
 class DiffusionNet(nn.Module):
@@ -340,7 +351,7 @@ class DiffusionNet(nn.Module):
                 mine = [] if sums is None else [next(sums) for _ in range(module.num_memory_layers)]
             return block.layer(i, x, audio, next(shift), next(layers), mine, frames, carried)
 
-        x = in_full(self.conv_in, latents.transpose(1, 2).flatten(0, 1))
+        x = in_full(self.conv_in, as_laid_out(latents.transpose(1, 2).flatten(0, 1)))
         skips = [narrowed(x, norm)]  # nothing is added to them
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
@@ -368,8 +379,14 @@ class DiffusionNet(nn.Module):
 
     def _through(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """What a resampling layer makes of x, carried on as x is."""
-        return widened(layer(narrowed(x, self.conv_norm_out)), x, self.conv_norm_out)
+        return widened(layer(narrowed(x, self.conv_norm_out)), x.dtype, self.conv_norm_out)
 
     def _velocity(self, x: Tensor, frames: int) -> Tensor:
-        x = in_full(self.conv_out, F.silu(in_full(self.conv_norm_out, x)))
+        norm = self.conv_norm_out
+        if fused(x, norm):
+            weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+            x = kernels.group_norm(x, norm.num_groups, weight, bias, norm.eps, silu=True)
+        else:
+            x = F.silu(in_full(norm, x))
+        x = in_full(self.conv_out, x)
         return x.unflatten(0, (-1, frames)).transpose(1, 2)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .. import devices
+from .. import devices, kernels
 
 # Between layers the Diffusion Net's hidden states may be carried in a finer format than the layers compute in
 # (`precision`): a layer reads them rounded, and what it adds is rounded once. Layers' formats are those of their norms.
@@ -28,9 +28,68 @@ def narrowed(x: Tensor, norm: nn.Module) -> Tensor:
     return x.to(norm.weight.dtype) if norm.weight.dtype.itemsize < x.dtype.itemsize else x
 
 
-def widened(y: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
-    """y in the format of x, where that is finer than the norm's."""
-    return y.to(x.dtype) if norm.weight.dtype.itemsize < x.dtype.itemsize else y
+def widened(y: Tensor, carried: torch.dtype, norm: nn.Module) -> Tensor:
+    """y in the carried format, where that is finer than the norm's and no kernel reads y as it is."""
+    finer = norm.weight.dtype.itemsize < carried.itemsize
+    return y.to(carried) if finer and not fused(y, norm) else y
+
+
+# Where the kernels run (`kernels.fuses`), what lies between two products is one pass over memory: a norm reads the
+# finer format itself, a residual sum and the norm after it are one, and maps lie channels-last, so that nothing is
+# transposed. Elsewhere the same in torch's operators, as stated here.
+
+
+def as_laid_out(x: Tensor) -> Tensor:
+    """Maps as they lie in memory from the first convolution on."""
+    return x.contiguous(memory_format=torch.channels_last) if kernels.fuses(x) else x
+
+
+def fused(x: Tensor, norm: nn.Module) -> bool:
+    """Whether a norm of x is one of the kernels: its weights are at hand, as they are not with a host that brings or
+    patches them at use."""
+    weight = getattr(norm, "weight", None)
+    at_hand = isinstance(weight, Tensor) and weight.device == x.device and not getattr(norm, "weight_function", None)
+    return at_hand and kernels.fuses(x)
+
+
+def group_normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, silu: bool = False) -> Tensor:
+    """The norm of maps x [R, C, h, w], before it a shift [S, C] of the rows, after it SiLU."""
+    if fused(x, norm):
+        return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, shift, silu)
+    x = narrowed(x, norm)
+    if shift is not None:
+        if len(shift) > 1:
+            shift = shift.repeat_interleave(len(x) // len(shift), dim=0)
+        x = x + shift[:, :, None, None]
+    x = norm(x)
+    return F.silu(x) if silu else x
+
+
+def layer_normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """The norm of tokens x [R, N, C]."""
+    if fused(x, norm):
+        return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return norm(narrowed(x, norm))
+
+
+def add_layer_normed(norm: nn.LayerNorm, x: Tensor, y: Tensor, carried: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The residual sum of tokens x + y, carried in that format, and its norm."""
+    if fused(x, norm):
+        return kernels.add_norm(x, y, norm.bias[None], norm.weight[None], norm.eps, carried, False)
+    x = x + y
+    return x, layer_normed(norm, x)
+
+
+def added(x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+    """x + y for what reads the norm's format."""
+    return kernels.add(x, y, norm.weight.dtype) if fused(x, norm) else narrowed(x + y, norm)
+
+
+def residual(x: Tensor, y: Tensor, norm: nn.Module, carried: torch.dtype | None = None) -> Tensor:
+    """x + y in the format of x, or in a finer one."""
+    if fused(x, norm):
+        return kernels.add(x, y, x.dtype if carried is None else carried)
+    return (x if carried is None else x.to(carried)) + y
 
 
 def in_full(layer: nn.Module, x: Tensor) -> Tensor:
@@ -190,7 +249,10 @@ class GEGLU(nn.Module):
         self.proj = ops.Linear(dim, inner_dim * 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.proj(x).chunk(2, dim=-1)
+        x = self.proj(x)
+        if kernels.fuses(x):
+            return kernels.geglu(x)
+        x, gate = x.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
 
@@ -254,13 +316,10 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, carried: torch.dtype | None = None) -> Tensor:
         """x [R, C, h, w]; shift [S, out_channels], S dividing R: row r is shifted by the one numbered r // (R / S).
         carried: the format of what comes back, where it is finer than that of x."""
-        read = narrowed(x, self.norm1)
-        hidden = self.conv1(F.silu(self.norm1(read)))
-        if len(shift) > 1:
-            shift = shift.repeat_interleave(len(hidden) // len(shift), dim=0)
-        hidden = self.conv2(F.silu(self.norm2(hidden + shift[:, :, None, None])))
-        shortcut = self.conv_shortcut(read) if hasattr(self, "conv_shortcut") else x
-        return (shortcut if carried is None else shortcut.to(carried)) + hidden
+        hidden = self.conv1(group_normed(self.norm1, x, silu=True))
+        hidden = self.conv2(group_normed(self.norm2, hidden, shift, silu=True))
+        shortcut = self.conv_shortcut(narrowed(x, self.norm1)) if hasattr(self, "conv_shortcut") else x
+        return residual(shortcut, hidden, self.norm1, carried)
 
 
 class Downsample(nn.Module):

@@ -11,7 +11,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import kernels
-from .layers import QUERY_KEY_VALUE, FeedForward, fuse, narrowed, project, to_maps, to_tokens, widened
+from .layers import (
+    QUERY_KEY_VALUE,
+    FeedForward,
+    add_layer_normed,
+    added,
+    fuse,
+    group_normed,
+    layer_normed,
+    project,
+    residual,
+    to_maps,
+    to_tokens,
+    widened,
+)
 
 Memory = tuple[Tensor, Tensor]  # kv [B, N, H, D, D], z [B, N, H, D] of one memory layer
 # One layer's pair, or a function that takes nothing and gives this one pair when its layer is reached.
@@ -104,22 +117,25 @@ class MemoryModule(nn.Module):
         """
         # Past frames take the same path as the window's frames, but only up to keys and values.
         transformer = self.temporal_transformer
-        past = transformer.proj_in(to_tokens(transformer.norm(to_maps(past, height, width))))
+        past = transformer.proj_in(to_tokens(group_normed(transformer.norm, to_maps(past, height, width))))
         for block in transformer.transformer_blocks:
             for attention, norm in zip(block.attention_blocks, block.norms):
-                yield attention.sums(norm(past), frames, rows, None if into is None else next(into))
+                yield attention.sums(layer_normed(norm, past), frames, rows, None if into is None else next(into))
 
     def forward(self, x: Tensor, memory: list[LazyMemory] | None, frames: int) -> Tensor:
         """x [B * F, C, h, w]; memory: per layer its (kv, z), or a function giving this pair and not the whole list; or
         None to look at the window alone."""
         transformer = self.temporal_transformer
-        hidden = transformer.proj_in(to_tokens(transformer.norm(narrowed(x, transformer.norm))))
-        hidden = widened(hidden, x, transformer.norm)
-        layer = 0
+        hidden = transformer.proj_in(to_tokens(group_normed(transformer.norm, x)))
+        hidden, layer = widened(hidden, x.dtype, transformer.norm), 0
         for block in transformer.transformer_blocks:
-            for attention, norm in zip(block.attention_blocks, block.norms):
+            norms = [*block.norms, block.ff_norm]
+            normed = layer_normed(norms[0], hidden)
+            for attention, norm in zip(block.attention_blocks, norms[1:]):
                 past = None if memory is None else _brought(memory[layer])
-                hidden = hidden + attention(norm(narrowed(hidden, norm)), past, frames)
+                hidden, normed = add_layer_normed(norm, hidden, attention(normed, past, frames), x.dtype)
                 layer += 1
-            hidden = hidden + block.ff(block.ff_norm(narrowed(hidden, block.ff_norm)))
-        return x + to_maps(transformer.proj_out(narrowed(hidden, transformer.norm)), *x.shape[2:])
+            last = block is transformer.transformer_blocks[-1]
+            fed = block.ff(normed)
+            hidden = added(hidden, fed, block.ff_norm) if last else residual(hidden, fed, block.ff_norm)
+        return residual(x, to_maps(transformer.proj_out(hidden), *x.shape[2:]), transformer.norm)

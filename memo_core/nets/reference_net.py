@@ -8,7 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from .config import NetConfig
-from .layers import Attention, Downsample, FeedForward, ResnetBlock, TimestepEmbedding, Upsample, to_maps, to_tokens
+from .layers import (
+    Attention,
+    Downsample,
+    FeedForward,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    add_layer_normed,
+    as_laid_out,
+    group_normed,
+    layer_normed,
+    residual,
+    to_maps,
+    to_tokens,
+)
 
 
 class _TransformerBlock(nn.Module):
@@ -25,12 +39,13 @@ class _TransformerBlock(nn.Module):
             self.ff = FeedForward(dim, ops)
 
     def forward(self, x: Tensor, face_tokens: Tensor) -> tuple[Tensor | None, Tensor]:
-        feature = self.norm1(x)
+        feature = layer_normed(self.norm1, x)
         if not hasattr(self, "attn1"):
             return None, feature
-        x = x + self.attn1(feature)
-        x = x + self.attn2.cross(self.norm2(x), self.attn2.keys_values(face_tokens))
-        return x + self.ff(self.norm3(x)), feature
+        x, normed = add_layer_normed(self.norm2, x, self.attn1(feature), x.dtype)
+        answer = self.attn2.cross(normed, self.attn2.keys_values(face_tokens))
+        x, normed = add_layer_normed(self.norm3, x, answer, x.dtype)
+        return residual(x, self.ff(normed), self.norm3), feature
 
 
 class _Transformer(nn.Module):
@@ -44,10 +59,10 @@ class _Transformer(nn.Module):
 
     def forward(self, x: Tensor, face_tokens: Tensor) -> tuple[Tensor | None, Tensor]:
         """[R, C, h, w] -> the same (None for the net's last block) and the feature [R, h * w, C]."""
-        hidden, feature = self.transformer_blocks[0](to_tokens(self.proj_in(self.norm(x))), face_tokens)
+        hidden, feature = self.transformer_blocks[0](to_tokens(self.proj_in(group_normed(self.norm, x))), face_tokens)
         if hidden is None:
             return None, feature
-        return x + self.proj_out(to_maps(hidden, *x.shape[2:])), feature
+        return residual(x, self.proj_out(to_maps(hidden, *x.shape[2:])), self.norm), feature
 
 
 class _Block(nn.Module):
@@ -157,7 +172,7 @@ class ReferenceNet(nn.Module):
             output.
         """
         time = self.time_embedding(torch.zeros(1, device=latents.device), latents.dtype)
-        x = self.conv_in(latents)
+        x = self.conv_in(as_laid_out(latents))
         skips, features = [x], []
         for block in self.down_blocks:
             for i in range(len(block.resnets)):

@@ -8,7 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from .config import NetConfig
-from .layers import Attention, FeedForward, KeysValues, narrowed, to_maps, to_tokens, widened
+from .layers import (
+    Attention,
+    FeedForward,
+    KeysValues,
+    add_layer_normed,
+    added,
+    group_normed,
+    layer_normed,
+    residual,
+    to_maps,
+    to_tokens,
+    widened,
+)
 
 
 class SpatialConditions(NamedTuple):
@@ -32,22 +44,24 @@ class _SpatialBlock(nn.Module):
         self.norm3 = ops.LayerNorm(dim)
         self.ff = FeedForward(dim, ops)
 
-    def forward(self, x: Tensor, given: SpatialConditions) -> Tensor:
+    def forward(self, x: Tensor, given: SpatialConditions, carried: torch.dtype) -> Tensor:
+        """x [R, N, C] in the layers' format, as what comes back is; between them hidden states are `carried`."""
         rows, tokens, dim = x.shape
         batch, (seeing, sets) = len(given.face[0]), given.reference[0].shape[:2]
         frames = rows // batch
         blind = (batch - seeing) * frames  # rows without a reference
-        normed = self.norm1(narrowed(x, self.norm1))
+        normed = layer_normed(self.norm1, x)
         attended = [self.attn1(normed[:blind])] if blind else []
         if seeing:
             # All frames of a batch row, then the next row's; set k for frames k, k + K, ...
             reference = tuple(kv.repeat(1, frames // sets, 1, 1, 1).flatten(0, 1) for kv in given.reference)
             attended.append(self.attn1(normed[blind:], reference))
-        x = x + (torch.cat(attended) if len(attended) > 1 else attended[0])
+        attention = torch.cat(attended) if len(attended) > 1 else attended[0]
+        x, asking = add_layer_normed(self.norm2, widened(x, carried, self.norm2), attention, carried)
         # The face tokens are a batch row's, whatever the frame: its frames' tokens ask together.
-        asking = self.norm2(narrowed(x, self.norm2)).view(batch, frames * tokens, dim)
-        x = x + self.attn2.cross(asking, given.face).view(x.shape)
-        return x + self.ff(self.norm3(narrowed(x, self.norm3)))
+        answer = self.attn2.cross(asking.view(batch, frames * tokens, dim), given.face).view(x.shape)
+        x, normed = add_layer_normed(self.norm3, x, answer, carried)
+        return added(x, self.ff(normed), self.norm3)
 
 
 class SpatialTransformer(nn.Module):
@@ -69,6 +83,6 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, given: SpatialConditions) -> Tensor:
         """x [B * F, C, h, w]; the first of its B rows are those that see no reference."""
-        hidden = to_tokens(self.proj_in(self.norm(narrowed(x, self.norm))))
-        hidden = self.transformer_blocks[0](widened(hidden, x, self.norm), given)
-        return x + self.proj_out(to_maps(narrowed(hidden, self.norm), *x.shape[2:]))
+        hidden = to_tokens(self.proj_in(group_normed(self.norm, x)))
+        hidden = self.transformer_blocks[0](hidden, given, x.dtype)
+        return residual(x, self.proj_out(to_maps(hidden, *x.shape[2:])), self.norm)
