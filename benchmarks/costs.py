@@ -61,6 +61,8 @@ class Costs(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         short = budget._SHORT.get(func) if args and isinstance(args[0], Tensor) else None
         result = func(*args, **(kwargs or {})) if short is None else short(*args)
+        if _KINDS.get(func._schema.name.split("::")[1]) == "convolutions" and not args[0].is_contiguous():
+            result = torch.empty_like(result, memory_format=torch.channels_last)  # as cuDNN answers channels-last maps
         given = [x for x in _tensors((args, kwargs))]
         made = [x for x in _tensors(result)]
         if all(any(x.untyped_storage()._cdata == g.untyped_storage()._cdata for g in given) for x in made) and not (
@@ -76,7 +78,8 @@ class Costs(TorchDispatchMode):
             and len({_order(x) for x in (*given, *made) if _alike(x, made[0])}) > 1
         ):
             self.transposed += sum(map(moved, given)) + sum(map(moved, made))
-        self.bytes[kind] += sum(map(moved, given)) + sum(map(moved, made))
+        read = [x for x in given if x is not (kwargs or {}).get("out")]
+        self.bytes[kind] += sum(map(moved, read)) + sum(map(moved, made))
         if kind in ("norms", "matrix products") and not args[0].is_contiguous() and name != "group_norm":
             self.bytes["copies"] += 2 * moved(args[0])
             self.transposed += 2 * moved(args[0])
@@ -198,6 +201,11 @@ def _stand_ins(costs: Costs) -> dict[str, Callable[..., Any]]:
         costs.kernel("pointwise", 0, x, out)
         return out
 
+    def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], len(weight) // 2)
+        costs.kernel("matrix products", 2 * x.numel() * len(weight), x, weight, bias, out)
+        return out
+
     def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, shift=None, silu=False) -> Tensor:
         out = torch.empty_like(x, dtype=weight.dtype, memory_format=torch.channels_last)
         costs.kernel("norms", 0, x, x, out, () if shift is None else shift)
@@ -212,11 +220,6 @@ def _stand_ins(costs: Costs) -> dict[str, Callable[..., Any]]:
         total, out = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=y.dtype)
         costs.kernel("norms", 0, x, y, total, out)
         return total, out
-
-    def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-        out = torch.empty_like(x, dtype=dtype)
-        costs.kernel("pointwise", 0, x, y, out)
-        return out
 
     def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         out = torch.empty_like(x, dtype=dtype)
@@ -267,6 +270,10 @@ def step(nets: Any, height: int, width: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     stack: list[tuple[str, int, dict[str, int]]] = []
     kinds, handles = _parts_of(net), []
+    if hasattr(kernels, "fuses"):  # as `optimise` has it by default where they run
+        for module in net.modules():
+            if hasattr(module, "fuse"):
+                module.fuse()
     with counted() as costs:
         for module in net.modules():
             part = kinds.get(type(module).__name__)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,13 +131,15 @@ class _Attention(TorchFunctionMode):
         return (scores @ value.float()).to(query.dtype)
 
 
-def peak_of(run: Callable[[], Any], fused: bool = True) -> tuple[int, Any]:
+def peak_of(run: Callable[[], Any], fused: bool = True, kernels_run: bool = False) -> tuple[int, Any]:
     """Most bytes that `run` makes and holds at once, what it returns among them; and what it returns.
 
     Args:
         fused: attention is one kernel, otherwise it is computed in pieces (`layers.attend`).
+        kernels_run: this project's kernels do, otherwise torch's operators.
     """
-    with torch.inference_mode(), LiveBytes() as live, attention_fused(fused), _Attention(fused):
+    shapes = kernels.as_shapes() if kernels_run else nullcontext()
+    with torch.inference_mode(), LiveBytes() as live, attention_fused(fused), _Attention(fused), shapes:
         result = run()
     return live.peak, result
 
@@ -229,7 +232,7 @@ class _Counted:
 
 
 _counted_vae: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int], int]] = weakref.WeakKeyDictionary()
-_counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, bool, bool], _Counted]]
+_counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, bool, bool, bool], _Counted]]
 _counted = weakref.WeakKeyDictionary()
 
 
@@ -241,10 +244,11 @@ def needs(nets: Networks, height: int, width: int, settings: Settings) -> Needs:
         settings: of which guidance and speed matter.
     """
     known = _counted.setdefault(nets.diffusion_net, {})
-    key = (height, width, settings.guided, attention_is_fused(nets.device))
+    how = attention_is_fused(nets.device), kernels.runs_on(nets.device)
+    key = (height, width, settings.guided, *how)
     if key not in known:
         with torch.inference_mode():
-            known[key] = _count(without_data(nets), height, width, 2 if settings.guided else 1, key[-1])
+            known[key] = _count(without_data(nets), height, width, 2 if settings.guided else 1, how)
     counted, need, speed = known[key], known[key].needs, settings.speed
     # With guidance in an interval there are caches for both rows and for one alone.
     caches = (3 if settings.guided else 2) * counted.cache // 2 if speed.reuse else 0
@@ -260,7 +264,7 @@ def needs(nets: Networks, height: int, width: int, settings: Settings) -> Needs:
     )
 
 
-def _count(nets: Networks, height: int, width: int, batch: int, fused: bool) -> _Counted:
+def _count(nets: Networks, height: int, width: int, batch: int, how: tuple[bool, bool]) -> _Counted:
     net, size, dtype = nets.diffusion_net, (height // 8, width // 8), nets.diffusion_net.conv_in.weight.dtype
 
     def numbers(*shape: int) -> Tensor:
@@ -275,8 +279,8 @@ def _count(nets: Networks, height: int, width: int, batch: int, fused: bool) -> 
     def step(given: WindowConditions, memory: list[tuple[Tensor, Tensor]]) -> Tensor:
         return net(latents, shifts, given, memory)
 
-    reading, past = peak_of(lambda: read(batch * WINDOW), fused)
-    summing, shapes = peak_of(lambda: [(kv.shape, z.shape) for kv, z in net.memory_sums(past, *size, WINDOW)])
+    reading, past = peak_of(lambda: read(batch * WINDOW), *how)
+    summing, shapes = peak_of(lambda: [(kv.shape, z.shape) for kv, z in net.memory_sums(past, *size, WINDOW)], *how)
     sums = [(numbers(*kv), numbers(*z)) for kv, z in shapes]
     portrait = [feature[:batch].clone() for feature in past]
     given = net.prepare(
@@ -288,10 +292,10 @@ def _count(nets: Networks, height: int, width: int, batch: int, fused: bool) -> 
     )
     latents = numbers(1, 4, WINDOW, *size).to(precision.carried(dtype))
     shifts = net.time_shifts(torch.zeros(1, device="meta"), dtype)
-    whole = peak_of(lambda: step(given, sums), fused)[0]
+    whole = peak_of(lambda: step(given, sums), *how)[0]
     by_row = whole
     if batch == 2:
-        by_row = peak_of(lambda: step(given.half(1), [(kv[:1], z[:1]) for kv, z in sums]), fused)[0]
+        by_row = peak_of(lambda: step(given.half(1), [(kv[:1], z[:1]) for kv, z in sums]), *how)[0]
     need = Needs(
         reference_net=module_bytes(nets.reference_net),
         diffusion_net=module_bytes(net),
@@ -304,7 +308,7 @@ def _count(nets: Networks, height: int, width: int, batch: int, fused: bool) -> 
         conditions=tensor_bytes(portrait, given),
         step=whole,
         step_by_row=by_row,
-        **_count_vae(nets.vae, *size, fused),
+        **_count_vae(nets.vae, *size, how[0]),
     )
     kept = tuple((kv.numel(), z.nbytes) for kv, z in sums)
     # A step cache holds two maps of the finest level, for all rows.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import devices
+from . import devices, kernels
 from .checks import shown
 from .errors import CheckpointError
 from .nets.audio_module import AudioModule, JointAttention
@@ -31,17 +31,18 @@ WARM_UP = 2  # steps before a graph is captured
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """How the networks compute. Measured on one thread of a CPU in float32: toon at 128 x 128, and random weights of
-    widths 64 to 256; on CUDA nothing is measured yet, and None means off.
+    widths 64 to 256; on CUDA nothing is measured yet, and None means on where the Triton kernels run (but for
+    compiled networks), by counted bytes, and off elsewhere.
 
     Attributes:
         rows_on_threads: guidance's two rows run at the same time on a CPU, each with half of torch's threads. Measured
             with 2 threads: end to end 1.06 to 1.1 times as fast, up to 1.4 where the machine is busy. `memo generate`
             does it; here it is off, because what belongs to a thread (profilers, dispatch modes) does not see the
             others. Not with `Speed.reuse`.
-        channels_last: convolutions of both UNets and the VAE work on [h, w, C]. None is off: on the CPU a step takes as
-            long (0.99 to 1.04), encoding 0.75 to 0.85 and decoding 0.97 to 1.06 of the time.
+        channels_last: convolutions of both UNets and the VAE work on [h, w, C]; with None not those of the VAE. On the
+            CPU a step takes as long (0.99 to 1.04), encoding 0.75 to 0.85 and decoding 0.97 to 1.06 of the time.
         fuse_qkv: queries, keys and values of the same tokens in one matrix product. The layers' names in a state dict
-            change: save, merge adapters and train before. None is off: on the CPU a step takes as long (0.97 to 1.02).
+            change: save, merge adapters and train before. On the CPU a step takes as long (0.97 to 1.02).
         compile: the blocks that a step repeats, and those of the VAE's decoder, run compiled (`torch.compile`). On the
             CPU a step of toon becomes 1.05 to 1.08 times as fast, decoding 0.95 times, after minutes of compilation at
             the first of each size (29 graphs for 50 blocks), which a later process finds in torch's cache.
@@ -80,7 +81,7 @@ def optimise(nets: Networks, options: Options) -> None:
         raise CheckpointError(f"options must be an Options, received {shown(options)}")
     if nets.options is not None:
         raise CheckpointError(f"these networks already have options: {nets.options}; load them again for others")
-    options = _decided(nets, options)
+    asked, options = options, _decided(nets, options)
     big = (nets.diffusion_net, nets.reference_net)
     if options.fuse_qkv:
         for module in (module for net in big for module in net.modules()):
@@ -90,7 +91,7 @@ def optimise(nets: Networks, options: Options) -> None:
         for net in big:
             keep_in_fp8(net)
     if options.channels_last:
-        for net in (*big, nets.vae):
+        for net in (*big, nets.vae) if asked.channels_last else big:  # torch's group norm, as in the VAE, undoes it
             net.to(memory_format=torch.channels_last)
     if options.compile:
         compile_blocks(nets)
@@ -109,7 +110,9 @@ def _decided(nets: Networks, options: Options) -> Options:
         raise CheckpointError(f"rows_on_threads is for the CPU, the networks are on {nets.device}: leave it off")
     if options.fp8_weights and not devices.of(nets.device).fp8:
         raise CheckpointError(f"fp8_weights: {nets.device.type}, where the networks are, has no 8-bit floats")
-    return replace(options, **{name: False for name in Options.__slots__ if getattr(options, name) is None})
+    # Where the kernels run, maps lie channels-last between them anyway.
+    gains = type(nets.diffusion_net.conv_in) is nn.Conv2d and kernels.runs_on(nets.device) and not options.compile
+    return replace(options, **{name: gains for name in Options.__slots__ if getattr(options, name) is None})
 
 
 # --- Compilation ------------------------------------------------------------------------------------------------------

@@ -397,6 +397,17 @@ def test_gates_and_sums(dtype: torch.dtype) -> None:
         assert_close([out], [one.double() + other.double()], TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [(7, 40, 36), (130, 33, 70), (3, 64, 64)], ids=name)
+def test_a_gated_product(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Rows, width, columns of either half: partial tiles in all of them, and rows that do not follow each other."""
+    rows, width, columns = size
+    x, weight, bias = draw((1, rows, 2 * width), (2 * columns, width), (2 * columns,), dtype=dtype)
+    x = x[..., :width]
+    wanted = naive.geglu_linear(*(part.double() for part in (x, weight, bias)))
+    assert_close([triton.geglu_linear(x, weight, bias)], [wanted], 3 * TOLERANCE[dtype])
+
+
 def test_their_gradients() -> None:
     x, groups, weight, bias, shift = map_inputs((4, 10, 7, 6, 2, 2), torch.float32)
     tokens, scale, offset, other, pairs = draw((2, 5, 12), (2, 12), (2, 12), (2, 5, 12), (3, 5, 14))
@@ -405,12 +416,65 @@ def test_their_gradients() -> None:
         (lambda k, x, w, b: k.layer_norm(x, w, b, 1e-5), [tokens, scale[0], offset[0]]),
         (lambda k, x, y, b, w: sum(k.add_norm(x, y, b, w, 1e-5, x.dtype, True)), [tokens, other, offset, scale]),
         (lambda k, x: k.geglu(x), [pairs]),
+        (lambda k, x, w, b: k.geglu_linear(x, w, b), [tokens, *draw((10, 12), (10,), seed=2)]),
         (lambda k, x, y: k.add(x, y, x.dtype), [tokens, other]),
     ):
         upstream = draw(run(naive, *given).shape, seed=1)
         wanted = gradients(lambda *g, run=run: run(naive, *g), exact(*given), exact(*upstream))
         mine = gradients(lambda *g, run=run: run(triton, *g), given, upstream)
         assert_close(mine, wanted, 2e-5)
+
+
+# --- The networks as they run on a card -------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_networks_on_the_kernels_are_the_same_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of both rows and of one, and the Reference Net: maps channels-last, hidden states as `precision` says."""
+    dtype, tolerance = torch.bfloat16, 4e-2  # in float32, 2e-5 holds
+    from benchmarks import networks
+    from memo_core import precision
+    from memo_core.optimise import Options, optimise
+
+    plain, fast = networks.tiny(dtype=dtype), networks.tiny(dtype=dtype)
+    optimise(fast, Options(channels_last=True, fuse_qkv=True))
+    side, frames = 4, 2
+    noise, face, past = draw((1, 4, frames, side, side), (2, 4, 16), (2 * frames, 4, side, side))
+    tokens = draw((2, frames, 4, 16), seed=3)[0].to(dtype)
+    passed: list[str] = []
+
+    def run(nets: networks.Networks) -> list[Tensor]:
+        net, pictures = nets.diffusion_net, past.to(dtype)
+        features = nets.reference_net(pictures, face.to(dtype).repeat_interleave(frames, dim=0))
+        sums = list(net.memory_sums(features, side, side, frames))
+        given = net.prepare(
+            reference=[feature[:2][None] for feature in features],
+            face_tokens=face.to(dtype),
+            audio_tokens=tokens,
+            emotion=torch.tensor([9, 3], device=DEVICE),
+            frames=frames,
+        )
+        shifts = net.time_shifts(torch.tensor([700.0], device=DEVICE), dtype)
+        latents = noise.to(precision.carried(dtype))
+        second = [(kv[1:], z[1:]) for kv, z in sums]
+        return [
+            net(latents, shifts, given, sums),
+            net(latents, shifts, given.half(1), second),
+            features[0],
+            features[-1],
+        ]
+
+    wanted = run(plain)
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "_kernels", lambda x, fits=True: triton)
+        for name in ("group_norm", "add_norm", "add", "layer_norm", "geglu_linear", "memory_attention"):
+            kernel = getattr(triton, name)
+            patched.setattr(triton, name, lambda *x, name=name, kernel=kernel: passed.append(name) or kernel(*x))
+        mine = run(fast)
+    assert {"group_norm", "add_norm", "add", "layer_norm", "geglu_linear", "memory_attention"} <= set(passed)
+    for a, b in zip(mine, wanted, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert (a.float() - b.float()).norm() <= tolerance * b.float().norm()
 
 
 class OnCuda(Tensor):

@@ -7,13 +7,16 @@ MEMO_KERNELS=torch in the environment, read when this package is imported, turns
 import functools
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import devices
-from . import fused
+from . import fused, shapes
 from .naive import DECAY
 
 __all__ = [
@@ -21,12 +24,15 @@ __all__ = [
     "add",
     "add_norm",
     "fuses",
+    "as_shapes",
     "geglu",
+    "geglu_linear",
     "group_norm",
     "layer_norm",
     "memory_attention",
     "memory_sums",
     "modulated_norm",
+    "runs_on",
     "update_memory",
 ]
 
@@ -66,7 +72,33 @@ def _runs(index: int) -> bool:
 _runs._dynamo_marked_constant = True
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run there; on the meta device whether they are there, as on a new card."""
+    if _triton is None and device.type != "meta":
+        return False
+    return device.type == "meta" or (device.type == "cuda" and _runs(device.index or 0))
+
+
+_counting: ContextVar[ModuleType | None] = ContextVar("counting", default=None)
+
+
+@contextmanager
+def as_shapes(module: ModuleType | None = shapes) -> Iterator[None]:
+    """Inside, tensors without data go through the kernels as on a card that runs them: only what they allocate is made.
+
+    Args:
+        module: another one that does so, and counts; None for torch's operators instead.
+    """
+    token = _counting.set(module)
+    try:
+        yield
+    finally:
+        _counting.reset(token)
+
+
 def _kernels(x: Tensor, fits: bool = True) -> ModuleType:
+    if x.is_meta:
+        return _counting.get() or fused
     if _triton is None or not x.is_cuda or not fits or x.dtype == torch.float64:
         return fused
     return _triton if _runs(x.get_device()) else fused
@@ -109,6 +141,11 @@ def fuses(x: Tensor) -> bool:
 def geglu(x: Tensor) -> Tensor:
     """As `naive.geglu`."""
     return _kernels(x).geglu(x)
+
+
+def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `naive.geglu_linear`."""
+    return _kernels(x).geglu_linear(x, weight, bias)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

@@ -9,9 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .naive import DECAY, MIN_NORMALISER, add, add_norm, geglu, group_norm, layer_norm
+from .naive import DECAY, MIN_NORMALISER, add, add_norm, geglu, geglu_linear, group_norm, layer_norm
 
-__all__ = ["add", "add_norm", "geglu", "group_norm", "layer_norm"]  # nothing to gain with torch's operators
+__all__ = [
+    "add",
+    "add_norm",
+    "geglu",
+    "geglu_linear",
+    "group_norm",
+    "layer_norm",
+]  # nothing to gain with torch's operators
 
 
 def _by_location(x: Tensor) -> Tensor:

@@ -98,6 +98,11 @@ def geglu(x: Tensor) -> Tensor:
     return x * F.gelu(gate)
 
 
+def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`geglu` of a linear layer: [..., K] -> [..., C], for weights [2 C, K] and biases [2 C]."""
+    return geglu(F.linear(x, weight, bias))
+
+
 def group_norm(
     x: Tensor,
     groups: int,

@@ -657,6 +657,61 @@ def _empty_geglu(x):
 _differentiable(_geglu, naive.geglu)
 
 
+def _tiles(_: dict[str, Any]) -> list[tuple[int, int]]:
+    """(BLOCK, warps) of the gated product: rows at once; 64 columns of either half besides."""
+    return [(128, 8), (64, 4), (128, 4)]
+
+
+@_tune(_tiles, stages=3)
+@triton.jit
+def _geglu_linear_kernel(
+    x, weight, bias, out, rows, x_m, C: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Programs of the same rows follow each other, so that x comes from memory once and the weights stay in the cache.
+    across = tl.cdiv(N, COLUMNS)
+    row = (tl.program_id(0) // across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    value, gate = tl.zeros([BLOCK, COLUMNS], tl.float32), tl.zeros([BLOCK, COLUMNS], tl.float32)
+    for start in range(0, C, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        inside = (row[:, None] < rows) & (depth[None, :] < C)
+        a = tl.load(x + row[:, None] * x_m + depth[None, :], mask=inside, other=0.0)
+        at = weight + column[None, :] * C + depth[:, None]
+        inside = (column[None, :] < N) & (depth[:, None] < C)
+        value += _dot(a, tl.load(at, mask=inside, other=0.0))
+        gate += _dot(a, tl.load(at + N * C, mask=inside, other=0.0))
+    value += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    gate += tl.load(bias + N + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    gelu = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+    inside = (row[:, None] < rows) & (column[None, :] < N)
+    tl.store(out + row[:, None] * N + column[None, :], (value * gelu).to(out.dtype.element_ty), mask=inside)
+
+
+@_operator("geglu_linear(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+def _geglu_linear(x, weight, bias):
+    out = _empty_geglu_linear(x, weight, bias)
+    width, columns, depth = weight.shape[1], 64, 32
+    x = x.reshape(-1, width)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    with torch.cuda.device_of(x):
+        _geglu_linear_kernel[
+            lambda given: (triton.cdiv(len(x), given["BLOCK"]) * triton.cdiv(out.shape[-1], columns),)
+        ](
+            x, weight.contiguous(), bias, out, len(x), x.stride(0),
+            C=width, N=out.shape[-1], COLUMNS=columns, DEPTH=depth,
+        )  # fmt: skip
+    return out
+
+
+@_geglu_linear.register_fake
+def _empty_geglu_linear(x, weight, bias):
+    return torch.empty((*x.shape[:-1], len(weight) // 2), dtype=x.dtype, device=x.device)
+
+
+_differentiable(_geglu_linear, naive.geglu_linear)
+
+
 @_tune(_flat)
 @triton.jit
 def _add_kernel(x, y, out, total, C: tl.constexpr, BLOCK: tl.constexpr):
@@ -935,6 +990,13 @@ def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 def geglu(x: Tensor) -> Tensor:
     """As `naive.geglu`."""
     return _geglu(x)
+
+
+def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `naive.geglu_linear`, in half precision: in float32 torch multiplies faster."""
+    return (
+        _geglu_linear(x, weight, bias) if x.dtype.itemsize == 2 else _geglu(torch.nn.functional.linear(x, weight, bias))
+    )
 
 
 def group_norm(

@@ -110,6 +110,18 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(batch, tokens, heads * dim)
 
 
+def into_place(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer's answer to x is better written into a part of a larger tensor than copied there."""
+    return type(layer) is nn.Linear and layer.weight.dtype == x.dtype and kernels.fuses(x)
+
+
+def linear_into(layer: nn.Linear, x: Tensor, out: Tensor) -> Tensor:
+    """What a linear layer makes of x [..., C], written into `out`, whose rows follow each other in memory."""
+    width = out.shape[-1]
+    torch.addmm(layer.bias, x.reshape(-1, x.shape[-1]), layer.weight.t(), out=out.view(-1, width))
+    return out
+
+
 class FusedLinear(nn.Linear):
     """Linear layers that read the same tokens, as one matrix product.
 
@@ -229,16 +241,44 @@ class Attention(nn.Module):
         """Attention of x to the given keys and values alone, x [B, N, query_dim]."""
         return self._attend(*project(self, ("to_q",), x), given)
 
-    def forward(self, x: Tensor, more: KeysValues | None = None) -> Tensor:
-        """Self-attention of x [B, N, query_dim], also to `more` keys and values."""
+    def folded(self, context: Tensor) -> KeysValues | None:
+        """For `cross`, of a few tokens [B, M, context_dim]: what queries and outputs are projected by, multiplied with
+        keys and values once, [B, query_dim, H * M] and [B, H * M, query_dim]. None where the kernels do not run."""
+        to_q, to_out = self.to_q, self.to_out[0]
+        if not (into_place(to_q, context) and type(to_out) is nn.Linear):
+            return None
+        key, value = (part.float() for part in self.keys_values(context))  # [B, H, M, D]
+        query = to_q.weight.float().unflatten(0, (self.heads, -1)) * key.shape[-1] ** -0.5  # [H, D, C]
+        out = to_out.weight.float().unflatten(1, (self.heads, -1))  # [C, H, D]
+        ask = torch.einsum("hdc,bhmd->bchm", query, key).flatten(2)
+        answer = torch.einsum("bhmd,chd->bhmc", value, out).flatten(1, 2)
+        return ask.to(context.dtype), answer.to(context.dtype)
+
+    def cross_folded(self, x: Tensor, given: KeysValues) -> Tensor:
+        """As `cross`, with what `folded` gave."""
+        scores = torch.bmm(x, given[0]).unflatten(2, (self.heads, -1))
+        weights = scores.softmax(dim=-1).flatten(2)
+        return torch.baddbmm(self.to_out[0].bias.expand(*x.shape[:2], -1), weights, given[1])
+
+    def forward(self, x: Tensor, more: KeysValues | None = None, into: Tensor | None = None) -> Tensor:
+        """Self-attention of x [S * F, N, query_dim], also to `more` keys and values [S, K, H, M, D]: K sets for each of
+        S samples, of which its frames see set k in frames k, k + K, ...; written `into` a tensor if one is given."""
         query, *own = project(self, QUERY_KEY_VALUE, x)
         given = tuple(split_heads(part, self.heads) for part in own)
         if more is not None:
-            given = tuple(torch.cat(pair, dim=2) for pair in zip(given, more))
-        return self._attend(query, given)
+            given = tuple(self._joined(mine, others) for mine, others in zip(given, more))
+        return self._attend(query, given, into)
 
-    def _attend(self, query: Tensor, given: KeysValues) -> Tensor:
-        return self.to_out[0](join_heads(attend(split_heads(query, self.heads), *given)))
+    @staticmethod
+    def _joined(own: Tensor, more: Tensor) -> Tensor:
+        """[S * F, H, N, D] and [S, K, H, M, D] -> [S * F, H, N + M, D], in one copy."""
+        samples, sets = more.shape[:2]
+        own = own.unflatten(0, (samples, -1, sets))
+        return torch.cat([own, more[:, None].expand(-1, own.shape[1], -1, -1, -1, -1)], dim=4).flatten(0, 2)
+
+    def _attend(self, query: Tensor, given: KeysValues, into: Tensor | None = None) -> Tensor:
+        attention = join_heads(attend(split_heads(query, self.heads), *given))
+        return self.to_out[0](attention) if into is None else linear_into(self.to_out[0], attention, into)
 
 
 class GEGLU(nn.Module):
@@ -249,9 +289,11 @@ class GEGLU(nn.Module):
         self.proj = ops.Linear(dim, inner_dim * 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x)
         if kernels.fuses(x):
-            return kernels.geglu(x)
+            if type(self.proj) is nn.Linear and self.proj.weight.dtype == x.dtype:
+                return kernels.geglu_linear(x, self.proj.weight, self.proj.bias)
+            return kernels.geglu(self.proj(x))
+        x = self.proj(x)
         x, gate = x.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
@@ -273,8 +315,13 @@ class FeedForward(nn.Module):
             return self.net[2](self.net[0](x))
         # In pieces, because 12 times the width of all tokens at once is the most that a step holds; the CPU's pieces
         # fit its cache.
-        pieces = x.flatten(0, -2).split(most)
-        return torch.cat([self.net[2](self.net[0](piece)) for piece in pieces]).view(x.shape)
+        pieces, last = x.flatten(0, -2).split(most), self.net[2]
+        if into_place(last, x):
+            out = torch.empty_like(x).view(-1, x.shape[-1])
+            for piece, place in zip(pieces, out.split(most)):
+                linear_into(last, self.net[0](piece), place)
+            return out.view(x.shape)
+        return torch.cat([last(self.net[0](piece)) for piece in pieces]).view(x.shape)
 
 
 class TimestepEmbedding(nn.Module):

@@ -15,6 +15,7 @@ from .layers import (
     add_layer_normed,
     added,
     group_normed,
+    into_place,
     layer_normed,
     residual,
     to_maps,
@@ -27,7 +28,7 @@ class SpatialConditions(NamedTuple):
     """What a layer attends to besides its own frame; the same at every step.
 
     reference: keys and values of the portrait, [S, K, H, N, D] for S batch rows that see it: K sets, which the frames
-    see in turn. face: those of the face tokens, [B, H, tokens, D].
+    see in turn. face: those of the face tokens, [B, H, tokens, D], or what `Attention.folded` makes of them.
     """
 
     reference: KeysValues
@@ -47,19 +48,23 @@ class _SpatialBlock(nn.Module):
     def forward(self, x: Tensor, given: SpatialConditions, carried: torch.dtype) -> Tensor:
         """x [R, N, C] in the layers' format, as what comes back is; between them hidden states are `carried`."""
         rows, tokens, dim = x.shape
-        batch, (seeing, sets) = len(given.face[0]), given.reference[0].shape[:2]
+        batch, seeing = len(given.face[0]), len(given.reference[0])
         frames = rows // batch
         blind = (batch - seeing) * frames  # rows without a reference
         normed = layer_normed(self.norm1, x)
-        attended = [self.attn1(normed[:blind])] if blind else []
-        if seeing:
-            # All frames of a batch row, then the next row's; set k for frames k, k + K, ...
-            reference = tuple(kv.repeat(1, frames // sets, 1, 1, 1).flatten(0, 1) for kv in given.reference)
-            attended.append(self.attn1(normed[blind:], reference))
-        attention = torch.cat(attended) if len(attended) > 1 else attended[0]
+        if blind and seeing and into_place(self.attn1.to_out[0], normed):
+            attention = torch.empty_like(normed)
+            self.attn1(normed[:blind], into=attention[:blind])
+            self.attn1(normed[blind:], given.reference, into=attention[blind:])
+        else:
+            attended = [self.attn1(normed[:blind])] if blind else []
+            if seeing:
+                attended.append(self.attn1(normed[blind:], given.reference))
+            attention = torch.cat(attended) if len(attended) > 1 else attended[0]
         x, asking = add_layer_normed(self.norm2, widened(x, carried, self.norm2), attention, carried)
         # The face tokens are a batch row's, whatever the frame: its frames' tokens ask together.
-        answer = self.attn2.cross(asking.view(batch, frames * tokens, dim), given.face).view(x.shape)
+        cross = self.attn2.cross_folded if given.face[0].ndim == 3 else self.attn2.cross
+        answer = cross(asking.view(batch, frames * tokens, dim), given.face).view(x.shape)
         x, normed = add_layer_normed(self.norm3, x, answer, carried)
         return added(x, self.ff(normed), self.norm3)
 
@@ -79,7 +84,7 @@ class SpatialTransformer(nn.Module):
         block = self.transformer_blocks[0]
         sets = block.attn1.keys_values(reference.flatten(0, 1))
         sets = tuple(kv.unflatten(0, reference.shape[:2]) for kv in sets)
-        return SpatialConditions(sets, block.attn2.keys_values(face_tokens))
+        return SpatialConditions(sets, block.attn2.folded(face_tokens) or block.attn2.keys_values(face_tokens))
 
     def forward(self, x: Tensor, given: SpatialConditions) -> Tensor:
         """x [B * F, C, h, w]; the first of its B rows are those that see no reference."""
