@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import lora as adapters
-from . import precision
+from . import precision, waiting
 from .checks import number, shown
 from .errors import CheckpointError
 from .files import replace_whole
@@ -204,7 +204,8 @@ def load(
     Args:
         checkpoint: folder, or the name of an embedded checkpoint.
         device, dtype: where and in what precision the networks run. The speech and emotion encoders stay in fp32, as
-            released.
+            released. On a device with memory of its own the Reference Net and the Diffusion Net wait in host memory
+            until something is sampled (`waiting.enter` brings them).
         ops: namespace of layer classes for the MEMO networks.
         lora: adapters to merge, each a file and its strength (`lora.apply`).
         options: how the networks compute (`optimise.optimise`); None leaves them as they were saved, to be trained,
@@ -241,7 +242,10 @@ def load(
         require_layers(layers, len(weights), folder / name / "config.json")
         module = on_meta(lambda: build(weights), path)
         check_fit(module, weights, path)
-        placed = {key: tensor.to(device, precision.of_weight(name, key, dtype)) for key, tensor in weights.items()}
+        # The two large nets come to a device when they are to sample: what listens and looks before has more room.
+        waits = name in ("reference_net", "diffusion_net") and device.type not in ("cpu", "meta")
+        where = torch.device("cpu") if waits else device
+        placed = {key: tensor.to(where, precision.of_weight(name, key, dtype)) for key, tensor in weights.items()}
         load_strict(module, placed, path)
         digests.append(_net_digest(folder / name, weights))
         return module.eval().requires_grad_(False)
@@ -281,6 +285,9 @@ def load(
         adapters.apply(nets, adapter, strength)
     if options is not None:
         optimise(nets, options)
+    if device.type not in ("cpu", "meta"):
+        for large in (reference_net, diffusion_net):
+            waiting.wait(large)
     return nets
 
 

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="memo: %(message)s")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    _prepare_allocator()
     parser = build_parser()
     if threading.current_thread() is threading.main_thread():
         # A stopped job keeps what it has, as with Ctrl-C; so does one whose terminal was closed, unless it runs on.
@@ -75,6 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         return _fail("out of memory: try a smaller --size, or --dtype bfloat16")
+
+
+def _prepare_allocator() -> None:
+    """Has torch grow its pieces of GPU memory instead of making new ones, before it starts: less is lost between them.
+    Not on Windows, which cannot; not where someone has chosen."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # since torch 2.9, and before
+    if sys.platform == "win32" or any(name in os.environ for name in names):
+        return
+    try:
+        major, minor = (int(part) for part in version("torch").split(".")[:2])
+    except (PackageNotFoundError, ValueError):
+        return
+    os.environ[names[(major, minor) < (2, 9)]] = "expandable_segments:True"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -288,7 +304,7 @@ def generate(args: argparse.Namespace) -> int:
                 speed=settings.speed,
             )
             windows = pipe.sample_windows(job, store=store, on_progress=bar.steps)
-            memory, stopped, stored = _write(windows, writer, memory)
+            memory, stopped, stored = _write(windows, writer, memory, beside=device.type != "cpu")
     if stopped is not None and writer.frames_written < count:
         return _stopped(args, writer, memory, start, stopped)
     if isinstance(stopped, Exception):
@@ -313,28 +329,33 @@ def _begun(pieces: Iterator[Any]) -> Iterator[Any]:
 
 
 def _write(
-    windows: Iterator[Window], writer: VideoWriter, memory: MemoryState
+    windows: Iterator[Window], writer: VideoWriter, memory: MemoryState, beside: bool = False
 ) -> tuple[MemoryState, BaseException | None, int]:
     """Writes window after window and ends the file, after Ctrl-C or an error with what there is.
+
+    Args:
+        beside: a window is encoded while the next one is sampled: on a device of its own that would idle, and here
+            would only lose processor time.
 
     Returns the memory after the last window in the file, what stopped it early, and how many windows were in the store.
     """
     from .clips import to_uint8
 
-    before, after, written, stopped, stored = memory, memory, 0, None, 0
+    ends, stopped, stored = [(0, memory)], None, 0  # frames up to a window's end, and the memory there
     try:
         for window in windows:
-            before, after, written = after, window.memory, writer.frames_written
+            frames = to_uint8(window.frames)
+            ends = [*ends[-2:], (ends[-1][0] + len(frames), window.memory)]
             stored += window.stored
-            writer.write_frames(to_uint8(window.frames))
+            writer.write_frames(frames, wait=not beside)
     except (KeyboardInterrupt, Exception) as reason:
         stopped = reason
-        if not isinstance(reason, KeyboardInterrupt) and writer.path.exists():
-            writer.path = writer.path.with_stem(f"{writer.path.stem}-partial")  # an older video stays as it was
     with _uninterrupted():
+        if stopped is not None and not isinstance(stopped, KeyboardInterrupt) and writer.path.exists():
+            writer.path = writer.path.with_stem(f"{writer.path.stem}-partial")  # an older video stays as it was
         writer.finish(partial=stopped is not None)
     # Only the writer knows whether the interrupt came before or after it took the last window.
-    return (after if writer.frames_written > written else before), stopped, stored
+    return next(state for end, state in reversed(ends) if end <= writer.frames_written), stopped, stored
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +29,9 @@ from .reference import Reference
 from .sampling import Window, count_stored, decode, encode, sample_windows
 from .speed import PRESETS, Speed, name_of
 from .store import WindowStore
+
+logger = logging.getLogger(__name__)
+OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # torch 2.5, and before
 
 
 class MemoPipeline:
@@ -246,16 +251,54 @@ class MemoPipeline:
         if plan is not None and not isinstance(plan, Plan):
             raise SamplingError(f"plan must be None or a budget.Plan, received {shown(plan)}")
         self._stop_listening()
-        return sample_windows(
-            self.nets,
-            job,
-            cache=self._sums,
-            store=store,
-            decode_stored=self.decode,
-            on_progress=on_progress,
-            should_stop=should_stop,
-            plan=partial(self.plan, job) if plan is None else plan,
-        )
+        return self._sample(job, store, on_progress, should_stop, plan)
+
+    def _sample(
+        self,
+        job: Job,
+        store: WindowStore | None,
+        on_progress: Callable[[int, int], None] | None,
+        should_stop: Callable[[], bool] | None,
+        plan: Plan | None,
+    ) -> Iterator[Window]:
+        """Where the plan is this pipeline's own and the device runs out of memory all the same: once more from that
+        window on, by a plan that takes less."""
+        rest, made, steps = job, [], job.windows * job.settings.steps
+
+        def planned() -> Plan | None:
+            made.append(self.plan(rest))
+            return made[-1]
+
+        def progress(done: int, total: int) -> None:
+            on_progress(steps - total + done, steps)
+
+        how: Plan | Callable[[], Plan | None] | None = planned if plan is None else plan
+        while True:
+            try:
+                for window in sample_windows(
+                    self.nets,
+                    rest,
+                    cache=self._sums,
+                    store=store,
+                    decode_stored=self.decode,
+                    on_progress=None if on_progress is None else progress,
+                    should_stop=should_stop,
+                    plan=how,
+                ):
+                    yield window
+                    rest = _rest(rest, window)
+                return
+            except OUT_OF_MEMORY:
+                last = made[-1] if made else None
+                height, width = job.reference.pixels.shape[1:]
+                smaller = last and budget.smaller(self.nets, height, width, job.settings, last)
+                if how is not planned or smaller is None:
+                    raise
+            # Out here the failed step's tensors are gone.
+            logger.warning("out of memory: once more from frame %d on, %s", rest.start, smaller.describe())
+            self._sums.clear()
+            devices.empty_cache(self.nets.device)
+            how = smaller
 
     def plan(self, job: Job) -> Plan | None:
         """How to sample the job within what is free on the device; None where that is no matter, as on the CPU.
@@ -369,6 +412,16 @@ class MemoPipeline:
         if not latents.is_floating_point() or latents.itemsize == 1:
             raise SamplingError(f"latents are floating-point numbers, received {latents.dtype}")
         return decode(self.nets.vae, latents, self.nets.device)
+
+
+def _rest(job: Job, window: Window) -> Job:
+    """What is left of a job after one of its windows; the job itself after its last."""
+    done = window.latents.shape[1]
+    if done >= job.num_frames:
+        return job
+    noise = None if job.noise is None else job.noise[1:]
+    changed = {"start": window.start + done, "num_frames": job.num_frames - done, "memory": window.memory}
+    return replace(job, noise=noise, **changed)
 
 
 def _check_types(job: Job, store: WindowStore | None = None, **functions: Any) -> None:

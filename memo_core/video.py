@@ -11,7 +11,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -131,6 +131,7 @@ class VideoWriter:
         # PyAV runs in one thread of its own: Ctrl-C then interrupts the waiting caller, never a packet halfway into the
         # file, and the file can still be closed properly.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="video-writer")
+        self._begun: Future[Any] | None = None
         try:
             self._run(lambda: self._start(dict(metadata or {})))
         except BaseException:
@@ -150,8 +151,12 @@ class VideoWriter:
         else:
             self.discard()
 
-    def write_frames(self, frames: ArrayLike) -> None:
+    def write_frames(self, frames: ArrayLike, wait: bool = True) -> None:
         """Encodes frames: uint8 [N, H, W, 3] or [H, W, 3], RGB in [0, 255], an array or a CPU tensor.
+
+        Args:
+            wait: until they are encoded; else only until those of the call before are, and what goes wrong with these
+                is said by the next call. They must not be changed before.
 
         Raises VideoError for another shape or type, or when the file cannot be written.
         """
@@ -162,7 +167,7 @@ class VideoWriter:
                 f"or [{self.height}, {self.width}, 3]"
             )
         self._check_open()
-        self._run(lambda: self._encode_frames(pixels.reshape(-1, self.height, self.width, 3)))
+        self._run(lambda: self._encode_frames(pixels.reshape(-1, self.height, self.width, 3)), wait)
 
     def write_audio(self, waveform: ArrayLike | Iterator[ArrayLike]) -> None:
         """Adds sound after what was added before: float [T] or [C, T] in [-1, 1] (louder is clipped).
@@ -223,10 +228,18 @@ class VideoWriter:
         if not self._open:
             raise VideoError(f"{self.path.name} is already closed; open another VideoWriter")
 
-    def _run(self, work: Callable[[], _Result]) -> _Result:
-        """Runs `work` in the writer's thread and waits; errors of FFmpeg and of the system become VideoError."""
+    def _run(self, work: Callable[[], _Result], wait: bool = True) -> _Result | None:
+        """Runs `work` in the writer's thread and waits, for what was begun before at least; errors of FFmpeg and of the
+        system become VideoError."""
         try:
-            return self._thread.submit(work).result()
+            begun, self._begun = self._begun, None
+            if begun is not None:
+                begun.result()
+            future = self._thread.submit(work)
+            if not wait:
+                self._begun = future
+                return None
+            return future.result()
         except (av.FFmpegError, OSError) as error:
             self._broken = VideoError(f"cannot write {self.path}: {reason(error)}")
             raise self._broken from error

@@ -33,6 +33,13 @@ _homes: weakref.WeakKeyDictionary[nn.Module, _Home] = weakref.WeakKeyDictionary(
 _away: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+def wait(module: nn.Module) -> None:
+    """Of a network whose weights were read into host memory, though it belongs on a device: `enter` brings it there."""
+    tensors = _tensors(module)
+    _homes[module] = _Home([], [tensor.data for tensor in tensors], [0] * len(tensors))
+    _away.add(module)
+
+
 def leave(module: nn.Module) -> None:
     """Moves a network's weights from the device to host memory, locked for a CUDA device. Nothing for one that is there
     already, or on the CPU."""
@@ -40,7 +47,8 @@ def leave(module: nn.Module) -> None:
     if not tensors or all(tensor.device.type == "cpu" for tensor in tensors):
         return
     home = _homes.get(module)
-    if home is None or [(view.shape, view.dtype) for view in home.views] != [(t.shape, t.dtype) for t in tensors]:
+    like = [(tensor.shape, tensor.dtype) for tensor in tensors]
+    if home is None or not home.memories or [(view.shape, view.dtype) for view in home.views] != like:
         home = _homes[module] = _Home([], list(tensors), [0] * len(tensors))
         for made in (False, True):  # views of a tensor made in inference mode are such tensors, too
             places = [place for place, tensor in enumerate(tensors) if tensor.is_inference() is made]

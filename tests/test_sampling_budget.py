@@ -17,12 +17,26 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import networks
-from memo_core import MemoPipeline, MemoryState, budget, cli, devices, host_memory, memory, waiting
+from memo_core import (
+    MemoPipeline,
+    MemoryState,
+    budget,
+    checkpoint,
+    cli,
+    devices,
+    host_memory,
+    memory,
+    sampling,
+    waiting,
+)
 from memo_core.budget import GIB, LiveBytes, Plan
 from memo_core.errors import SamplingError
 from memo_core.job import Settings
 from memo_core.memory import FP8, LayerSums, MemoryEntry, Sums, SumsCache
 from memo_core.nets import layers
+from memo_core.nets.emotion2vec import Emotion2Vec
+from memo_core.nets.emotion_head import EmotionHead
+from memo_core.nets.speech_encoder import SpeechEncoder
 from memo_core.sampling import few_frames
 from memo_core.speed import Speed
 from memo_core.store import WindowStore
@@ -395,6 +409,73 @@ def test_a_rebuild_looks_at_several_windows_in_one_turn(monkeypatch: pytest.Monk
         assert torch.equal(last.latents, whole[3].latents)
         assert turns.count(nets.diffusion_net) == wanted
     assert plan.windows_a_turn == 12 and plan.on_host > 12 * budget.needs(nets, 64, 64, job.settings).features
+
+
+def test_out_of_memory_is_tried_once_more_by_a_smaller_plan(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the window on that failed, with progress and bits as if nothing had happened; a second time it is said."""
+    nets = networks.tiny()
+    job = networks.clip(MemoPipeline(nets), 64, 3, steps=2)
+    first = Plan.of(budget.needs(nets, 64, 64, job.settings))
+    wanted = [window.latents for window in MemoPipeline(nets).sample_windows(job, plan=first)]
+    second = replace(first, sums_on_device=0, sums_on_host=len(budget.needs(nets, 64, 64, job.settings).layers))
+    failures, steps, sampled = [2], [], sampling.sample_window
+
+    def scarce(*args: Any, **how: Any) -> Tensor | None:
+        if len(steps) == 2 and failures:
+            failures.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sampled(*args, **how)
+
+    monkeypatch.setattr(sampling, "sample_window", scarce)
+    monkeypatch.setattr(MemoPipeline, "plan", lambda *_: first)
+    monkeypatch.setattr(budget, "smaller", lambda *_: second)
+    pipe = MemoPipeline(nets)
+    made = list(pipe.sample_windows(job, on_progress=lambda done, total: steps.append((done, total))))
+    assert all(torch.equal(window.latents, latents) for window, latents in zip(made, wanted, strict=True))
+    assert steps == [(done, 6) for done in range(1, 7)] and not failures
+    assert "once more from frame 16 on" in caplog.text
+    failures += [2, 2]
+    steps.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        list(pipe.sample_windows(job, on_progress=lambda done, total: steps.append((done, total))))
+
+
+def test_the_large_nets_come_to_a_device_when_they_are_to_sample(
+    memo_tiny: Path, monkeypatch: pytest.MonkeyPatch, track: Any, reference: Any
+) -> None:
+    """Loaded for a device they wait in host memory: what listens, and the VAE, have its room before."""
+    came, enter, moved, to = [], waiting.enter, set(), Tensor.to
+
+    def as_if(tensor: Tensor, *where: Any, **how: Any) -> Tensor:
+        """A move to a device that is not there."""
+        there = [str(place) for place in (*where, *how.values())]
+        out = to(tensor, *("cpu" if str(place) == "mps" else place for place in where), **how)
+        if "mps" not in there:
+            return out
+        out = out.clone()
+        moved.add(out.data_ptr())
+        return out
+
+    monkeypatch.setattr(waiting, "wait", lambda net: came.append(f"{type(net).__name__} waits"))
+    monkeypatch.setattr(Tensor, "to", as_if)
+    for listener in (SpeechEncoder, Emotion2Vec, EmotionHead):
+        monkeypatch.setattr(listener, "from_pretrained", lambda *_, **how: nn.Identity())
+    nets = checkpoint.load(memo_tiny, "mps")
+    assert came == ["ReferenceNet waits", "DiffusionNet waits"]
+    here = {name for name in NETS if next(getattr(nets, name).parameters()).data_ptr() in moved}
+    assert here == {"image_proj", "audio_proj", "vae"}
+    monkeypatch.undo()
+    pipe = MemoPipeline.from_pretrained(memo_tiny)
+    for net in (pipe.nets.reference_net, pipe.nets.diffusion_net):
+        waiting.wait(net)
+    monkeypatch.setattr(waiting, "enter", lambda net, device: came.append(net) or enter(net, device))
+    (window,) = pipe.sample_windows(pipe.job(reference, track, num_frames=16, steps=1))
+    assert pipe.nets.reference_net in came and pipe.nets.diffusion_net in came and not waiting._away
+
+
+NETS = ("reference_net", "diffusion_net", "image_proj", "audio_proj", "vae")
 
 
 def test_two_jobs_of_one_pipeline_may_take_turns() -> None:
