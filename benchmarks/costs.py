@@ -105,6 +105,8 @@ class Costs(TorchDispatchMode):
     def kernel(self, kind: str, operations: int, *tensors: Any) -> None:
         """One kernel that reads and writes these."""
         self.operations += operations
+        if kind != "attention":  # which knows its own
+            self.work[kind] += operations
         self.bytes[kind] += sum(map(moved, _tensors(tensors)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import re
 import statistics
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memo_core import MemoPipeline
+from memo_core import MemoPipeline, precision
 from memo_core.checkpoint import Networks
 from memo_core.clips import WINDOW
 from memo_core.job import Job
@@ -259,19 +260,30 @@ def kernel_inputs(
     dim: int, locations: int, device: torch.device | str, dtype: torch.dtype, heads: int = 8
 ) -> dict[str, tuple]:
     """Random arguments of every kernel at one level of the net: guidance's two rows of one window."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     query, key, value = (draw(2, WINDOW, locations, heads, dim) for _ in range(3))
     kv, z = draw(2, locations, heads, dim, dim), draw(2, locations, heads, dim).abs() + 1
-    x, shift, scale = draw(2 * WINDOW, locations, heads * dim), draw(2, heads * dim), draw(2, heads * dim)
+    channels, side = heads * dim, math.isqrt(locations)
+    x, shift, scale = draw(2 * WINDOW, locations, channels), draw(2, channels), draw(2, channels)
+    weight, bias, carried = draw(channels), draw(channels), precision.carried(dtype)
+    hidden = draw(2 * WINDOW, locations, channels).to(carried)
+    maps = hidden.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # channels-last
+    groups = math.gcd(channels, 32)
     return {
         "memory_attention": (query, key, value, (kv, z)),
         "memory_sums": (key, value),
         "update_memory": ((kv.clone(), z.clone()), naive.DECAY**WINDOW, key, value),
         "modulated_norm": (x, shift, scale),
+        "geglu": (draw(2 * WINDOW, locations, 8 * channels),),
+        "geglu_linear": (x, draw(8 * channels, channels), draw(8 * channels)),
+        "group_norm": (maps, groups, weight, bias, 1e-5, shift, True),
+        "layer_norm": (hidden, weight, bias),
+        "add_norm": (hidden, x, shift, scale, 1e-5, carried, True),
+        "add": (hidden, x, carried),
     }
 
 
@@ -287,7 +299,16 @@ def kernel_bytes(name: str, given: tuple) -> int:
     if name == "update_memory":
         (kv, z), _, key, value = given
         return key.nbytes + value.nbytes + 2 * (kv.nbytes + z.nbytes)
-    return 2 * given[0].nbytes
+    x = given[0]
+    if name == "geglu":
+        return x.nbytes * 3 // 2
+    if name == "geglu_linear":
+        return sum(tensor.nbytes for tensor in given) + 4 * x.nbytes
+    if name in ("add_norm", "add"):  # the sum is in the format of x here, its norm in that of y
+        return 2 * x.nbytes + (2 if name == "add_norm" else 1) * given[1].nbytes
+    if name == "group_norm":  # whose statistics come first
+        return 2 * x.nbytes + x.numel() * given[2].itemsize
+    return x.nbytes + x.numel() * given[1].itemsize
 
 
 def kernels(
@@ -316,30 +337,34 @@ def kernels(
     for dim, locations in levels.items():
         for name, given in kernel_inputs(dim, locations, device, dtype).items():
             row: dict[str, Any] = {"locations": locations, "bytes": kernel_bytes(name, given)}
-            here = {version: getattr(module, name) for version, module in versions.items() if hasattr(module, name)}
-            right = _computed(getattr(naive, name), given, torch.float32)
+            stated = getattr(naive, name)
+            here = {version: getattr(module, name) for version, module in versions.items()}
+            here = {version: kernel for version, kernel in here.items() if version == "naive" or kernel is not stated}
+            right = _computed(stated, given, torch.float32)
             for version, kernel in here.items():  # before any is timed: update_memory writes in place
-                made = zip(_computed(kernel, given, dtype), right)
+                made = zip(_computed(kernel, given), right)
                 row[f"{version}, relative error"] = max(relative_error(*pair) for pair in made)
             for version, kernel in here.items():
                 row[version] = per_call(lambda: kernel(*given), device, least)
                 if version != "naive":
                     row[f"{version}, times faster than naive"] = row["naive"] / row[version]
-                if bandwidth is not None:
+                if bandwidth is not None and name != "geglu_linear":  # which computes more than it moves
                     row[f"{version}, share of copy bandwidth"] = row["bytes"] / row[version] / bandwidth
             found[f"{name}, D {dim}"] = row
             yield found
     for dim, locations in levels.items() if gradients else ():
         for name, given in kernel_inputs(dim, locations, device, dtype).items():
+            if name not in ("memory_attention", "memory_sums", "modulated_norm"):
+                continue  # training uses no other
             for version, module in versions.items():
-                if hasattr(module, name) and name != "update_memory":  # which writes in place
+                if version in found[f"{name}, D {dim}"]:
                     run = with_gradients(getattr(module, name), given)
                     found[f"{name}, D {dim}"][f"{version}, with gradients"] = per_call(run, device, least)
                     yield found
 
 
-def _computed(kernel: Callable, given: tuple, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What a kernel makes of copies of its arguments."""
+def _computed(kernel: Callable, given: tuple, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """What a kernel makes of copies of its arguments, in another number format if one is given."""
 
     def copied(value: Any) -> Any:
         if isinstance(value, tuple):
