@@ -97,9 +97,15 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
-    parser.add_argument("files", nargs="+", type=Path, help="reports of benchmarks.costs --json")
+    parser.add_argument(
+        "files", nargs="+", type=Path, help="reports of benchmarks.costs --json, or several by name in one"
+    )
     args = parser.parse_args(arguments)
-    print(table({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in args.files}))
+    reports: dict[str, Any] = {}
+    for path in args.files:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        reports |= {path.stem: found} if "window" in found else found
+    print(table(reports))
 
 
 if __name__ == "__main__":
