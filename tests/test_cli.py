@@ -11,10 +11,13 @@ import subprocess
 import sys
 import threading
 import wave
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from memo_core import MemoryState, cli, memory, sampling
@@ -273,7 +276,7 @@ def test_an_interrupt_leaves_a_video_that_plays_and_the_command_that_goes_on(
     encoded: list[np.ndarray] = []
     write_frames = VideoWriter.write_frames
     monkeypatch.setattr(
-        VideoWriter, "write_frames", lambda self, frames: (encoded.append(frames), write_frames(self, frames))[1]
+        VideoWriter, "write_frames", lambda self, frames, **_: (encoded.append(frames), write_frames(self, frames))[1]
     )
     ended = _interrupt_when(here, memo_tiny, "-o", "a b.mp4", "--seed", "5", finished_windows=1, by=by)
     assert ended.returncode == 130
@@ -558,3 +561,55 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_read(here, caps
     assert f"cannot write {output}" in capsys.readouterr().err
     assert cli.main(["emotion", "absent.wav", "-o", "a.txt"]) == 1
     assert "name a .png" in capsys.readouterr().err
+
+
+def three_windows(stop_before: int | None = None) -> Iterator[SimpleNamespace]:
+    for i in range(3):
+        if i == stop_before:
+            raise KeyboardInterrupt
+        yield SimpleNamespace(memory=f"after {i}", stored=False, frames=torch.full((16, 3, 64, 64), i / 4))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("stop", [None, 0, 1, 2])
+def test_the_memory_that_is_kept_is_that_of_the_last_window_in_the_file(here, beside: bool, stop: int | None) -> None:
+    """Also where a window is encoded while the next one is sampled."""
+    writer = VideoWriter("out.mp4", 64, 64, 30)
+    memory, stopped, _ = cli._write(three_windows(stop), writer, "before", beside)
+    done = 3 if stop is None else stop
+    assert writer.frames_written == 16 * done and memory == ("before" if done == 0 else f"after {done - 1}")
+    assert (stopped is None) == (stop is None)
+    assert Path("out.mp4").exists() == (done > 0)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_window_that_cannot_be_encoded_beside_the_next_one_is_told(here, monkeypatch, broken: int) -> None:
+    encode, count = VideoWriter._encode_frames, iter(range(9))
+
+    def encoded(self: VideoWriter, frames: np.ndarray) -> None:
+        if next(count) == broken:
+            raise OSError(28, "No space left on device")
+        encode(self, frames)
+
+    monkeypatch.setattr(VideoWriter, "_encode_frames", encoded)
+    with pytest.raises(MemoError, match="No space left"):
+        cli._write(three_windows(), VideoWriter("out.mp4", 64, 64, 30), "before", beside=True)
+    assert not Path("out.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None)],
+    ids=["by itself", "chosen"],
+)
+def test_torch_grows_its_pieces_of_memory_unless_told_otherwise(monkeypatch, given: dict, wanted: str | None) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    cli._prepare_allocator()
+    found = {os.environ[name] for name in names if name in os.environ}
+    for name in names:
+        os.environ.pop(name, None)
+    assert found == ({wanted} if wanted else set(given.values()))
