@@ -411,7 +411,9 @@ class MemoPipeline:
             raise SamplingError(f"latents are [4, F, h, w], received {shape}")
         if not latents.is_floating_point() or latents.itemsize == 1:
             raise SamplingError(f"latents are floating-point numbers, received {latents.dtype}")
-        return decode(self.nets.vae, latents, self.nets.device)
+        options = self.nets.options
+        on_threads = options is not None and options.rows_on_threads
+        return decode(self.nets.vae, latents, self.nets.device, on_threads=on_threads)
 
 
 def _rest(job: Job, window: Window) -> Job:

@@ -41,7 +41,7 @@ from .threads import side_by_side
 if TYPE_CHECKING:
     from .budget import Plan
 
-WINDOW_VERSION = 2  # to be raised whenever the same inputs come to give another window: stored ones are then not found
+WINDOW_VERSION = 3  # to be raised whenever the same inputs come to give another window: stored ones are then not found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,32 +326,48 @@ def few_frames(height: int, width: int) -> int:
 
 
 @torch.no_grad()
-def decode(vae, latents: Tensor, device: torch.device | None = None, at_once: int | None = None) -> Tensor:
+def decode(
+    vae, latents: Tensor, device: torch.device | None = None, at_once: int | None = None, on_threads: bool = False
+) -> Tensor:
     """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1], computed on `device` (None: where the VAE is),
-    `at_once` frames at once (None: `few_frames`).
+    `at_once` frames at once (None: `few_frames`); with `on_threads`, on a CPU, half of these on each of two threads,
+    which changes no bits.
 
     Raises:
         SamplingError: the VAE gave NaN or infinite values; names the frames.
     """
     dtype = vae.decoder.conv_in.weight.dtype  # the two halves of a VAE may differ (`precision`)
     latents = latents.transpose(0, 1).to(device or vae.device, dtype) / vae.config.scaling_factor
-    chunks = latents.split(at_once or few_frames(8 * latents.shape[2], 8 * latents.shape[3]))
-    frames = torch.cat([vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
+    at_once = at_once or few_frames(8 * latents.shape[2], 8 * latents.shape[3])
+    frames = _in_pieces(lambda piece: vae.decode(piece, return_dict=False)[0], latents, at_once, on_threads)
     _check_pictures(frames, "decoding", dtype)  # before the clamp, which would make white of what is infinite
     return (frames.float() / 2 + 0.5).clamp(0, 1)
 
 
-def encode(vae, frames: Tensor, device: torch.device | None = None, at_once: int | None = None) -> Tensor:
+def encode(
+    vae, frames: Tensor, device: torch.device | None = None, at_once: int | None = None, on_threads: bool = False
+) -> Tensor:
     """Frames [F, 3, H, W] in [-1, 1] -> scaled VAE means [F, 4, h, w], float32, computed as by `decode`.
 
     Raises:
         SamplingError: as `decode`.
     """
     dtype = vae.encoder.conv_in.weight.dtype
-    chunks = frames.to(device or vae.device, dtype).split(at_once or few_frames(*frames.shape[2:]))
-    means = torch.cat([vae.encode(chunk, return_dict=False)[0].mean for chunk in chunks])
+    frames = frames.to(device or vae.device, dtype)
+    at_once = at_once or few_frames(*frames.shape[2:])
+    means = _in_pieces(lambda piece: vae.encode(piece, return_dict=False)[0].mean, frames, at_once, on_threads)
     _check_pictures(means, "encoding", dtype)
     return means.float() * vae.config.scaling_factor
+
+
+def _in_pieces(run: Callable[[Tensor], Tensor], frames: Tensor, at_once: int, on_threads: bool) -> Tensor:
+    """A network on frames [F, ...], so many at once. On a CPU always in halves of these, since threads that share them
+    out, and their number, must not change bits."""
+    if frames.device.type != "cpu" or at_once < 2:
+        return torch.cat([run(piece) for piece in frames.split(at_once)])
+    pieces, two = frames.split(at_once // 2), 2 if on_threads else 1
+    groups = [pieces[first : first + two] for first in range(0, len(pieces), two)]
+    return torch.cat([out for group in groups for out in side_by_side([partial(run, piece) for piece in group])])
 
 
 def _check_pictures(pictures: Tensor, doing: str, dtype: torch.dtype) -> None:
@@ -458,6 +474,8 @@ def sample_windows(
     job = job.checked(nets)
     settings, reference, memory = job.settings, job.reference, job.entering(nets)
     sampler, ready = Sampler(nets, reference, settings, cache), False
+    options = nets.options
+    on_threads = options is not None and options.rows_on_threads
     shape = (4, WINDOW, *reference.latents.shape[2:])
     for index in range(job.windows):
         inputs = job.inputs(index, memory)
@@ -496,16 +514,19 @@ def sample_windows(
                     f"in the window from frame {inputs.start} on the networks gave NaN or infinite values in "
                     f"{sampler.dtype}; run them in float32 or bfloat16"
                 )
-            latents = latents[0, :, : inputs.frames].cpu().contiguous()
+            latents = latents[0].cpu()
+            # Of a last window that is cut all frames are decoded where another number would be compiled anew.
+            shown = latents if options is not None and options.compile else latents[:, : inputs.frames]
+            latents = latents[:, : inputs.frames].contiguous()
             with _naming_window(inputs.start):
-                frames = decode(nets.vae, latents, nets.device, frames_at_once)
+                frames = decode(nets.vae, shown, nets.device, frames_at_once, on_threads)[: inputs.frames]
                 # What the viewer sees, not the latents themselves, as released.
-                past = encode(nets.vae, frames * 2 - 1, nets.device, frames_at_once).cpu()
+                past = encode(nets.vae, frames * 2 - 1, nets.device, frames_at_once, on_threads).cpu()
                 past = past.to(precision.remembered(sampler.dtype))
         memory = memory.push(past, reference.face_embedding, nets.digest, reference.digest)  # checks it: before keeping
         if store is not None and found is None:
             store.put(key, {"latents": latents, "past": past})
-        how = decode_stored or partial(decode, nets.vae, device=nets.device)
+        how = decode_stored or partial(decode, nets.vae, device=nets.device, on_threads=on_threads)
         window = Window(inputs.start, latents, memory, found is not None, how)
         if frames is not None:
             window.__dict__["frames"] = frames.cpu()  # what the cached property would compute

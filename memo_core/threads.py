@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import lru_cache
 from typing import TypeVar
 
@@ -15,11 +16,11 @@ Result = TypeVar("Result")
 def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
     """Runs tasks at the same time, each with its share of torch's threads; one after the other if there are too few.
 
-    Modes of torch that belong to a thread (inference mode, gradients) are those of the caller; others, as profilers and
-    dispatch modes, do not see the tasks.
+    Modes of torch that belong to a thread (inference mode, gradients) and context variables are those of the caller;
+    others, as profilers and dispatch modes, do not see the tasks.
     """
     threads = torch.get_num_threads()
-    if threads < len(tasks):
+    if threads < len(tasks) or len(tasks) == 1:
         return [task() for task in tasks]
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
@@ -29,7 +30,8 @@ def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
             return task()
 
     try:
-        return [future.result() for future in [_pool(len(tasks)).submit(run, task) for task in tasks]]
+        pool = _pool(len(tasks))
+        return [future.result() for future in [pool.submit(copy_context().run, run, task) for task in tasks]]
     finally:
         torch.set_num_threads(threads)
 

@@ -31,6 +31,7 @@ from ..memo_core.errors import AudioError, CheckpointError, MemoError, PortraitE
 from ..memo_core.files import open_regular, replace_whole
 from ..memo_core.job import Job
 from ..memo_core.nets.layers import attention_fused
+from ..memo_core.optimise import Options
 from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.store import WindowStore
 
@@ -188,6 +189,8 @@ class HostPipeline(MemoPipeline):
     def __init__(self, nets: checkpoint.Networks, attention: str = "auto"):
         super().__init__(nets)
         nets.device = management.get_torch_device()
+        if nets.device.type == "cpu":  # where threads that share an operation would wait for each other under load
+            nets.options = Options(channels_last=False, fuse_qkv=False, rows_on_threads=True)
         self._attention = attention
         _cast_on_the_fly(nets.vae)
         patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
