@@ -1,7 +1,7 @@
 """Compiles the Triton kernels between a step's products ahead of time, without a GPU: `python -m benchmarks.ahead`.
 
 For every variant that tuning may choose, at the released widths, in bfloat16 with hidden states in float32: whether it
-compiles for a card, and the most registers, spilled bytes and shared memory of a kernel's variants.
+compiles for a card, and the most registers, bytes of stack (where they spill) and shared memory of a kernel's variants.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def sources() -> list[tuple[str, Any, dict[str, str], dict[str, Any], Any, int]]
     return found
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], target: int, warps: int, stages: int) -> Any:
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], target: int, warps: int, stages: int
+) -> Any:
     """One variant for one compute capability, pointers and strides aligned as in the nets."""
     while not isinstance(kernel, triton.JITFunction):
         kernel = kernel.fn
@@ -75,18 +77,16 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], targ
 
 
 def resources(binary: Any) -> tuple[int, int, int]:
-    """Registers, spilled bytes and shared bytes of a compiled kernel, as the assembler says them."""
+    """Registers, bytes of stack a thread (where registers spill) and shared bytes of a compiled kernel."""
     from triton import knobs
 
-    assembler, target = knobs.nvidia.ptxas.path, re.search(r"\.target (\w+)", binary.asm["ptx"]).group(1)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(binary.asm["ptx"], encoding="utf-8")
-        command = [assembler, "-v", f"--gpu-name={target}", str(path), "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    numbers = [re.search(pattern, said) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")]
-    used, spilled = (int(match.group(1)) if match else 0 for match in numbers)
-    return used, spilled, binary.metadata.shared
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(binary.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used, stack = (int(re.search(rf"{name}:(\d+)", said).group(1)) for name in ("REG", "STACK"))
+    return used, stack, binary.metadata.shared
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,11 +106,11 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"{name}, {chosen}, {warps} warps, sm_{target}: {' '.join(str(error).split())[:300]}")
                     continue
                 rows.setdefault((name, target), []).append(found)
-    print(f"{'kernel':<26}{'target':>8}{'variants':>10}{'registers':>11}{'spilled':>9}{'shared KB':>11}")
+    print(f"{'kernel':<26}{'target':>8}{'variants':>10}{'registers':>11}{'stack':>9}{'shared KB':>11}")
     for (name, target), found in rows.items():
-        used, spilled, shared = (max(values) for values in zip(*found))
+        used, stack, shared = (max(values) for values in zip(*found))
         over = " more than a program may have" if shared > 1024 * SHARED[target] else ""
-        print(f"{name:<26}{f'sm_{target}':>8}{len(found):>10}{used:>11}{spilled:>9}{shared / 1024:>11.0f}{over}")
+        print(f"{name:<26}{f'sm_{target}':>8}{len(found):>10}{used:>11}{stack:>9}{shared / 1024:>11.0f}{over}")
         failed += bool(over)
     return 1 if failed else 0
 

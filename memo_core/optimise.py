@@ -35,10 +35,11 @@ class Options:
     compiled networks), by counted bytes, and off elsewhere.
 
     Attributes:
-        rows_on_threads: guidance's two rows run at the same time on a CPU, each with half of torch's threads. Measured
-            with 2 threads: end to end 1.06 to 1.1 times as fast, up to 1.4 where the machine is busy. `memo generate`
-            does it; here it is off, because what belongs to a thread (profilers, dispatch modes) does not see the
-            others. Not with `Speed.reuse`.
+        rows_on_threads: guidance's two rows, and halves of the VAE's frames, run at the same time on a CPU, each with
+            half of torch's threads. Threads that share one operation wait for each other whenever one of them does not
+            run: beside one busy process two threads take half the time so, on a quiet machine as long. `memo generate`
+            and the nodes do it; here it is off, because what belongs to a thread (profilers, dispatch modes) does not
+            see the others. Rows not with `Speed.reuse`.
         channels_last: convolutions of both UNets and the VAE work on [h, w, C]; with None not those of the VAE. On the
             CPU a step takes as long (0.99 to 1.04), encoding 0.75 to 0.85 and decoding 0.97 to 1.06 of the time.
         fuse_qkv: queries, keys and values of the same tokens in one matrix product. The layers' names in a state dict

@@ -331,7 +331,7 @@ def decode(
 ) -> Tensor:
     """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1], computed on `device` (None: where the VAE is),
     `at_once` frames at once (None: `few_frames`); with `on_threads`, on a CPU, half of these on each of two threads,
-    which changes no bits.
+    the same but for rounding.
 
     Raises:
         SamplingError: the VAE gave NaN or infinite values; names the frames.
@@ -361,13 +361,12 @@ def encode(
 
 
 def _in_pieces(run: Callable[[Tensor], Tensor], frames: Tensor, at_once: int, on_threads: bool) -> Tensor:
-    """A network on frames [F, ...], so many at once. On a CPU always in halves of these, since threads that share them
-    out, and their number, must not change bits."""
-    if frames.device.type != "cpu" or at_once < 2:
+    """A network on frames [F, ...], so many at once."""
+    if frames.device.type != "cpu" or at_once < 2 or not on_threads:
         return torch.cat([run(piece) for piece in frames.split(at_once)])
-    pieces, two = frames.split(at_once // 2), 2 if on_threads else 1
-    groups = [pieces[first : first + two] for first in range(0, len(pieces), two)]
-    return torch.cat([out for group in groups for out in side_by_side([partial(run, piece) for piece in group])])
+    pieces = frames.split(at_once // 2)
+    pairs = [pieces[first : first + 2] for first in range(0, len(pieces), 2)]
+    return torch.cat([out for pair in pairs for out in side_by_side([partial(run, piece) for piece in pair])])
 
 
 def _check_pictures(pictures: Tensor, doing: str, dtype: torch.dtype) -> None:

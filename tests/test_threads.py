@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import relative_l2
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference, sampling
+from memo_core.nets.layers import attention_fused, attention_is_fused
 from memo_core.optimise import Options
 from memo_core.threads import side_by_side
 
@@ -35,6 +36,21 @@ def test_rows_on_threads_are_the_same_rows(
     assert torch.equal(mine, other.sample_clip(reference, track, emotions, **settings)[0].latents)
 
 
+def test_frames_of_the_vae_on_threads_are_the_same_frames(pipe: MemoPipeline) -> None:
+    vae, latents = pipe.nets.vae, torch.randn(4, 13, 8, 8, generator=torch.Generator().manual_seed(0))
+    where: set[str] = set()
+    hook = vae.decoder.register_forward_hook(lambda *_: where.add(threading.current_thread().name))
+    with torch.inference_mode():
+        frames = sampling.decode(vae, latents)
+        assert len(where) == 1
+        mine = sampling.decode(vae, latents, on_threads=True)
+        assert relative_l2(mine, frames) < 1e-5 and len(where) == 3
+        assert torch.equal(mine, sampling.decode(vae, latents, on_threads=True))
+        means = sampling.encode(vae, frames * 2 - 1)
+        assert relative_l2(sampling.encode(vae, frames * 2 - 1, on_threads=True), means) < 1e-5
+    hook.remove()
+
+
 def test_each_task_has_its_share_of_the_threads_and_the_callers_modes() -> None:
     def modes() -> tuple[int, bool, bool]:
         return torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -47,6 +63,11 @@ def test_each_task_has_its_share_of_the_threads_and_the_callers_modes() -> None:
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
     assert side_by_side([threading.get_ident] * 2) == [threading.get_ident()] * 2
+
+
+def test_tasks_see_the_callers_context() -> None:
+    with attention_fused(False):
+        assert side_by_side([lambda: attention_is_fused(torch.device("cpu"))] * 2) == [False] * 2
 
 
 def test_an_error_in_a_task_reaches_the_caller() -> None:
