@@ -11,6 +11,7 @@ import mmap
 import sys
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class HostMemory:
         where = mmap.mmap(-1, size, **({} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | _ANONYMOUS}))
         self.bytes = torch.frombuffer(where, dtype=torch.uint8)
         if _lock(self.bytes, device):
-            weakref.finalize(self, _unlock, self.bytes, device)
+            weakref.finalize(self, _unlock, self.bytes, device).atexit = False  # then the system does it
 
     @classmethod
     def for_(cls, tensors: Sequence[Tensor], device: torch.device) -> tuple[HostMemory, list[Tensor]]:
@@ -87,9 +88,10 @@ def _lock(memory: Tensor, device: torch.device) -> bool:
 
 def _unlock(memory: Tensor, device: torch.device) -> None:
     """When nothing reads it any longer; the memory itself goes after this."""
-    torch.cuda.synchronize(device)
-    with torch.cuda.device(device):
-        _runtime().cudaHostUnregister(memory.data_ptr())
+    with suppress(RuntimeError):  # of a device that has failed, which says so elsewhere
+        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):
+            _runtime().cudaHostUnregister(memory.data_ptr())
 
 
 def _runtime() -> Any:
