@@ -593,7 +593,7 @@ class _Drawing:
     def _cheek_mark(self, layer: _Canvas, x: Tensor, y: Tensor, z: Tensor) -> None:
         """So far to the side that a frontal view shows next to nothing of it."""
         identity, side = self.identity, self.identity.cheek_side
-        around = (torch.atan2(side * x, z) - 1.32) * identity.face_width  # along the surface, from 76 degrees on
+        around = (torch.atan2(side * x, z) - 1.46) * identity.face_width  # along the surface, from 84 degrees on
         up = y - 14.0
         if identity.cheek == "mole":
             layer.paint(layer.coverage(_circle(around, up, 2.6)), (0.24, 0.13, 0.10))
