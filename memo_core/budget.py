@@ -236,15 +236,16 @@ _counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, bool, bool, 
 _counted = weakref.WeakKeyDictionary()
 
 
-def needs(nets: Networks, height: int, width: int, settings: Settings) -> Needs:
+def needs(nets: Networks, height: int, width: int, settings: Settings, host_moves_weights: bool = False) -> Needs:
     """Counts what sampling at height x width pixels takes; about a second at the released size, then it is known.
 
     Args:
         nets: with or without data.
         settings: of which guidance and speed matter.
+        host_moves_weights: then norms may lie in host memory, and be computed by torch's operators.
     """
     known = _counted.setdefault(nets.diffusion_net, {})
-    how = attention_is_fused(nets.device), kernels.runs_on(nets.device)
+    how = attention_is_fused(nets.device), kernels.runs_on(nets.device) and not host_moves_weights
     key = (height, width, settings.guided, *how)
     if key not in known:
         with torch.inference_mode():
@@ -464,7 +465,7 @@ def plan(
     Raises:
         SamplingError: not even the last of these fits; it says what would.
     """
-    need = needs(nets, height, width, settings)
+    need = needs(nets, height, width, settings, host_moves_weights)
     if budget_bytes is None:
         frames = few_frames(height, width) if nets.device.type == "cpu" else vae_frames(height, width)[0]
         return Plan.of(need, vae_frames=frames)
@@ -506,7 +507,8 @@ def least(
     streamed_weights: int = 0,
 ) -> Plan:
     """The plan that takes least."""
-    need, streamed = needs(nets, height, width, settings), streamed_weights if host_moves_weights else None
+    need = needs(nets, height, width, settings, host_moves_weights)
+    streamed = streamed_weights if host_moves_weights else None
     return Plan.of(need, **list(_choices(need, nets.device, height, width, settings, streamed))[-1])
 
 
@@ -589,7 +591,7 @@ def check_room(
     side = 8 * nets.sample_size
 
     def smallest(how: Settings) -> Plan:
-        need = needs(nets, side, side, settings).times(height * width / side**2)
+        need = needs(nets, side, side, settings, host_moves_weights).times(height * width / side**2)
         if settings.guided and not how.guided:  # not counted, for a message alone
             need = need.unguided()
         choices = list(_choices(need, nets.device, height, width, how, 0 if host_moves_weights else None))

@@ -198,18 +198,20 @@ def load(
     ops: Any = nn,
     lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
     options: Options | None = None,
+    large_nets_wait: bool = False,
 ) -> Networks:
     """Loads a checkpoint in the released layout.
 
     Args:
         checkpoint: folder, or the name of an embedded checkpoint.
         device, dtype: where and in what precision the networks run. The speech and emotion encoders stay in fp32, as
-            released. On a device with memory of its own the Reference Net and the Diffusion Net wait in host memory
-            until something is sampled (`waiting.enter` brings them).
+            released.
         ops: namespace of layer classes for the MEMO networks.
         lora: adapters to merge, each a file and its strength (`lora.apply`).
         options: how the networks compute (`optimise.optimise`); None leaves them as they were saved, to be trained,
             changed or saved again.
+        large_nets_wait: on a device with memory of its own the Reference Net and the Diffusion Net stay in host memory
+            until something is sampled (`waiting.enter` brings them).
 
     Raises:
         CheckpointError: files or keys are missing, extra or misshapen, or a setting is not supported; an adapter
@@ -243,7 +245,7 @@ def load(
         module = on_meta(lambda: build(weights), path)
         check_fit(module, weights, path)
         # The two large nets come to a device when they are to sample: what listens and looks before has more room.
-        waits = name in ("reference_net", "diffusion_net") and device.type not in ("cpu", "meta")
+        waits = large_nets_wait and name in ("reference_net", "diffusion_net") and device.type not in ("cpu", "meta")
         where = torch.device("cpu") if waits else device
         placed = {key: tensor.to(where, precision.of_weight(name, key, dtype)) for key, tensor in weights.items()}
         load_strict(module, placed, path)
@@ -285,7 +287,7 @@ def load(
         adapters.apply(nets, adapter, strength)
     if options is not None:
         optimise(nets, options)
-    if device.type not in ("cpu", "meta"):
+    if large_nets_wait and device.type not in ("cpu", "meta"):
         for large in (reference_net, diffusion_net):
             waiting.wait(large)
     return nets

@@ -90,7 +90,9 @@ def attention_runs(device: torch.device, dtype: torch.dtype, names: tuple[str, .
         x = torch.zeros(1, 1, 64, 40, device=device, dtype=dtype)
         with sdpa_kernel(backends), torch.inference_mode():
             F.scaled_dot_product_attention(x, x, x)
-    except RuntimeError:  # "No available kernel", or one that was not built for this card
+    except RuntimeError as error:  # "No available kernel", or one that was not built for this card
+        if "out of memory" in str(error):
+            raise
         return False
     return True
 

@@ -75,6 +75,7 @@ def _lock(memory: Tensor, device: torch.device) -> bool:
         reason = f"error {int(code)}"
     except RuntimeError as error:
         reason = str(error)
+    _clear_error(device)
     if not _refused:
         _refused = True
         logger.warning(
@@ -91,7 +92,15 @@ def _unlock(memory: Tensor, device: torch.device) -> None:
     with suppress(RuntimeError):  # of a device that has failed, which says so elsewhere
         torch.cuda.synchronize(device)
         with torch.cuda.device(device):
-            _runtime().cudaHostUnregister(memory.data_ptr())
+            if int(_runtime().cudaHostUnregister(memory.data_ptr())):
+                _clear_error(device)
+
+
+def _clear_error(device: torch.device) -> None:
+    """CUDA keeps the error of a call until somebody asks: the next kernel would be blamed for it."""
+    with suppress(RuntimeError):
+        torch.ones(1, device=device).add_(1)
+        torch.cuda.synchronize(device)
 
 
 def _runtime() -> Any:

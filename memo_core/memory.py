@@ -89,7 +89,7 @@ class MemoryState:
     Attributes:
         entries: windows remembered, oldest first.
         horizon: how many windows are remembered at most; None for all of the past (by weight that is the last 96 to 112
-            frames, or in half precision 192).
+            frames, in half precision 96 to 192).
         windows: how many windows of video this memory has seen.
         model, reference: digests of the checkpoint and of the reference it belongs to; empty for a state without a
             past.

@@ -56,7 +56,8 @@ class MemoPipeline:
         lora: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
         options: Options = Options(),
     ) -> MemoPipeline:
-        """Loads a folder in the released layout, or an embedded checkpoint by name ("toon").
+        """Loads a folder in the released layout, or an embedded checkpoint by name ("toon"). On a GPU the two large
+        networks come to it when something is sampled.
 
         Args:
             lora: adapter files to merge, or pairs of file and strength (1 is as trained); they add up.
@@ -71,7 +72,7 @@ class MemoPipeline:
                 f"lora must be a list of files, or of pairs of file and strength, received {shown(lora)}"
             )
         pairs = [file if isinstance(file, (tuple, list)) else (file, 1.0) for file in lora]
-        return cls(checkpoint.load(path, device, dtype, lora=pairs, options=options))
+        return cls(checkpoint.load(path, device, dtype, lora=pairs, options=options, large_nets_wait=True))
 
     def encode_audio(
         self,
@@ -263,6 +264,7 @@ class MemoPipeline:
     ) -> Iterator[Window]:
         """Where the plan is this pipeline's own and the device runs out of memory all the same: once more from that
         window on, by a plan that takes less."""
+        job = job.checked(self.nets)
         rest, made, steps = job, [], job.windows * job.settings.steps
 
         def planned() -> Plan | None:
@@ -288,11 +290,13 @@ class MemoPipeline:
                     yield window
                     rest = _rest(rest, window)
                 return
-            except OUT_OF_MEMORY:
-                last = made[-1] if made else None
-                height, width = job.reference.pixels.shape[1:]
-                smaller = last and budget.smaller(self.nets, height, width, job.settings, last)
-                if how is not planned or smaller is None:
+            except RuntimeError as error:
+                # MPS has no error of its own for it.
+                scarce = isinstance(error, OUT_OF_MEMORY) or "out of memory" in str(error)
+                if not scarce or how is not planned or not made or made[-1] is None:
+                    raise
+                smaller = self.smaller_plan(job, made[-1])
+                if smaller is None:
                     raise
             # Out here the failed step's tensors are gone.
             logger.warning("out of memory: once more from frame %d on, %s", rest.start, smaller.describe())
@@ -313,6 +317,11 @@ class MemoPipeline:
             return None
         height, width = job.reference.pixels.shape[1:]
         return budget.plan(self.nets, height, width, job.settings, room + self._sums.device_bytes)
+
+    def smaller_plan(self, job: Job, than: Plan) -> Plan | None:
+        """The next plan that takes less; None after the last."""
+        height, width = job.reference.pixels.shape[1:]
+        return budget.smaller(self.nets, height, width, job.settings, than)
 
     def check_room(self, size: tuple[int, int] | None = None, **settings: Any) -> None:
         """Refuses, before anything is computed at it, a size that cannot be sampled with the memory there is: the

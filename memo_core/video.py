@@ -232,9 +232,9 @@ class VideoWriter:
         """Runs `work` in the writer's thread and waits, for what was begun before at least; errors of FFmpeg and of the
         system become VideoError."""
         try:
-            begun, self._begun = self._begun, None
-            if begun is not None:
-                begun.result()
+            if self._begun is not None:
+                self._begun.result()  # an interrupt here leaves it to the next call
+                self._begun = None
             future = self._thread.submit(work)
             if not wait:
                 self._begun = future

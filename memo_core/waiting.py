@@ -21,12 +21,12 @@ from .host_memory import HostMemory
 class _Home:
     """A network's weights in host memory.
 
-    copied: fingerprints of what lies there; of each tensor 0 where nothing does yet.
+    copied: fingerprints of what lies there; None where nothing does yet.
     """
 
     memories: list[HostMemory]
     views: list[Tensor]
-    copied: list[int]
+    copied: list[int | None]
 
 
 _homes: weakref.WeakKeyDictionary[nn.Module, _Home] = weakref.WeakKeyDictionary()
@@ -36,7 +36,7 @@ _away: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def wait(module: nn.Module) -> None:
     """Of a network whose weights were read into host memory, though it belongs on a device: `enter` brings it there."""
     tensors = _tensors(module)
-    _homes[module] = _Home([], [tensor.data for tensor in tensors], [0] * len(tensors))
+    _homes[module] = _Home([], [tensor.data for tensor in tensors], [None] * len(tensors))
     _away.add(module)
 
 
@@ -44,16 +44,17 @@ def leave(module: nn.Module) -> None:
     """Moves a network's weights from the device to host memory, locked for a CUDA device. Nothing for one that is there
     already, or on the CPU."""
     tensors = _tensors(module)
-    if not tensors or all(tensor.device.type == "cpu" for tensor in tensors):
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)
+    if device is None:
         return
     home = _homes.get(module)
     like = [(tensor.shape, tensor.dtype) for tensor in tensors]
     if home is None or not home.memories or [(view.shape, view.dtype) for view in home.views] != like:
-        home = _homes[module] = _Home([], list(tensors), [0] * len(tensors))
+        home = _homes[module] = _Home([], list(tensors), [None] * len(tensors))
         for made in (False, True):  # views of a tensor made in inference mode are such tensors, too
             places = [place for place, tensor in enumerate(tensors) if tensor.is_inference() is made]
             with torch.inference_mode(made):
-                memory, views = HostMemory.for_([tensors[place] for place in places], tensors[0].device)
+                memory, views = HostMemory.for_([tensors[place] for place in places], device)
             home.memories.append(memory)
             for place, view in zip(places, views):
                 home.views[place] = view
@@ -72,10 +73,11 @@ def enter(module: nn.Module, device: torch.device) -> None:
     """Brings a network back that had left; nothing for any other one, whose place is someone else's affair."""
     if module not in _away:
         return
-    for tensor, view in zip(_tensors(module), _homes[module].views):
-        if tensor.data_ptr() == view.data_ptr():
+    views = {view.data_ptr(): view for view in _homes[module].views if view.numel()}
+    for tensor in _tensors(module):
+        if tensor.device != device:  # also what somebody has replaced since
             with _as_made(tensor):
-                tensor.data = view.to(device, non_blocking=True)
+                tensor.data = views.get(tensor.data_ptr(), tensor.data).to(device, non_blocking=True)
     _away.discard(module)
 
 
@@ -85,18 +87,21 @@ def forget(module: nn.Module) -> None:
         _homes.pop(module, None)
 
 
-def host_bytes() -> int:
-    """Bytes of main memory that networks wait in, or have waited in and will again."""
-    return sum(memory.bytes.nbytes for home in _homes.values() for memory in home.memories)
-
-
 def _fingerprints(tensors: list[Tensor]) -> list[int]:
-    """A number for each of them that changes when theirs do: all bits added up, in one pass where they lie."""
+    """A number for each of them that changes when theirs do: all bits added up, and those in even places once more,
+    where they lie."""
     sums = []
     for tensor in tensors:
         flat = tensor.detach().contiguous().flatten()
-        sums.append(flat.view(_WHOLE[flat.itemsize]).sum(dtype=torch.int64) + 1)
-    return torch.stack(sums).tolist() if sums else []
+        flat = flat.view(_WHOLE[flat.itemsize])
+        sums.append(flat.sum(dtype=torch.int64) + 3 * flat[::2].sum(dtype=torch.int64))
+    # One answer from each device that has some: of a network that came back in part, the CPU's, too.
+    found: list[int] = [0] * len(sums)
+    for device in {part.device for part in sums}:
+        places = [place for place, part in enumerate(sums) if part.device == device]
+        for place, number in zip(places, torch.stack([sums[place] for place in places]).tolist()):
+            found[place] = number
+    return found
 
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -283,6 +283,17 @@ def test_weights_are_copied_to_the_host_once_and_again_when_they_change(monkeypa
     assert there_and_back() == [(3, 2), (2,)]
 
 
+def test_weights_that_were_replaced_while_they_waited_come_too() -> None:
+    """As by options or adapters between loading and the first window."""
+    net = nn.ParameterDict({"a": OnCard(torch.ones(2)), "b": OnCard(torch.ones(3))})
+    waiting.wait(net)
+    net["a"], net["c"] = OnCard(torch.full((4,), 2.0)), OnCard(torch.full((5,), 3.0))
+    waiting.enter(net, torch.device("cpu"))
+    assert {name: p.moves for name, p in net.items()} == {"a": 1, "b": 1, "c": 1} and net not in waiting._away
+    waiting.leave(net)  # has another size now
+    assert {name: p.sum().item() for name, p in net.items()} == {"a": 8, "b": 3, "c": 15}
+
+
 def test_the_order_of_weights_in_memory_survives() -> None:
     weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     net = nn.ParameterList([OnCard(weight.clone())])
@@ -293,7 +304,10 @@ def test_the_order_of_weights_in_memory_survives() -> None:
 
 
 class Runtime:
-    """CUDA's runtime, which locks so many bytes of main memory and no more."""
+    """CUDA's runtime, which locks so many bytes of main memory and no more, and keeps the error of a call that failed
+    until it is asked for."""
+
+    failed = False
 
     def __init__(self, most: int) -> None:
         self.most, self.locked = most, {}
@@ -301,6 +315,7 @@ class Runtime:
     def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
         assert pointer % 4096 == 0  # pages of its own
         if sum(self.locked.values()) + size > self.most:
+            self.failed = True
             return 2
         self.locked[pointer] = size
         return 0
@@ -318,6 +333,7 @@ def lockable(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Runtime]:
         monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
         monkeypatch.setattr(host_memory, "_refused", False)
+        monkeypatch.setattr(host_memory, "_clear_error", lambda _: setattr(runtime, "failed", False))
         return runtime
 
     return allow
@@ -342,7 +358,7 @@ def test_memory_that_cannot_be_locked_serves_unlocked_and_it_is_said_once(
     runtime = lockable(1000)
     for _ in range(2):
         memory = host_memory.HostMemory(2000, CARD)
-        assert memory.bytes.fill_(7).sum() == 14000 and not runtime.locked
+        assert memory.bytes.fill_(7).sum() == 14000 and not runtime.locked and not runtime.failed
     assert len(caplog.messages) == 1 and "cannot be locked" in caplog.messages[0]
 
 
@@ -462,7 +478,7 @@ def test_the_large_nets_come_to_a_device_when_they_are_to_sample(
     monkeypatch.setattr(Tensor, "to", as_if)
     for listener in (SpeechEncoder, Emotion2Vec, EmotionHead):
         monkeypatch.setattr(listener, "from_pretrained", lambda *_, **how: nn.Identity())
-    nets = checkpoint.load(memo_tiny, "mps")
+    nets = checkpoint.load(memo_tiny, "mps", large_nets_wait=True)
     assert came == ["ReferenceNet waits", "DiffusionNet waits"]
     here = {name for name in NETS if next(getattr(nets, name).parameters()).data_ptr() in moved}
     assert here == {"image_proj", "audio_proj", "vae"}

@@ -128,14 +128,15 @@ def update_memory(
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
-    """As `naive.modulated_norm`."""
+    """As `naive.modulated_norm`; where Triton runs, in the number format of the shift."""
     return _kernels(x).modulated_norm(x, shift, scale, eps)
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether what follows runs as kernels of its own for x: without gradients, uncompiled, where Triton runs.
-    Elsewhere torch's own operators do it, and the compiler fuses better by itself."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and _kernels(x) is not fused
+    """Whether what follows runs as kernels of its own for x: without gradients or autocast, uncompiled, where Triton
+    runs. Elsewhere torch's own operators do it, and the compiler fuses better by itself."""
+    plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled() or torch.compiler.is_compiling())
+    return plain and _kernels(x) is not fused
 
 
 def geglu(x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """The kernels in Triton, forward and backward: one pass over what each of them reads and writes.
 
 Same functions and shapes as `naive`, in fp32, fp16 or bf16 with fp32 accumulation (products of fp32 are full fp32).
-Inputs may be any strided views; outputs are contiguous. A program of the attention handles one location and head, so
-that queries, keys, values and memory are each read once and nothing is transposed in memory. Frames and head width are
-padded to powers of two inside a tile; the D x D memory passes through in blocks of columns, as all of it would not fit.
+Inputs may be any strided views; outputs are contiguous, maps channels-last. A program of the attention handles one
+location and head, so that queries, keys, values and memory are each read once and nothing is transposed in memory.
+Frames and head width are padded to powers of two inside a tile; the D x D memory passes through in blocks of columns,
+as all of it would not fit.
 
 The operators are registered with torch (`torch.ops.memo`), so that `torch.compile` keeps them as nodes of its graph.
 """
@@ -847,7 +848,12 @@ def _group_norm(x, groups, weight, bias, eps, shift, silu):
     mean, spread = torch.empty((2, rows, chunks, width), dtype=torch.float32, device=x.device)
     found = torch.empty((rows, groups, 2), dtype=torch.float32, device=x.device)
     given, each = (weight, 1) if shift is None else (shift, rows // shift.shape[0])
-    where = {"x_r": x.stride(0), "x_p": x.stride(3), "x_c": x.stride(1), "shift_s": given.stride(0)}
+    where = {
+        "x_r": x.stride(0),
+        "x_p": x.stride(3 if breadth > 1 else 2),
+        "x_c": x.stride(1),
+        "shift_s": given.stride(0),
+    }
     sizes = {"C": width, "CP": triton.next_power_of_2(width), "SHIFTED": shift is not None}
     group = {"G": groups, "D": width // groups}
     with torch.cuda.device_of(x):
@@ -958,7 +964,7 @@ def update_memory(
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
-    """As `naive.modulated_norm`."""
+    """As `naive.modulated_norm`, in the number format of the shift."""
     if x.shape[0] % shift.shape[0] or shift.shape != scale.shape or shift.shape[1:] != x.shape[2:]:
         shapes = [tuple(part.shape) for part in (x, shift, scale)]
         raise ValueError(f"x, shift and scale are {shapes}; wanted [R, N, C] and twice [a divisor of R, C]")

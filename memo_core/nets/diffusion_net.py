@@ -20,9 +20,9 @@ from .layers import (
     TimestepEmbedding,
     Upsample,
     as_laid_out,
-    fused,
     in_full,
     narrowed,
+    norm_is_kernel,
     widened,
 )
 from .memory_module import LazyMemory, Memory, MemoryModule
@@ -378,12 +378,12 @@ class DiffusionNet(nn.Module):
         return self._velocity(x, frames)
 
     def _through(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """What a resampling layer makes of x, carried on as x is."""
+        """What a resampling layer makes of x, carried on as x is, or, where kernels read it as it comes, not."""
         return widened(layer(narrowed(x, self.conv_norm_out)), x.dtype, self.conv_norm_out)
 
     def _velocity(self, x: Tensor, frames: int) -> Tensor:
         norm = self.conv_norm_out
-        if fused(x, norm):
+        if norm_is_kernel(x, norm):
             weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
             x = kernels.group_norm(x, norm.num_groups, weight, bias, norm.eps, silu=True)
         else:

@@ -31,7 +31,7 @@ def narrowed(x: Tensor, norm: nn.Module) -> Tensor:
 def widened(y: Tensor, carried: torch.dtype, norm: nn.Module) -> Tensor:
     """y in the carried format, where that is finer than the norm's and no kernel reads y as it is."""
     finer = norm.weight.dtype.itemsize < carried.itemsize
-    return y.to(carried) if finer and not fused(y, norm) else y
+    return y.to(carried) if finer and not norm_is_kernel(y, norm) else y
 
 
 # Where the kernels run (`kernels.fuses`), what lies between two products is one pass over memory: a norm reads the
@@ -44,17 +44,17 @@ def as_laid_out(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if kernels.fuses(x) else x
 
 
-def fused(x: Tensor, norm: nn.Module) -> bool:
+def norm_is_kernel(x: Tensor, norm: nn.Module) -> bool:
     """Whether a norm of x is one of the kernels: its weights are at hand, as they are not with a host that brings or
     patches them at use."""
     weight = getattr(norm, "weight", None)
-    at_hand = isinstance(weight, Tensor) and weight.device == x.device and not getattr(norm, "weight_function", None)
-    return at_hand and kernels.fuses(x)
+    patched = getattr(norm, "weight_function", None) or getattr(norm, "bias_function", None)
+    return isinstance(weight, Tensor) and weight.device == x.device and not patched and kernels.fuses(x)
 
 
 def group_normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, silu: bool = False) -> Tensor:
     """The norm of maps x [R, C, h, w], before it a shift [S, C] of the rows, after it SiLU."""
-    if fused(x, norm):
+    if norm_is_kernel(x, norm):
         return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, shift, silu)
     x = narrowed(x, norm)
     if shift is not None:
@@ -67,14 +67,14 @@ def group_normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, sil
 
 def layer_normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """The norm of tokens x [R, N, C]."""
-    if fused(x, norm):
+    if norm_is_kernel(x, norm):
         return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
     return norm(narrowed(x, norm))
 
 
 def add_layer_normed(norm: nn.LayerNorm, x: Tensor, y: Tensor, carried: torch.dtype) -> tuple[Tensor, Tensor]:
     """The residual sum of tokens x + y, carried in that format, and its norm."""
-    if fused(x, norm):
+    if norm_is_kernel(x, norm):
         return kernels.add_norm(x, y, norm.bias[None], norm.weight[None], norm.eps, carried, False)
     x = x + y
     return x, layer_normed(norm, x)
@@ -82,12 +82,12 @@ def add_layer_normed(norm: nn.LayerNorm, x: Tensor, y: Tensor, carried: torch.dt
 
 def added(x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
     """x + y for what reads the norm's format."""
-    return kernels.add(x, y, norm.weight.dtype) if fused(x, norm) else narrowed(x + y, norm)
+    return kernels.add(x, y, norm.weight.dtype) if norm_is_kernel(x, norm) else narrowed(x + y, norm)
 
 
 def residual(x: Tensor, y: Tensor, norm: nn.Module, carried: torch.dtype | None = None) -> Tensor:
     """x + y in the format of x, or in a finer one."""
-    if fused(x, norm):
+    if norm_is_kernel(x, norm):
         return kernels.add(x, y, x.dtype if carried is None else carried)
     return (x if carried is None else x.to(carried)) + y
 
