@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from memo_core import kernels
 from memo_core.clips import WINDOW
 from memo_core.nets.audio_module import Feeling, Heard, JointAttention, _JointBlock
-from memo_core.nets.layers import join_heads, split_heads
+from memo_core.nets.layers import add_layer_normed, added, attend, join_heads, split_heads, widened
 from memo_core.nets.memory_module import Memory, MemoryAttention
 
 
@@ -67,13 +67,15 @@ class CrossAttentionBlock(_JointBlock):
         tokens = self.audio_norm2(entering, feeling.audio_norm2)
         return Heard(entering, entering, tokens, self.attn2.add_k_proj(tokens), self.attn2.add_v_proj(tokens))
 
-    def forward(self, x: Tensor, heard: Heard, feeling: Feeling) -> tuple[Tensor, Tensor]:
-        x = x + self.attn1(self.norm1(x, feeling.norm1))
+    def forward(self, x: Tensor, heard: Heard, feeling: Feeling, carried: torch.dtype) -> tuple[Tensor, Tensor]:
+        own = self.attn1(self.norm1(x, feeling.norm1))
+        x, normed = self.norm2.after_sum(widened(x, carried, self.norm3), own, feeling.norm2, carried)
         attention: JointAttention = self.attn2
-        query = split_heads(attention.to_q(self.norm2(x, feeling.norm2)), attention.heads)
+        query = split_heads(attention.to_q(normed), attention.heads)
         key, value = (split_heads(projected, attention.heads) for projected in (heard.key, heard.value))
-        x = x + attention.to_out[0](join_heads(F.scaled_dot_product_attention(query, key, value)))
-        return x + self.ff(self.norm3(x)), torch.zeros_like(heard.entering)
+        answer = attention.to_out[0](join_heads(attend(query, key, value)))
+        x, normed = add_layer_normed(self.norm3, x, answer, carried)
+        return added(x, self.ff(normed), self.norm3), torch.zeros_like(heard.entering)
 
 
 def remember(frames: int) -> Callable[[nn.Module], None]:

@@ -720,7 +720,7 @@ def test_eight_bit_moments_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch
     groups = [{"params": [torch.nn.Parameter(torch.ones(5000))]}]
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
-        engine._adamw(groups, stage)
+        engine._adamw(groups, stage, torch.device("cpu"))
     monkeypatch.undo()
     pytest.importorskip("bitsandbytes")
-    assert type(engine._adamw(groups, stage)).__name__ == "AdamW8bit"
+    assert type(engine._adamw(groups, stage, torch.device("cpu"))).__name__ == "AdamW8bit"
