@@ -180,6 +180,7 @@ class Sampler:
         self.nets, self.reference, self.settings, self.cache = nets, reference, settings, cache
         self.plan: Plan | None = None
         self.device, self.dtype = nets.device, nets.diffusion_net.conv_in.weight.dtype
+        self.past_dtype = precision.remembered(self.dtype)  # of what later windows remember
         self._reference_features: list[Tensor] | None = None
         self._coming: list[MemoryEntry] = []  # to be asked for
         self._seen: dict[str, list[Tensor]] = {}  # what the Reference Net has seen of some of them, by digest
@@ -411,10 +412,11 @@ def count_stored(
         return 0
     job = job.checked(nets)
     sampler, memory = Sampler(nets, job.reference, job.settings, SumsCache()), job.entering(nets)
+    shape = (4, WINDOW, *job.reference.latents.shape[2:])
     for index in range(job.windows):
         on_window()
         inputs = job.inputs(index, memory)
-        found = _look_up(store, inputs.key(sampler.address), inputs, (4, WINDOW, *job.reference.latents.shape[2:]))
+        found = _look_up(store, inputs.key(sampler.address), inputs, shape, sampler.past_dtype)
         if found is None:
             return index
         memory = memory.push(found[1], job.reference.face_embedding, nets.digest, job.reference.digest)
@@ -422,13 +424,13 @@ def count_stored(
 
 
 def _look_up(
-    store: WindowStore, key: str, inputs: WindowInputs, shape: tuple[int, ...]
+    store: WindowStore, key: str, inputs: WindowInputs, shape: tuple[int, ...], past_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
     """Latents and past of a stored window; None where there is none, or not one that could be meant."""
     found = store.get(key) or {}
     latents, past = found.get("latents"), found.get("past")
     channels, _, height, width = shape
-    if latents is None or past is None:
+    if latents is None or past is None or (latents.dtype, past.dtype) != (torch.float32, past_dtype):
         return None
     if tuple(latents.shape) != (channels, inputs.frames, height, width) or past.shape != latents.transpose(0, 1).shape:
         return None
@@ -479,7 +481,7 @@ def sample_windows(
     for index in range(job.windows):
         inputs = job.inputs(index, memory)
         key = None if store is None else inputs.key(sampler.address)
-        found = None if store is None else _look_up(store, key, inputs, shape)
+        found = None if store is None else _look_up(store, key, inputs, shape, sampler.past_dtype)
         done, total = index * settings.steps, job.windows * settings.steps
         frames = None
         if found is not None:
@@ -521,7 +523,7 @@ def sample_windows(
                 frames = decode(nets.vae, shown, nets.device, frames_at_once, on_threads)[: inputs.frames]
                 # What the viewer sees, not the latents themselves, as released.
                 past = encode(nets.vae, frames * 2 - 1, nets.device, frames_at_once, on_threads).cpu()
-                past = past.to(precision.remembered(sampler.dtype))
+                past = past.to(sampler.past_dtype)
         memory = memory.push(past, reference.face_embedding, nets.digest, reference.digest)  # checks it: before keeping
         if store is not None and found is None:
             store.put(key, {"latents": latents, "past": past})

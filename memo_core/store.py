@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 MAX_BYTES = 10 * 2**30  # of the whole store, unless MEMO_STORE_GB says otherwise
+KINDS = ("F32", "BF16", "F16")  # number formats of what is kept
 MAX_ENTRY_BYTES = 64 * 2**20  # one window at 512 x 512 takes 2 MiB
 _KEPT = 0.9  # share of the allowed size that is left after making room
 _KEY = re.compile(r"[0-9a-f]{16,64}")
@@ -76,8 +78,8 @@ class WindowStore:
             with open_tensors(path, MAX_ENTRY_BYTES) as file:
                 checksum = (file.metadata() or {}).get("sha256")
                 names = list(file.keys())
-                if any(file.get_slice(name).get_dtype() != "F32" for name in names):
-                    raise SafetensorError("it holds other numbers than float32")
+                if any(file.get_slice(name).get_dtype() not in KINDS for name in names):
+                    raise SafetensorError("it holds other numbers than float32, bfloat16 or float16")
                 tensors = {name: file.get_tensor(name).clone() for name in names}
             if checksum != _checksum(tensors):
                 raise SafetensorError("its checksum differs")
@@ -99,7 +101,7 @@ class WindowStore:
         return tensors
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps float32 CPU tensors under a key. Never fails: what cannot be written is not kept."""
+        """Keeps CPU tensors of floating-point numbers under a key. Never fails: what cannot be written is not kept."""
         if not self._writes:
             return
         path = self.path(key)
@@ -160,7 +162,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
-        digest.update(tensors[name].numpy().data)
+        # As bytes: numpy has no bfloat16. An empty tensor has none.
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data if tensors[name].numel() else b"")
     return digest.hexdigest()
 
 

@@ -67,6 +67,19 @@ def test_a_second_run_samples_nothing_and_gives_the_same_frames(
     assert memory.digest == fresh_memory.digest and torch.equal(clip.to_tensor(), fresh.to_tensor())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_half_precision_stored_windows_leave_the_memory_that_sampled_ones_do(
+    memo_tiny: Path, small: Reference, track: AudioTrack, store: WindowStore, dtype: torch.dtype
+) -> None:
+    pipe = MemoPipeline.from_pretrained(memo_tiny, dtype=dtype)
+    reference = pipe.encode_reference(small.pixels, small.face_embedding)
+    clips = [pipe.sample_clip(reference, track, store=kept, **SHORT) for kept in (store, store, None)]
+    (_, made), (_, found), (_, alone) = clips
+    assert pipe.count_stored(pipe.job(reference, track, **SHORT), store) == 3
+    assert made.digest == found.digest == alone.digest
+    assert {entry.latents.dtype for entry in found.entries} == {dtype}
+
+
 def test_a_longer_clip_takes_what_a_shorter_one_made(
     pipe: MemoPipeline, small: Reference, track: AudioTrack, store: WindowStore
 ) -> None:
