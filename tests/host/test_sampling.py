@@ -326,7 +326,7 @@ from torch import nn
 def wreck():
     for name, module in list(sys.modules.items()):
         if name.endswith("memo_core.sampling"):
-            module.decode = lambda vae, latents, device=None, at_once=None: latents.new_full(
+            module.decode = lambda vae, latents, *_, **how: latents.new_full(
                 (latents.shape[1], 3, 8 * latents.shape[2], 8 * latents.shape[3]), 0.5)
 
 class Wreck:
