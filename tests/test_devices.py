@@ -111,12 +111,12 @@ def test_where_kernels_are_fused_nothing_is_cut(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_pieces_keep_the_scores_of_released_sizes_small() -> None:
-    """Both rows of guidance at the finest level, whose scores at once would take 64 GiB."""
-    query = torch.empty(32, 8, 4096, 40, dtype=torch.bfloat16, device="meta")
-    key = torch.empty(32, 8, 8192, 40, dtype=torch.bfloat16, device="meta")
+    """The rows that see the portrait, at the finest level: scores and their softmax at once would take 32 GiB."""
+    query = torch.empty(16, 8, 4096, 40, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(16, 8, 8192, 40, dtype=torch.bfloat16, device="meta")
     assert budget.peak_of(lambda: layers.attend(query, key, key), fused=False)[0] < 0.7 * budget.GIB
     at_once = budget.peak_of(lambda: F.scaled_dot_product_attention(query, key, key), fused=False)[0]
-    assert at_once > 60 * budget.GIB
+    assert at_once > 30 * budget.GIB
 
 
 def test_the_plan_counts_what_will_run(pipe, monkeypatch: pytest.MonkeyPatch) -> None:

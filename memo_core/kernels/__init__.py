@@ -64,7 +64,7 @@ def _checked(index: int) -> bool:
     return True
 
 
-def _runs(index: int) -> bool:
+def _runs(index: int) -> bool:  # the compiler takes no cached function for a constant
     return _checked(index)
 
 
@@ -79,17 +79,14 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "meta" or (device.type == "cuda" and _runs(device.index or 0))
 
 
-_counting: ContextVar[ModuleType | None] = ContextVar("counting", default=None)
+_counting: ContextVar[bool] = ContextVar("counting", default=False)
 
 
 @contextmanager
-def as_shapes(module: ModuleType | None = shapes) -> Iterator[None]:
-    """Inside, tensors without data go through the kernels as on a card that runs them: only what they allocate is made.
-
-    Args:
-        module: another one that does so, and counts; None for torch's operators instead.
-    """
-    token = _counting.set(module)
+def as_shapes() -> Iterator[None]:
+    """Inside, tensors without data go through the kernels as on a card that runs them: only what they allocate is
+    made."""
+    token = _counting.set(True)
     try:
         yield
     finally:
@@ -98,7 +95,7 @@ def as_shapes(module: ModuleType | None = shapes) -> Iterator[None]:
 
 def _kernels(x: Tensor, fits: bool = True) -> ModuleType:
     if x.is_meta:
-        return _counting.get() or fused
+        return shapes if _counting.get() else fused
     if _triton is None or not x.is_cuda or not fits or x.dtype == torch.float64:
         return fused
     return _triton if _runs(x.get_device()) else fused
