@@ -1,6 +1,6 @@
 """What each approximation costs and brings on toon heads: `python -m benchmarks.presets`.
 
-For every variant: passes of one row of the Diffusion Net per window (what guidance, steps and step caching come to),
+For every variant: passes of one row of the Diffusion Net per window (what guidance and steps come to),
 processor seconds, the latents' relative error against `exact`, and what the judge sees: whether the mouth follows the
 voice, whether the face stays itself, whether the emotion reads back. Writes presets.json; goes on where it stopped.
 """
@@ -30,9 +30,6 @@ VARIANTS: dict[str, Speed] = {
     "guidance from sigma 0.2": Speed(guidance=(0.2, 1.0)),
     "guidance from sigma 0.4": Speed(guidance=(0.4, 1.0)),
     "guidance up to sigma 0.8": Speed(guidance=(0.0, 0.8)),
-    "reuse 0.02": Speed(reuse=0.02),
-    "reuse 0.05": Speed(reuse=0.05),
-    "reuse 0.1": Speed(reuse=0.1),
     "10 steps": Speed(max_steps=10),
     "6 steps": Speed(max_steps=6),
     "10 steps, ab2": Speed(max_steps=10, solver="ab2"),
@@ -74,7 +71,6 @@ def measure(pipe: MemoPipeline, judge: Judge, cases: list[Case], speed: Speed) -
     """Means over the cases, and the latents of each."""
     rows = [0]
     net = pipe.nets.diffusion_net
-    # A step that takes the rest of the net again ends after the first layer: the middle block runs only in whole ones.
     hook = net.mid_block.attentions[0].register_forward_hook(lambda _, given, x: rows.__setitem__(0, rows[0] + len(x)))
     values: dict[str, list[float]] = {}
     latents = []

@@ -228,7 +228,6 @@ class _Counted:
 
     needs: Needs
     sums: tuple[tuple[int, int], ...]  # per layer, numbers in kv and bytes of z
-    cache: int  # bytes of a `StepCache` for all rows
 
 
 _counted_vae: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int], int]] = weakref.WeakKeyDictionary()
@@ -251,8 +250,6 @@ def needs(nets: Networks, height: int, width: int, settings: Settings, host_move
         with torch.inference_mode():
             known[key] = _count(without_data(nets), height, width, 2 if settings.guided else 1, how)
     counted, need, speed = known[key], known[key].needs, settings.speed
-    # With guidance in an interval there are caches for both rows and for one alone.
-    caches = (3 if settings.guided else 2) * counted.cache // 2 if speed.reuse else 0
     # What a window's recorded steps compute in stays theirs, whatever else is done.
     graphs = need.step if nets.options is not None and nets.options.cuda_graphs else 0
     return replace(
@@ -260,8 +257,6 @@ def needs(nets: Networks, height: int, width: int, settings: Settings, host_move
         conditions=need.conditions + graphs,
         layers=tuple(n * FP8.itemsize + z for n, z in counted.sums) if speed.fp8_sums else need.layers,
         restored=need.layer if speed.fp8_sums else 0,
-        step=need.step + caches,
-        step_by_row=need.step_by_row + caches,
     )
 
 
@@ -312,9 +307,7 @@ def _count(nets: Networks, height: int, width: int, batch: int, how: tuple[bool,
         **_count_vae(nets.vae, *size, how[0]),
     )
     kept = tuple((kv.numel(), z.nbytes) for kv, z in sums)
-    # A step cache holds two maps of the finest level, for all rows.
-    maps = numbers(2, batch * WINDOW, net.config.block_out_channels[0], *size).to(latents.dtype).nbytes
-    return _Counted(needs=need, sums=kept, cache=maps)
+    return _Counted(needs=need, sums=kept)
 
 
 def _count_vae(vae: nn.Module, h: int, w: int, fused: bool) -> dict[str, int]:

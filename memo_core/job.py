@@ -74,6 +74,19 @@ class Settings:
     def guided(self) -> bool:
         return self.guidance_scale != 1
 
+    @property
+    def address(self) -> str:
+        """What stored windows are found by: to the letter as the first releases wrote it, whatever has fields since."""
+        s, how = self, self.speed
+        speed = (
+            f"Speed(max_steps={how.max_steps!r}, solver={how.solver!r}, guidance={how.guidance!r}, reuse=0.0, "
+            f"fp8_sums={how.fp8_sums!r})"
+        )
+        return (
+            f"Settings(steps={s.steps!r}, guidance_scale={s.guidance_scale!r}, seed={s.seed!r}, "
+            f"emotion_per={s.emotion_per!r}, face_token_rows={s.face_token_rows!r}, speed={speed})"
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:

@@ -146,10 +146,6 @@ class MemoryState:
         """Bytes of the tensors on the wire; at most 8 MiB at 512 x 512, however long the video."""
         return sum(e.latents.nbytes + e.face_embedding.nbytes for e in self.entries)
 
-    def fork(self) -> MemoryState:
-        """A second state with the same past; both go on independently."""
-        return replace(self)
-
     def with_horizon(self, horizon: int | None) -> MemoryState:
         """The state that remembers only the last `horizon` windows from here on; None: all of the past it still has."""
         state = replace(self, horizon=horizon)

@@ -39,7 +39,7 @@ class Options:
             half of torch's threads. Threads that share one operation wait for each other whenever one of them does not
             run: beside one busy process two threads take half the time so, on a quiet machine as long. `memo generate`
             and the nodes do it; here it is off, because what belongs to a thread (profilers, dispatch modes) does not
-            see the others. Rows not with `Speed.reuse`.
+            see the others.
         channels_last: convolutions of both UNets and the VAE work on [h, w, C]; with None not those of the VAE. On the
             CPU a step takes as long (0.99 to 1.04), encoding 0.75 to 0.85 and decoding 0.97 to 1.06 of the time.
         fuse_qkv: queries, keys and values of the same tokens in one matrix product. The layers' names in a state dict
@@ -48,8 +48,7 @@ class Options:
             CPU a step of toon becomes 1.05 to 1.08 times as fast, decoding 0.95 times, after minutes of compilation at
             the first of each size (29 graphs for 50 blocks), which a later process finds in torch's cache.
         cuda_graphs: a window's steps after the first two replay a recorded one, without the host's work for every
-            kernel. Needs a CUDA device; windows whose steps may be spared (`Speed.reuse`), or whose memory waits in
-            host memory, run as without.
+            kernel. Needs a CUDA device; windows whose memory waits in host memory run as without.
         fp8_weights: keeps the large weights of both UNets in float8_e4m3fn, half of what bf16 takes, and multiplies
             them back at use. An approximation, and another `Networks.digest`: with every layer of toon so kept, a
             velocity is off by 3%, a window's latents by 2.4% (relative L2) and its frames by 1 of 255 on average.
@@ -167,8 +166,7 @@ class GraphedStep:
     the device, and first gives back what the graphs of earlier windows held.
 
     Args:
-        step: on a CUDA device. It must neither ask the device for a number (as `Speed.reuse` does) nor read what waits
-            in host memory.
+        step: on a CUDA device. It must neither ask the device for a number nor read what waits in host memory.
         pool: from `torch.cuda.graph_pool_handle`; graphs of one pool, which are replayed one after the other and whose
             answers are copied at once, share what they compute in.
     """

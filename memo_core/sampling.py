@@ -34,7 +34,7 @@ from .nets.diffusion_net import DiffusionNet, WindowConditions
 from .nets.memory_module import LazyMemory, Memory
 from .optimise import GraphedStep
 from .reference import Reference, tensors_digest
-from .speed import StepCache, name_of
+from .speed import name_of
 from .store import WindowStore
 from .threads import side_by_side
 
@@ -94,14 +94,14 @@ def sample_window(
         emotion=conditions.emotion,
         frames=noise.shape[2],
     )
-    whole = _Pass(net, given, conditions.memory, speed.reuse)
+    whole = _Pass(net, given, conditions.memory)
     halves = [whole.half(number) for number in (0, 1)] if guided else [whole, whole]
     options = getattr(nets, "options", None)  # networks in training have none
-    if options and options.cuda_graphs and not speed.reuse and not getattr(conditions.memory, "on_host", False):
+    if options and options.cuda_graphs and not getattr(conditions.memory, "on_host", False):
         with torch.cuda.device(noise.device):
             pool = torch.cuda.graph_pool_handle()
         whole, *halves = (GraphedStep(step, pool) for step in (whole, *halves))
-    beside = bool(options and options.rows_on_threads) and not row_by_row and not speed.reuse
+    beside = bool(options and options.rows_on_threads) and not row_by_row
     low, high = speed.guidance
 
     def velocity(latents: Tensor, step: int) -> Tensor:
@@ -131,16 +131,15 @@ def sample_window(
 class _Pass:
     """A pass of the Diffusion Net over all rows of the batch, or over half of them, under a window's conditions."""
 
-    def __init__(self, net: DiffusionNet, given: WindowConditions, memory: list[LazyMemory] | None, reuse: float):
-        self.net, self.given, self.memory, self.reuse = net, given, memory, reuse
-        self.cache = StepCache(reuse) if reuse else None
+    def __init__(self, net: DiffusionNet, given: WindowConditions, memory: list[LazyMemory] | None):
+        self.net, self.given, self.memory = net, given, memory
 
     def half(self, number: int) -> _Pass:
         memory = None if self.memory is None else half_of(self.memory, number)
-        return _Pass(self.net, self.given.half(number), memory, self.reuse)
+        return _Pass(self.net, self.given.half(number), memory)
 
     def __call__(self, latents: Tensor, shift: list[Tensor]) -> Tensor:
-        return self.net(latents, shift, self.given, self.memory, self.cache).float()
+        return self.net(latents, shift, self.given, self.memory).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,7 +307,7 @@ class Sampler:
         """What windows of this sampler share, for `WindowInputs.key`."""
         reference = tensors_digest(self.reference.latents, self.reference.face_embedding)
         dtype = f"{self.dtype} {precision.VERSION}" if self.dtype in precision.HALF else f"{self.dtype}"
-        return f"{WINDOW_VERSION}|{self.nets.digest}|{dtype}|{self.device.type}|{reference}|{self.settings}"
+        return f"{WINDOW_VERSION}|{self.nets.digest}|{dtype}|{self.device.type}|{reference}|{self.settings.address}"
 
 
 def _null(emotion: Tensor) -> Tensor:

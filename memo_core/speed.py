@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from .checks import number, shown, whole
 from .errors import SamplingError
 from .solvers import SOLVERS
@@ -20,16 +18,12 @@ class Speed:
         solver: of the flow's equation, one of `solvers.SOLVERS`.
         guidance: sigmas (lowest, highest) between which guidance is computed; outside, the conditional row alone is,
             in half the time ("Applying guidance in a limited interval", arXiv 2404.07724).
-        reuse: steps whose first layer's output changed by less than this share since the last whole step take the rest
-            of that step's net again (first-block caching, as in ParaAttention); 0: no step does. It asks the device
-            for that share once a step, so the host waits for it.
         fp8_sums: keeps the memory's sums in 8-bit floats: half the memory of bf16.
     """
 
     max_steps: int | None = None
     solver: str = "euler"
     guidance: tuple[float, float] = (0.0, 1.0)
-    reuse: float = 0.0
     fp8_sums: bool = False
 
     def __post_init__(self) -> None:
@@ -44,10 +38,6 @@ class Speed:
         object.__setattr__(self, "guidance", (low, high))  # one address for a list and a tuple
         if not isinstance(self.solver, str) or self.solver not in SOLVERS:
             raise SamplingError(f"solver must be one of {', '.join(SOLVERS)}, received {shown(self.solver)}")
-        reuse = number(self.reuse, 0)
-        if reuse is None or reuse >= 1:
-            raise SamplingError(f"reuse must be at least 0 and below 1, received {shown(self.reuse)}")
-        object.__setattr__(self, "reuse", reuse)
         if self.max_steps is not None:
             steps = whole(self.max_steps, 1)
             if steps is None:
@@ -78,31 +68,3 @@ def speed_named(name: str) -> Speed:
     if not isinstance(name, str) or name not in PRESETS:
         raise SamplingError(f"speed must be one of {', '.join(PRESETS)}, received {shown(name)}")
     return PRESETS[name]
-
-
-class StepCache:
-    """Remembers what a whole pass of the net added to its first layer's output (`Speed.reuse`).
-
-    Args:
-        threshold: the largest relative change of that output (mean absolute values) that counts as none.
-    """
-
-    def __init__(self, threshold: float):
-        self.threshold = threshold
-        self.reused = 0
-        self._first: Tensor | None = None
-        self._rest: Tensor | None = None
-
-    def rest(self, first: Tensor) -> Tensor | None:
-        """What to add to the first layer's output; None if that has changed too much for the remembered one."""
-        if self._first is None:
-            return None
-        change = (first - self._first).abs().mean() / self._first.abs().mean()
-        if change >= self.threshold:
-            return None
-        self.reused += 1
-        return self._rest
-
-    def keep(self, first: Tensor, rest: Tensor) -> None:
-        """The first layer's output, and what all others made of it less itself."""
-        self._first, self._rest = first, rest

@@ -248,7 +248,7 @@ def test_how_many_windows_are_looked_at_for_each_new_one(dtype: torch.dtype, pas
 def test_value(counts: list[int], others: list[int], seed: int) -> None:
     state, other = make(counts, seed), make(others, seed + 100)
     before = [(entry.latents.clone(), entry.weight) for entry in state.entries], state.digest, state.windows
-    push(state, 16, seed), state.decayed(1), state.fork(), state.inspect(), sums(state)
+    push(state, 16, seed), state.decayed(1), state.inspect(), sums(state)
     MemoryState.blend(state, other, 0.3), MemoryState.blend(other, state, 0.3)
     after = [(entry.latents, entry.weight) for entry in state.entries], state.digest, state.windows
     assert before[1:] == after[1:]
@@ -455,7 +455,7 @@ def test_blending_by_hand() -> None:
     assert same_entries(MemoryState.blend(left, right, 0), left) and same_entries(
         MemoryState.blend(left, right, 1), right
     )
-    assert same_entries(MemoryState.blend(left, left.fork(), 0.5), left)
+    assert same_entries(MemoryState.blend(left, left, 0.5), left)
     half = MemoryState.blend(left, MemoryState.empty(), 0.5)
     assert [entry.weight for entry in half.entries] == pytest.approx([0.5 * DECAY**16, 0.5])
 
@@ -471,12 +471,12 @@ def test_a_blend_can_be_sampled_from(pipe: MemoPipeline, small: Reference, track
     assert torch.equal(sample(MemoryState.blend(a, b, 0)), sample(a))
 
 
-def test_forks_go_on_independently() -> None:
+def test_one_state_goes_on_twice_independently() -> None:
     state = make([16, 16])
-    fork = state.fork()
-    assert fork is not state and same_entries(fork, state)
-    onward = push(fork, 16, 7)
-    assert len(onward.entries) == 3 and len(state.entries) == 2 and same_entries(fork, state)
+    before = [(entry.digest, entry.weight) for entry in state.entries]
+    one, other = push(state, 16, 7), push(state, 16, 8)
+    assert len(one.entries) == len(other.entries) == 3 and one.digest != other.digest
+    assert [(entry.digest, entry.weight) for entry in state.entries] == before
 
 
 def test_inspection_tells_what_is_remembered() -> None:

@@ -23,7 +23,7 @@ from memo_core.errors import CheckpointError, MemoryStateError
 from memo_core.nets.fp8 import keep_in_fp8
 from memo_core.nets.layers import FusedLinear
 from memo_core.optimise import Options, compile_blocks, optimise, repeated_blocks
-from memo_core.speed import PRESETS, Speed
+from memo_core.speed import PRESETS
 
 ROUNDING = 1e-5  # relative L2
 FP8_ERROR = 0.2  # all layers of the fixture's random weights: 0.15 of a velocity, 0.12 of a window's latents
@@ -226,21 +226,19 @@ class Questions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    ("speed", "asks"), [*((speed, False) for speed in PRESETS), (Speed(reuse=0.1), True)], ids=[*PRESETS, "reuse"]
-)
+@pytest.mark.parametrize("speed", PRESETS)
 def test_between_first_and_last_step_nothing_is_asked_of_the_device(
-    pipe: MemoPipeline, reference: Reference, track: AudioTrack, emotions: EmotionTrack, speed: str | Speed, asks: bool
+    pipe: MemoPipeline, reference: Reference, track: AudioTrack, emotions: EmotionTrack, speed: str
 ) -> None:
-    """But where steps are cached, which asks how much has changed (and shows that this test would notice)."""
     job = pipe.job(reference, track, emotions, num_frames=16, steps=3, speed=speed)
     questions, inside = Questions(), ExitStack()
 
     def on_progress(done: int, total: int) -> None:
         if done == 1:
             inside.enter_context(questions)
+            bool(torch.ones(1) > 0)  # noticed
         elif done == total:
             inside.close()
 
     list(pipe.sample_windows(job, on_progress=on_progress))
-    assert bool(questions.asked) == asks
+    assert len(questions.asked) == 1

@@ -21,9 +21,9 @@ from memo_core.store import WindowStore
 
 # What the names mean to whoever shared a workflow or keeps windows.
 FROZEN = {
-    "exact": dict(max_steps=None, solver="euler", guidance=(0.0, 1.0), reuse=0.0, fp8_sums=False),
-    "balanced": dict(max_steps=10, solver="ab2", guidance=(0.0, 0.9), reuse=0.0, fp8_sums=True),
-    "draft": dict(max_steps=6, solver="euler", guidance=(0.1, 0.85), reuse=0.0, fp8_sums=True),
+    "exact": dict(max_steps=None, solver="euler", guidance=(0.0, 1.0), fp8_sums=False),
+    "balanced": dict(max_steps=10, solver="ab2", guidance=(0.0, 0.9), fp8_sums=True),
+    "draft": dict(max_steps=6, solver="euler", guidance=(0.1, 0.85), fp8_sums=True),
 }
 ONE = dict(num_frames=16)  # a window
 FOUR = [1.0, 0.667, 0.334, 0.001]  # sigmas of four steps
@@ -89,11 +89,9 @@ def test_the_store_does_not_mix_presets(
         (lambda: Speed(guidance=(0.5, 0.2)), ["(0.5, 0.2)", "lowest, highest"]),
         (lambda: Speed(guidance=(-0.1, 1.0)), ["(-0.1, 1.0)", "0 to 1"]),
         (lambda: Speed(guidance=(0.0, math.nan)), ["nan", "0 to 1"]),
-        (lambda: Speed(reuse=1.0), ["1.0", "below 1"]),
-        (lambda: Speed(reuse=-0.1), ["-0.1", "at least 0"]),
         (lambda: Speed(max_steps=0), ["0", "from 1"]),
     ],
-    ids=["name", "solver", "order", "range", "nan", "all reused", "negative", "no steps"],
+    ids=["name", "solver", "order", "range", "nan", "no steps"],
 )
 def test_errors_name_the_value_and_what_is_allowed(make: Callable[[], object], said: list[str]) -> None:
     with pytest.raises(SamplingError) as error:
@@ -205,43 +203,6 @@ def test_an_interval_that_covers_nothing_is_no_guidance(
     alone = sample(guidance_scale=1)
     assert relative_l2(sample(speed=Speed(guidance=(0.5, 0.5))), alone) < 1e-5
     assert relative_l2(sample(), alone) > 1e-3
-
-
-# --- Steps that are reused --------------------------------------------------------------------------------------------
-
-
-def whole_passes(pipe: MemoPipeline, run: Callable[[], object]) -> list[int]:
-    """Batch rows of every pass that went through all layers."""
-    return [count // 16 for count in rows(pipe.nets.diffusion_net.mid_block.resnets[1], run)]
-
-
-def test_without_a_threshold_every_step_is_computed(pipe: MemoPipeline, sample: Sample) -> None:
-    latents: list[Tensor] = []
-    for reuse in (0.0, 1e-6):  # what changes less than by a millionth is not found among steps
-        assert whole_passes(pipe, lambda: latents.append(sample(steps=3, speed=Speed(reuse=reuse)))) == [2, 2, 2]
-    assert torch.equal(*latents)
-
-
-def test_a_threshold_spares_steps_and_changes_the_latents_a_little(pipe: MemoPipeline, sample: Sample) -> None:
-    latents: list[Tensor] = []
-
-    def run(reuse: float) -> None:
-        latents.append(sample(steps=5, guidance_scale=1, speed=Speed(reuse=reuse)))
-
-    assert whole_passes(pipe, lambda: run(0.0)) == [1] * 5
-    # From step to step these nets' first layer changes by 0.08, over two steps by 0.15: every other step is spared.
-    assert whole_passes(pipe, lambda: run(0.11)) == [1] * 3
-    assert 1e-3 < relative_l2(latents[1], latents[0]) < 0.1
-
-
-def test_no_step_takes_over_from_one_with_another_guidance(pipe: MemoPipeline, sample: Sample) -> None:
-    speed = Speed(reuse=0.99, guidance=(0.5, 1.0))
-    assert whole_passes(pipe, lambda: sample(steps=4, speed=speed)) == [2, 1]
-
-
-def test_no_window_takes_over_from_the_one_before(pipe: MemoPipeline, sample: Sample) -> None:
-    speed = Speed(reuse=0.99)
-    assert whole_passes(pipe, lambda: sample(num_frames=32, steps=2, speed=speed)) == [2, 2]
 
 
 # --- Sums in 8 bits ---------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Refer
 from memo_core import store as store_module
 from memo_core.errors import MemoError
 from memo_core.files import replace_whole
+from memo_core.job import Settings
 from memo_core.store import WindowStore
 
 KEY = "0123456789abcdef"
@@ -358,3 +359,11 @@ def test_a_killed_process_loses_no_finished_window(memo_tiny: Path, tmp_path: Pa
 
     assert run(2) == ["0 False", "1 False"]
     assert run(99) == ["0 True", "1 True", "2 False", "3 False"]
+
+
+def test_settings_are_addressed_as_in_the_first_releases() -> None:
+    """Windows stored by them are found again: to the letter, whatever fields settings have had since."""
+    assert Settings(seed=7, speed="balanced").address == (
+        "Settings(steps=10, guidance_scale=3.5, seed=7, emotion_per='window', face_token_rows='released', "
+        "speed=Speed(max_steps=10, solver='ab2', guidance=(0.0, 0.9), reuse=0.0, fp8_sums=True))"
+    )

@@ -32,7 +32,7 @@ def test_settings(name: str) -> None:
     refused(lambda value: Settings(**{name: value}), SamplingError, (3.5,) if name == "guidance_scale" else ())
 
 
-@pytest.mark.parametrize("name", ["max_steps", "solver", "guidance", "reuse", "fp8_sums"])
+@pytest.mark.parametrize("name", ["max_steps", "solver", "guidance", "fp8_sums"])
 def test_speed(name: str) -> None:
     refused(
         lambda value: Speed(**{name: value}), SamplingError, {"max_steps": (None,), "fp8_sums": (True,)}.get(name, ())

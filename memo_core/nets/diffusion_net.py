@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from ..speed import StepCache
 from .audio_module import AudioModule, Feeling, Heard
 from .config import NetConfig
 from .layers import (
@@ -229,17 +228,6 @@ class DiffusionNet(nn.Module):
                 h, w = -(-height // 2**level), -(-width // 2**level)
                 yield from module.sums(feature, h, w, frames, rows, into)
 
-    def memory_numbers(self, height: int, width: int) -> int:
-        """How many numbers `memory_sums` gives per batch row at this latent size."""
-        total = 0
-        for block, i, level in self.layers():
-            module = block.memory_module(i)
-            if module is not None:
-                dim, heads = module.width, self.config.memory_heads
-                tokens = -(-height // 2**level) * -(-width // 2**level)
-                total += module.num_memory_layers * tokens * dim * (dim // heads + 1)
-        return total
-
     def prepare(
         self,
         *,
@@ -321,7 +309,6 @@ class DiffusionNet(nn.Module):
         shifts: list[Tensor],
         given: WindowConditions,
         memory: list[LazyMemory] | None,
-        cache: StepCache | None = None,
     ) -> Tensor:
         """One step under prepared conditions.
 
@@ -332,7 +319,6 @@ class DiffusionNet(nn.Module):
             shifts: of `time_shifts`, for one timestep, or one per row or frame.
             given: from `prepare`.
             memory: as for `predict`.
-            cache: may spare all layers but the first.
 
         Returns:
             Velocity [B, 4, F, h, w].
@@ -357,11 +343,6 @@ class DiffusionNet(nn.Module):
             for i in range(len(block.resnets)):
                 x, audio = layer(block, i, x, audio)
                 skips.append(narrowed(x, norm))
-                if cache is not None and len(skips) == 2:
-                    first = x
-                    rest = cache.rest(first)
-                    if rest is not None:
-                        return self._velocity(_of_every_row(first, len(rest)) + rest, frames)
             if hasattr(block, "downsamplers"):
                 x = self._through(block.downsamplers[0], x)
                 skips.append(narrowed(x, norm))
@@ -373,8 +354,6 @@ class DiffusionNet(nn.Module):
                 x, audio = layer(block, i, torch.cat([narrowed(x, norm), skip], dim=1), audio)
             if hasattr(block, "upsamplers"):
                 x = self._through(partial(block.upsamplers[0], size=skips[-1].shape[2:]), x)
-        if cache is not None:
-            cache.keep(first, x - _of_every_row(first, len(x)))
         return self._velocity(x, frames)
 
     def _through(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
