@@ -24,9 +24,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from memo_core import budget, kernels
-from memo_core.clips import WINDOW
-from memo_core.job import Settings
+from memo_core import kernels
+from memo_core.budget import plan as budget
+from memo_core.budget.counting import _SHORT, GIB
+from memo_core.budget.plan import choose_plan
+from memo_core.budget.report import DRIVER, released
+from memo_core.release import WINDOW
+from memo_core.sampling.settings import Settings
 
 SIZE, TERA, GIGA = 512, 1e12, 1e9
 TIMED = "for a model of seconds, TFLOP"  # `Costs.work` and `Costs.transposed`: benchmarks.model reads them
@@ -59,7 +63,7 @@ class Costs(TorchDispatchMode):
         self.work, self.transposed = defaultdict(int), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        short = budget._SHORT.get(func) if args and isinstance(args[0], Tensor) else None
+        short = _SHORT.get(func) if args and isinstance(args[0], Tensor) else None
         result = func(*args, **(kwargs or {})) if short is None else short(*args)
         if _KINDS.get(func._schema.name.split("::")[1]) == "convolutions" and not args[0].is_contiguous():
             result = torch.empty_like(result, memory_format=torch.channels_last)  # as cuDNN answers channels-last maps
@@ -312,7 +316,7 @@ def _row(costs: Costs, times: int = 1) -> dict[str, Any]:
 
 def window(height: int = SIZE, width: int = SIZE) -> dict[str, dict[str, Any]]:
     """TFLOP and GB moved of every part of a window, by kind of operator."""
-    nets = budget.released()
+    nets = released()
     size = (height // 8, width // 8)
 
     def numbers(half: nn.Module, *shape: int) -> Tensor:
@@ -349,18 +353,18 @@ def window(height: int = SIZE, width: int = SIZE) -> dict[str, dict[str, Any]]:
 
 def plans() -> dict[str, dict[str, str]]:
     """Peaks of `exact` and `balanced` by card, in GiB, and what waits on the host."""
-    nets, found = budget.released(), {}
+    nets, found = released(), {}
     for speed in ("exact", "balanced"):
         settings, row = Settings(speed=speed), {}
         for card in (*CARDS, None):
-            room = None if card is None else card * budget.GIB - budget.DRIVER
+            room = None if card is None else card * GIB - DRIVER
             try:
-                plan = budget.plan(nets, SIZE, SIZE, settings, 10**12 if room is None else room)
+                plan = choose_plan(nets, SIZE, SIZE, settings, 10**12 if room is None else room)
             except Exception as error:
                 row[str(card)] = str(error)
                 continue
-            host = f", {plan.on_host / budget.GIB:.1f} on the host" if plan.on_host else ""
-            row["no limit" if card is None else f"{card} GB"] = f"{plan.peak / budget.GIB:.1f}{host}"
+            host = f", {plan.on_host / GIB:.1f} on the host" if plan.on_host else ""
+            row["no limit" if card is None else f"{card} GB"] = f"{plan.peak / GIB:.1f}{host}"
         found[speed] = row
     return found
 
@@ -368,7 +372,7 @@ def plans() -> dict[str, dict[str, str]]:
 def looks(windows: int = 40) -> dict[str, float]:
     """Windows that the Reference Net looks at for each new one, on average after the first eight."""
     from memo_core import MemoryState
-    from memo_core.memory import SumsCache
+    from memo_core.memory.cache import SumsCache
 
     found, face = {}, torch.zeros(1, 512)
     for dtype in (torch.float32, torch.bfloat16):

@@ -22,11 +22,15 @@ from typing import Any
 
 import torch
 
-from memo_core import MemoPipeline, budget, kernels
-from memo_core.checkpoint import Networks
-from memo_core.clips import WINDOW
-from memo_core.job import Job
+from memo_core import MemoPipeline, kernels
+from memo_core.budget.counting import GIB
+from memo_core.budget.plan import choose_plan
+from memo_core.budget.report import DRIVER
+from memo_core.checkpoint.networks import Networks
 from memo_core.kernels import fused, naive
+from memo_core.release import WINDOW
+from memo_core.sampling.job import Job
+from memo_core.sampling.plan import Plan
 
 from . import chart, measures, networks, released
 from .measures import END_TO_END, EXACT, RELEASED
@@ -132,7 +136,7 @@ class Bench:
         """A video's second window on cards of several sizes: what was allowed, planned and taken."""
         found = {}
         for speed, card in CARDS[:2] if self.tiny else CARDS:
-            allowed = None if card is None else card * budget.GIB - budget.DRIVER
+            allowed = None if card is None else card * GIB - DRIVER
             row = self._within(speed, None if self.tiny else allowed)
             found[f"{speed}, {'all there is' if card is None else f'{card} GiB'}"] = row
             yield found
@@ -141,7 +145,7 @@ class Bench:
         # By itself: what it holds must be gone before the next one is measured.
         pipe = MemoPipeline(self.nets)
         job = networks.clip(pipe, self.size, 2, steps=self.steps, speed=speed)
-        plan = budget.plan(self.nets, self.size, self.size, job.settings, allowed)
+        plan = choose_plan(self.nets, self.size, self.size, job.settings, allowed)
         fits, took = True, None
         try:
             took = self._planned(job, plan, allowed)
@@ -158,7 +162,7 @@ class Bench:
             "seconds a frame": seconds / WINDOW,
         }
 
-    def _planned(self, job: Job, plan: budget.Plan, allowed: int | None) -> tuple[float, int, int]:
+    def _planned(self, job: Job, plan: Plan, allowed: int | None) -> tuple[float, int, int]:
         """Seconds of the second window, and peaks; torch may take no more than what is allowed, as on such a card."""
         measures.forget_peak(self.device)
         windows = MemoPipeline(self.nets).sample_windows(job, plan=plan)
@@ -230,7 +234,7 @@ class Bench:
     def option(self, name: str) -> dict[str, Any]:
         """The same windows by networks that compute in another way: the first, which may have to compile, and the
         second, against networks without options."""
-        from memo_core.optimise import Options, optimise
+        from memo_core.running.options import Options, optimise
 
         nets, plain = self._build(), self._plain
         optimise(nets, Options(**{"channels_last": False, "fuse_qkv": False, **dict.fromkeys(OPTIONS[name][0], True)}))
@@ -365,7 +369,7 @@ def picture(results: Results, path: Path) -> None:
     panels.append(chart.Bars("seconds by part, two windows of few steps", by_part))
     taken = measured.get("budget", {})
     keys = {"planned": "planned, bytes", "taken": "peak allocated, bytes", "reserved": "peak reserved, bytes"}
-    bytes_of = {name: {label: row[key] / budget.GIB for label, row in taken.items()} for name, key in keys.items()}
+    bytes_of = {name: {label: row[key] / GIB for label, row in taken.items()} for name, key in keys.items()}
     panels.append(chart.Bars("memory within a card's budget, GiB", bytes_of))
     versions = {key.removesuffix(SHARE) for row in measured.get("kernels", {}).values() for key in row if SHARE in key}
     bandwidth = {

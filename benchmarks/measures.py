@@ -18,14 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memo_core import MemoPipeline, precision
-from memo_core.checkpoint import Networks
-from memo_core.clips import WINDOW
-from memo_core.job import Job
+from memo_core import MemoPipeline
+from memo_core.checkpoint.networks import Networks
 from memo_core.kernels import fused, naive
-from memo_core.memory import SumsCache
-from memo_core.sampling import Sampler, Window, sample_window
-from memo_core.speed import PRESETS
+from memo_core.memory.cache import SumsCache
+from memo_core.release import DECAY, WINDOW
+from memo_core.running import precision
+from memo_core.sampling.clip import Window
+from memo_core.sampling.conditions import Sampler
+from memo_core.sampling.job import Job
+from memo_core.sampling.settings import PRESETS
+from memo_core.sampling.window import sample_window
 
 from . import networks, released
 from .results import described
@@ -276,7 +279,7 @@ def kernel_inputs(
     return {
         "memory_attention": (query, key, value, (kv, z)),
         "memory_sums": (key, value),
-        "update_memory": ((kv.clone(), z.clone()), naive.DECAY**WINDOW, key, value),
+        "update_memory": ((kv.clone(), z.clone()), DECAY**WINDOW, key, value),
         "modulated_norm": (x, shift, scale),
         "geglu": (draw(2 * WINDOW, locations, 8 * channels),),
         "geglu_linear": (x, draw(8 * channels, channels), draw(8 * channels)),

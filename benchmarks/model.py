@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memo_core.clips import WINDOW
+from memo_core.release import WINDOW
 
 from .costs import TIMED
 

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference, checkpoint, precision
-from memo_core.checkpoint import Networks
-from memo_core.clips import WINDOW
-from memo_core.job import Job
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
+from memo_core.checkpoint.load import load
+from memo_core.checkpoint.networks import Networks
 from memo_core.nets.config import NetConfig
 from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.projections import AudioProjection, ImageProjection
 from memo_core.nets.reference_net import ReferenceNet
+from memo_core.release import WINDOW
+from memo_core.running import precision
+from memo_core.sampling.job import Job
 
 FPS = 30
 SPEECH = (5, 12, 768)  # frames of context, layers and channels that the released audio projection reads
@@ -101,7 +103,7 @@ def random_networks(
 
 def toon(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Networks:
     """The trained checkpoint that ships with the program."""
-    return checkpoint.load("toon", device, dtype)
+    return load("toon", device, dtype)
 
 
 def portrait(nets: Networks, size: int, seed: int = 1) -> Reference:

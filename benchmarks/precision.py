@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from memo_core import MemoPipeline, precision
-from memo_core.job import Job
+from memo_core import MemoPipeline
+from memo_core.running import precision
+from memo_core.sampling.job import Job
 from training.toon import evaluate
 
 FIXTURE = Path(__file__).parents[1] / "tests" / "fixtures" / "memo_tiny"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from memo_core import MemoPipeline
-from memo_core.speed import PRESETS, Speed
+from memo_core.sampling.settings import PRESETS, Speed
 from training.toon import heads
 from training.toon.evaluate import MOUTH, Case, draw_case
 from training.toon.judge import Judge, correlation_and_lag, read_emotion, ssim

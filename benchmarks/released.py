@@ -22,13 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memo_core.checkpoint import Networks
-from memo_core.clips import WINDOW
-from memo_core.job import Job
-from memo_core.kernels.naive import DECAY, MIN_NORMALISER
-from memo_core.memory import MemoryState
-from memo_core.nets.audio_module import NULL_EMOTION
-from memo_core.sampling import window_noise
+from memo_core.checkpoint.networks import Networks
+from memo_core.kernels.naive import MIN_NORMALISER
+from memo_core.memory.state import MemoryState
+from memo_core.release import DECAY, NULL_EMOTION, WINDOW
+from memo_core.sampling.job import Job
+from memo_core.sampling.noise import window_noise
 
 from .timing import Part, unmeasured
 

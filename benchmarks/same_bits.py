@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from memo_core.inputs.sound import load_audio
+
 ROOT = Path(__file__).parents[1]
 DTYPES = ("float32", "bfloat16")
 CHECKPOINTS = ("random", "toon")
@@ -30,7 +32,7 @@ def render(tree: Path, checkpoint: str, dtype: str) -> dict[str, torch.Tensor]:
         checkpoint: one of CHECKPOINTS.
     """
     # Nothing but what has been public from the first version on: any revision must be able to run this.
-    from memo_core import MemoPipeline, audio
+    from memo_core import MemoPipeline
 
     folder = tree / "tests" / "fixtures" / "memo_tiny"
     path = str(folder) if checkpoint == "random" else str(tree / "assets" / "toon")
@@ -43,7 +45,7 @@ def render(tree: Path, checkpoint: str, dtype: str) -> dict[str, torch.Tensor]:
     else:
         from PIL import Image
 
-        waveform, rate = audio.load_audio(tree / "assets" / "voice.wav")
+        waveform, rate = load_audio(tree / "assets" / "voice.wav")
         reference = pipe.encode_reference(Image.open(tree / "assets" / "portrait.png"))
         frames, settings = 24, {}
     track = pipe.encode_audio(waveform, rate)

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memo_core import MemoPipeline, MemoryState, checkpoint
-from memo_core.clips import WINDOW
-from memo_core.emotion import EmotionTrack
+from memo_core import MemoPipeline, MemoryState
+from memo_core.checkpoint.digest import base_digest
+from memo_core.inputs.emotion import EmotionTrack
+from memo_core.release import WINDOW
 from training import engine, presets, run
 from training.config import Stage
 from training.nets import Nets
@@ -173,7 +174,7 @@ def measured(variant: Variant, seed: int, args: argparse.Namespace, judge: Judge
     path = args.folder / "measured" / f"{variant.name}-{seed}.json"
     weights = _trained(variant.weights or variant.name, args)
     made_with = {
-        "weights": checkpoint.base_digest(weights),
+        "weights": base_digest(weights),
         "seconds": args.seconds,
         "sampling steps": args.sampling_steps,
         "guidance": args.guidance,

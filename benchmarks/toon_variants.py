@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memo_core import kernels
-from memo_core.clips import WINDOW
-from memo_core.nets.audio_module import Feeling, Heard, JointAttention, _JointBlock
 from memo_core.nets.layers import add_layer_normed, added, attend, join_heads, split_heads, widened
 from memo_core.nets.memory_module import Memory, MemoryAttention
+from memo_core.nets.multimodal import Feeling, Heard, JointAttention, _JointBlock
+from memo_core.release import WINDOW
 
 
 class LastFramesAttention(MemoryAttention):

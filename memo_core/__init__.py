@@ -9,26 +9,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .audio import AudioTrack
-    from .clips import Clip
-    from .emotion import EMOTIONS, EmotionTrack
     from .errors import MemoError
-    from .memory import MemoryState
+    from .inputs.emotion import EmotionTrack
+    from .inputs.reference import Reference
+    from .inputs.speech import AudioTrack
+    from .memory.state import MemoryState
     from .pipeline import MemoPipeline
-    from .reference import Reference
+    from .release import EMOTIONS
+    from .video.clips import Clip
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["EMOTIONS", "AudioTrack", "Clip", "EmotionTrack", "MemoError", "MemoPipeline", "MemoryState", "Reference"]
 
 _MODULES = {
-    "EMOTIONS": "emotion",
-    "AudioTrack": "audio",
-    "Clip": "clips",
-    "EmotionTrack": "emotion",
+    "EMOTIONS": "release",
+    "AudioTrack": "inputs.speech",
+    "Clip": "video.clips",
+    "EmotionTrack": "inputs.emotion",
     "MemoError": "errors",
     "MemoPipeline": "pipeline",
-    "MemoryState": "memory",
-    "Reference": "reference",
+    "MemoryState": "memory.state",
+    "Reference": "inputs.reference",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import re
@@ -180,3 +181,8 @@ def _known_as(path: Path) -> str:
     while len(os.fsencode(name)) > _LONGEST:
         name = name[:-1]
     return name
+
+
+def short_hash(text: str) -> str:
+    """16 hexadecimal digits that stand for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -13,22 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import budget, checkpoint, devices, emotion, waiting
-from .audio import AudioTrack, encode_audio, seconds_at_once
-from .budget import Plan
-from .checkpoint import Networks
+from . import devices
+from .budget.device import available_bytes
+from .budget.plan import check_room, choose_plan, smaller_plan
+from .checkpoint.load import load
+from .checkpoint.networks import Networks
 from .checks import shown
-from .clips import WINDOW, Clip
-from .emotion import EmotionTrack
+from .encoders.face import EMBEDDING_SIZE, FaceAnalyzer
 from .errors import CheckpointError, PortraitError, SamplingError
-from .face import EMBEDDING_SIZE, FaceAnalyzer, PortraitImage, prepare_portrait
-from .job import Job, Settings
-from .memory import MemoryState, SumsCache
-from .optimise import Options
-from .reference import Reference
-from .sampling import Window, count_stored, decode, encode, sample_windows
-from .speed import PRESETS, Speed, name_of
-from .store import WindowStore
+from .inputs.emotion import SECONDS_AT_ONCE, EmotionTrack, detect_emotion
+from .inputs.portrait import PortraitImage, prepare_portrait
+from .inputs.reference import Reference
+from .inputs.speech import AudioTrack, encode_audio, seconds_at_once
+from .memory.cache import SumsCache
+from .memory.state import MemoryState
+from .release import WINDOW
+from .running import offload
+from .running.options import Options
+from .sampling.clip import Window, count_stored, sample_windows
+from .sampling.job import Job
+from .sampling.plan import Plan
+from .sampling.settings import PRESETS, Settings, Speed, name_of
+from .sampling.store import WindowStore
+from .sampling.vae import decode_latents, encode_frames
+from .video.clips import Clip
 
 logger = logging.getLogger(__name__)
 OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # torch 2.5, and before
@@ -72,7 +80,7 @@ class MemoPipeline:
                 f"lora must be a list of files, or of pairs of file and strength, received {shown(lora)}"
             )
         pairs = [file if isinstance(file, (tuple, list)) else (file, 1.0) for file in lora]
-        return cls(checkpoint.load(path, device, dtype, lora=pairs, options=options, large_nets_wait=True))
+        return cls(load(path, device, dtype, lora=pairs, options=options, large_nets_wait=True))
 
     def encode_audio(
         self,
@@ -105,8 +113,8 @@ class MemoPipeline:
         smoothing: float = 0.0,
     ) -> EmotionTrack:
         """Emotion label of every video frame; see `emotion.detect_emotion`."""
-        self._listen(emotion.SECONDS_AT_ONCE)
-        return emotion.detect_emotion(
+        self._listen(SECONDS_AT_ONCE)
+        return detect_emotion(
             waveform,
             sample_rate,
             self.nets.emotion_encoder,
@@ -124,12 +132,12 @@ class MemoPipeline:
     def _listen(self, seconds: float) -> None:
         """Has the networks that listen on the device, to so many seconds at once."""
         for net in self._listeners():
-            waiting.enter(net, self.nets.device)
+            offload.enter(net, self.nets.device)
 
     def _stop_listening(self) -> None:
         """Sends them to host memory: while pictures are made nobody needs them."""
         for net in self._listeners():
-            waiting.leave(net)
+            offload.leave(net)
 
     @cached_property
     def face_analyzer(self) -> FaceAnalyzer | None:
@@ -183,7 +191,7 @@ class MemoPipeline:
             no_face=no_face if looks_for_face else "warn",
             face_box=face_box,
         )
-        latents = encode(self.nets.vae, portrait.pixels[None], self.nets.device).cpu()
+        latents = encode_frames(self.nets.vae, portrait.pixels[None], self.nets.device).cpu()
         faces = portrait.faces_found if looks_for_face and self.face_analyzer is not None else None
         return Reference(portrait.pixels, latents, portrait.face_embedding if given is None else given, faces)
 
@@ -312,16 +320,16 @@ class MemoPipeline:
         """
         _check_types(job)
         devices.empty_cache(self.nets.device)  # what listening left behind lies in pieces
-        room = budget.available_bytes(self.nets)
+        room = available_bytes(self.nets)
         if room is None:
             return None
         height, width = job.reference.pixels.shape[1:]
-        return budget.plan(self.nets, height, width, job.settings, room + self._sums.device_bytes)
+        return choose_plan(self.nets, height, width, job.settings, room + self._sums.device_bytes)
 
     def smaller_plan(self, job: Job, than: Plan) -> Plan | None:
         """The next plan that takes less; None after the last."""
         height, width = job.reference.pixels.shape[1:]
-        return budget.smaller(self.nets, height, width, job.settings, than)
+        return smaller_plan(self.nets, height, width, job.settings, than)
 
     def check_room(self, size: tuple[int, int] | None = None, **settings: Any) -> None:
         """Refuses, before anything is computed at it, a size that cannot be sampled with the memory there is: the
@@ -335,7 +343,7 @@ class MemoPipeline:
             SamplingError: it does not fit; names the largest size that does.
         """
         height, width = self.default_size if size is None else size
-        budget.check_room(self.nets, height, width, Settings(**settings), kept=self._sums.nbytes)
+        check_room(self.nets, height, width, Settings(**settings), kept=self._sums.nbytes)
 
     def sample_clip(
         self,
@@ -422,7 +430,7 @@ class MemoPipeline:
             raise SamplingError(f"latents are floating-point numbers, received {latents.dtype}")
         options = self.nets.options
         on_threads = options is not None and options.rows_on_threads
-        return decode(self.nets.vae, latents, self.nets.device, on_threads=on_threads)
+        return decode_latents(self.nets.vae, latents, self.nets.device, on_threads=on_threads)
 
 
 def _rest(job: Job, window: Window) -> Job:

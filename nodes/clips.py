@@ -13,9 +13,10 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..memo_core.clips import WINDOW, Clip, ImageClip, Sound
 from ..memo_core.errors import ComposeError, SamplingError
-from ..memo_core.reference import Reference
+from ..memo_core.inputs.reference import Reference
+from ..memo_core.release import WINDOW
+from ..memo_core.video.clips import Clip, ImageClip, Sound
 from . import host
 from .wires import CATEGORY, MemoClip, MemoModel, MemoReference, one_of
 
@@ -227,7 +228,8 @@ class InspectClip(io.ComfyNode):
     def execute(
         cls, clip: AnyClip | Tensor, reference: Reference, model: host.HostPipeline | None = None
     ) -> io.NodeOutput:
-        from ..memo_core.quality import draw_quality, measure
+        from ..memo_core.judging.drawings.quality import draw_quality
+        from ..memo_core.judging.quality import measure
 
         if isinstance(clip, Tensor):
             clip = image_clip("clip", clip)
@@ -272,8 +274,8 @@ def write_video(
     node_id: str | None = None,
 ) -> Path:
     """Encodes clips into a new temporary file. See ConcatClips."""
-    from ..memo_core.compose import cross_fade as joined
-    from ..memo_core.video import VideoWriter
+    from ..memo_core.video.compose import cross_fade as joined
+    from ..memo_core.video.write import VideoWriter
 
     height, width = parts[0].size
     for name, part in zip(names, parts):
@@ -316,7 +318,7 @@ def write_video(
 
 def fitted(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     """A frame scaled to fit, in its own proportions, with black bars."""
-    from ..memo_core.compose import resize_frames
+    from ..memo_core.video.compose import resize_frames
 
     scale = min(height / frame.shape[0], width / frame.shape[1])
     small = np.asarray(resize_frames(frame, *(max(1, round(scale * side)) for side in frame.shape[:2])))
@@ -346,7 +348,7 @@ def paced(frames: Iterator[np.ndarray], part: AnyClip, fps: float) -> Iterator[n
 
 def sound_at(part: AnyClip, samples: int, rate: int) -> Tensor:
     """The clip's sound, [channels, samples] at `rate`; silence for one without and where it ends before."""
-    from ..memo_core.audio import resample
+    from ..memo_core.inputs.sound import resample
 
     if part.sound is None:
         return torch.zeros(1, samples)

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..memo_core.audio import count_frames
-from ..memo_core.clips import WINDOW, Sound
-from ..memo_core.emotion import EMOTIONS, EmotionTrack, parse_emotion_lines
 from ..memo_core.errors import MemoError
+from ..memo_core.inputs.emotion import EmotionTrack
+from ..memo_core.inputs.emotion_lines import parse_emotion_lines
+from ..memo_core.inputs.speech import count_frames
+from ..memo_core.release import EMOTIONS, WINDOW
+from ..memo_core.video.clips import Sound
 from . import host
 from .wires import CATEGORY, MemoAudio, MemoEmotion, MemoModel, Voice
 
@@ -132,7 +134,7 @@ def speech_of(audio: Mapping | Voice) -> Sound:
 
 def draw(track: EmotionTrack, speech: Sound | None) -> Tensor:
     """An IMAGE of the track."""
-    from ..memo_core.drawing import draw_emotion
+    from ..memo_core.judging.drawings.emotion import draw_emotion
 
     if speech is None:
         return host.to_image(draw_emotion(track))

@@ -24,16 +24,22 @@ from comfy_api.v0_0_2 import InputImpl, ui
 from server import PromptServer
 from torch import Tensor, nn
 
-from ..memo_core import budget, checkpoint, devices
+from ..memo_core import devices
+from ..memo_core.budget.counting import vae_bytes
+from ..memo_core.budget.plan import choose_plan, least_plan, smaller
+from ..memo_core.checkpoint.layout import EMBEDDED, assets
+from ..memo_core.checkpoint.load import load as load_checkpoint
+from ..memo_core.checkpoint.networks import Networks
 from ..memo_core.checks import shown
-from ..memo_core.clips import Sound, check_finite, over_white
 from ..memo_core.errors import AudioError, CheckpointError, MemoError, PortraitError, SamplingError
 from ..memo_core.files import open_regular, replace_whole
-from ..memo_core.job import Job
 from ..memo_core.nets.layers import attention_fused
-from ..memo_core.optimise import Options
 from ..memo_core.pipeline import MemoPipeline
-from ..memo_core.store import WindowStore
+from ..memo_core.running.options import Options
+from ..memo_core.sampling.job import Job
+from ..memo_core.sampling.plan import Plan
+from ..memo_core.sampling.store import WindowStore
+from ..memo_core.video.clips import Sound, check_finite, over_white
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,7 +72,7 @@ def register_models_folder() -> None:
 def checkpoints() -> dict[str, Path]:
     """Checkpoints by name: the embedded ones, the released one, and every other folder in models/memo."""
     roots = [Path(root) for root in folder_paths.get_folder_paths(MODELS)]
-    found = {name: checkpoint.assets() / name for name in checkpoint.EMBEDDED}
+    found = {name: assets() / name for name in EMBEDDED}
     for root in roots:
         try:
             folders = sorted(folder for folder in root.iterdir() if folder.is_dir())
@@ -186,7 +192,7 @@ class HostPipeline(MemoPipeline):
         listeners: speech and emotion networks; on the device only while they listen.
     """
 
-    def __init__(self, nets: checkpoint.Networks, attention: str = "auto"):
+    def __init__(self, nets: Networks, attention: str = "auto"):
         super().__init__(nets)
         nets.device = management.get_torch_device()
         if nets.device.type == "cpu":  # where threads that share an operation would wait for each other under load
@@ -219,14 +225,14 @@ class HostPipeline(MemoPipeline):
             half = "fp16" if management.should_use_fp16(device) else "fp32"
             dtype = "bf16" if management.should_use_bf16(device) else half
         ops = comfy.ops.manual_cast
-        nets = checkpoint.load(folder, management.unet_offload_device(), DTYPES[dtype], ops=ops, lora=lora)
+        nets = load_checkpoint(folder, management.unet_offload_device(), DTYPES[dtype], ops=ops, lora=lora)
         return cls(nets, attention)
 
     def to_device(self, working: int) -> None:
         """Has the host load all that samples and keep `working` bytes free besides."""
         management.load_models_gpu([self.patcher, self.pictures], memory_required=working)
 
-    def plan(self, job: Job) -> budget.Plan:
+    def plan(self, job: Job) -> Plan:
         """How to sample within what is free and what the host can free. Weights need not fit: it streams them.
 
         Raises:
@@ -240,10 +246,10 @@ class HostPipeline(MemoPipeline):
         how = {"host_moves_weights": True, "streamed_weights": self._streamed_weights(most)}
         with self.attention():
             try:
-                return budget.plan(self.nets, height, width, job.settings, room, **how)
+                return choose_plan(self.nets, height, width, job.settings, room, **how)
             except SamplingError:  # others may let go of some
-                budget.plan(self.nets, height, width, job.settings, most, **how)
-                return budget.least(self.nets, height, width, job.settings, **how)
+                choose_plan(self.nets, height, width, job.settings, most, **how)
+                return least_plan(self.nets, height, width, job.settings, **how)
 
     def _streamed_weights(self, room: int) -> int:
         """Bytes of weights that the host leaves on the device even where it brings the others layer by layer."""
@@ -252,21 +258,21 @@ class HostPipeline(MemoPipeline):
         weights = sum(patcher.model_size() for patcher in (self.patcher, self.pictures))
         return int(min(weights, max(2**27, least)))
 
-    def smaller_plan(self, job: Job, than: budget.Plan) -> budget.Plan | None:
+    def smaller_plan(self, job: Job, than: Plan) -> Plan | None:
         """The next plan that takes less; None after the last."""
         height, width = job.reference.pixels.shape[1:]
         with self.attention():
             how = {"host_moves_weights": True, "streamed_weights": self._streamed_weights(than.peak)}
-            return budget.smaller(self.nets, height, width, job.settings, than, **how)
+            return smaller(self.nets, height, width, job.settings, than, **how)
 
     def encode_reference(self, image: Any, *args: Any, size: Any = None, **more: Any) -> Any:
         side = size if isinstance(size, int) else max(size or self.default_size)
-        management.load_models_gpu([self.pictures], memory_required=budget.vae_bytes(self.nets, side, side))
+        management.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, side, side))
         return super().encode_reference(image, *args, size=size, **more)
 
     def decode(self, latents: Tensor) -> Tensor:
         height, width = (8 * side for side in latents.shape[2:])
-        management.load_models_gpu([self.pictures], memory_required=budget.vae_bytes(self.nets, height, width))
+        management.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, height, width))
         return super().decode(latents).cpu()
 
     def sample_windows(self, *args: Any, **more: Any) -> Iterator[Any]:
@@ -520,7 +526,7 @@ def sound_of(audio: Mapping[str, Any]) -> Sound:
 
 def _samples(waveform: Any) -> Tensor:
     """One recording as float32 [channels, samples] on the CPU, the same memory where it is that already."""
-    from ..memo_core.audio import as_channels, to_float
+    from ..memo_core.inputs.sound import as_channels, to_float
 
     if not isinstance(waveform, Tensor):
         try:

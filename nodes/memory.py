@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 
 from ..memo_core.checks import shown
 from ..memo_core.errors import MemoError
-from ..memo_core.memory import MemoryState
+from ..memo_core.memory.state import MemoryState
 from . import host
 from .wires import CATEGORY, MemoMemory
 
@@ -171,7 +171,7 @@ class InspectMemoryState(io.ComfyNode):
 
     @classmethod
     def execute(cls, memory: MemoryState) -> io.NodeOutput:
-        from ..memo_core.drawing import draw_memory
+        from ..memo_core.judging.drawings.memory import draw_memory
 
         picture = host.to_image(draw_memory(memory))
         return io.NodeOutput(memory.inspect(), picture, ui=host.preview(picture, cls))

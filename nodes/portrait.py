@@ -6,9 +6,9 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..memo_core.clips import ImageClip, over_white
-from ..memo_core.compose import Box, centre_square, crop_square, face_square, paste_back
 from ..memo_core.errors import PortraitError
+from ..memo_core.video.clips import ImageClip, over_white
+from ..memo_core.video.compose import Box, centre_square, crop_square, face_square, paste_back
 from . import host
 from .clips import AnyClip, image_clip
 from .wires import CATEGORY, MemoBox, MemoClip, MemoModel, MemoReference, one_of

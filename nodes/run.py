@@ -9,15 +9,16 @@ from dataclasses import replace
 
 import torch
 
-from ..memo_core.budget import Plan
-from ..memo_core.clips import WINDOW, Clip
-from ..memo_core.emotion import EmotionTrack
 from ..memo_core.errors import SamplingError
-from ..memo_core.job import Job
-from ..memo_core.memory import MemoryState
-from ..memo_core.reference import Reference
-from ..memo_core.sampling import Window
-from ..memo_core.store import WindowStore
+from ..memo_core.inputs.emotion import EmotionTrack
+from ..memo_core.inputs.reference import Reference
+from ..memo_core.memory.state import MemoryState
+from ..memo_core.release import WINDOW
+from ..memo_core.sampling.clip import Window
+from ..memo_core.sampling.job import Job
+from ..memo_core.sampling.plan import Plan
+from ..memo_core.sampling.store import WindowStore
+from ..memo_core.video.clips import Clip
 from . import host
 from .wires import Voice
 
@@ -92,7 +93,7 @@ class _Run:
         self.windows_done, self.sampled, self.spent = 0, 0, 0.0
         self.detector = None
         if stop_on_collapse:
-            from ..memo_core.quality import CollapseDetector
+            from ..memo_core.judging.collapse import CollapseDetector
 
             self.detector = CollapseDetector(job.reference.pixels)
         height, width = job.reference.pixels.shape[1:]

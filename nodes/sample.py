@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..memo_core.emotion import EMOTIONS, EmotionTrack
-from ..memo_core.memory import MemoryState
-from ..memo_core.reference import Reference
-from ..memo_core.speed import PRESETS
+from ..memo_core.inputs.emotion import EmotionTrack
+from ..memo_core.inputs.reference import Reference
+from ..memo_core.memory.state import MemoryState
+from ..memo_core.release import EMOTIONS
+from ..memo_core.sampling.settings import PRESETS
 from . import host
 from .clips import write_video
 from .emotion import detect

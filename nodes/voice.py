@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from comfy_api.v0_0_2 import io
 
-from ..memo_core.checkpoint import VOCAL_SEPARATOR, assets, download_command
-from ..memo_core.clips import Sound
+from ..memo_core.checkpoint.layout import VOCAL_SEPARATOR, assets, download_command
 from ..memo_core.errors import AudioError
+from ..memo_core.video.clips import Sound
 from . import host
 from .wires import CATEGORY, MemoAudio, MemoModel, Voice, one_of
 
@@ -46,8 +46,8 @@ class Example(io.ComfyNode):
 
     @classmethod
     def execute(cls, speech: str) -> io.NodeOutput:
-        from ..memo_core.audio import load_audio
-        from ..memo_core.pictures import open_picture
+        from ..memo_core.inputs.pictures import open_picture
+        from ..memo_core.inputs.sound import load_audio
 
         portrait = host.to_image(open_picture(assets() / "portrait.png"))
         return io.NodeOutput(portrait, host.audio_of(Sound(*load_audio(assets() / EXAMPLES[speech]))))
@@ -128,7 +128,8 @@ def encode_voice(
     node_id: str | None = None,
 ) -> Voice:
     """See EncodeAudio."""
-    from ..memo_core.audio import MAX_WHOLE_SECONDS, count_frames, separate_vocals, separate_vocals_spectral
+    from ..memo_core.inputs.separation import separate_vocals, separate_vocals_spectral
+    from ..memo_core.inputs.speech import MAX_WHOLE_SECONDS, count_frames
 
     if context == "whole" and sound.seconds > MAX_WHOLE_SECONDS:
         raise AudioError(

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from comfy_api.v0_0_2 import io
 
-from ..memo_core.audio import AudioTrack
 from ..memo_core.checks import shown
-from ..memo_core.clips import Sound
+from ..memo_core.inputs.speech import AudioTrack
+from ..memo_core.video.clips import Sound
 
 MemoModel = io.Custom("MEMO_MODEL")  # host.HostPipeline
 MemoReference = io.Custom("MEMO_REFERENCE")  # memo_core.Reference
 MemoAudio = io.Custom("MEMO_AUDIO")  # Voice
 MemoEmotion = io.Custom("MEMO_EMOTION")  # memo_core.EmotionTrack
 MemoMemory = io.Custom("MEMO_MEMORY")  # memo_core.MemoryState
-MemoClip = io.Custom("MEMO_CLIP")  # memo_core.clips.Clip or ImageClip
-MemoBox = io.Custom("MEMO_BOX")  # memo_core.compose.Box
+MemoClip = io.Custom("MEMO_CLIP")  # memo_core.video.clips.Clip or ImageClip
+MemoBox = io.Custom("MEMO_BOX")  # memo_core.video.compose.Box
 
 CATEGORY = "MEMO"
 

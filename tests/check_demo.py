@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import torch
 
-from memo_core.audio import load_audio, prepare_waveform
-from memo_core.video import read_video
+from memo_core.inputs.sound import load_audio, prepare_waveform
+from memo_core.video.read import read_video
 from training.toon.heads import MOTION
 from training.toon.judge import Judge, correlation_and_lag
 from training.toon.voices import estimate_mouth

@@ -19,17 +19,12 @@ from conftest import relative_l2
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memo_core import audio, media
-from memo_core.audio import (
-    count_frames,
-    encode_audio,
-    load_audio,
-    prepare_waveform,
-    separate_vocals,
-    separate_vocals_spectral,
-)
+from memo_core.encoders.speech import SpeechEncoder
 from memo_core.errors import AudioError, CheckpointError
-from memo_core.nets.speech_encoder import SpeechEncoder
+from memo_core.inputs import recording, separation
+from memo_core.inputs.separation import separate_vocals, separate_vocals_spectral
+from memo_core.inputs.sound import load_audio, prepare_waveform
+from memo_core.inputs.speech import CHUNK_SECONDS, CONTEXT_SECONDS, LOCAL_PAST, count_frames, encode_audio
 from training.toon import voices
 
 RATE = 16000
@@ -159,7 +154,7 @@ def test_resampling_adds_no_frame(encoder: SpeechEncoder) -> None:
 
 def test_auto_context_is_whole_up_to_a_minute(encoder: SpeechEncoder) -> None:
     assert encode_audio(torch.zeros(60 * RATE), RATE, encoder).context is None
-    assert encode_audio(torch.zeros(60 * RATE + 1), RATE, encoder).context == audio.CONTEXT_SECONDS
+    assert encode_audio(torch.zeros(60 * RATE + 1), RATE, encoder).context == CONTEXT_SECONDS
 
 
 def test_chunked_cost_is_linear(encoder: SpeechEncoder, voice: Tensor) -> None:
@@ -170,8 +165,8 @@ def test_chunked_cost_is_linear(encoder: SpeechEncoder, voice: Tensor) -> None:
         encode_audio(long, RATE, encoder, context=2)
     assert len(long_calls) in (2 * len(short_calls), 2 * len(short_calls) + 1, 2 * len(short_calls) - 1)
     for samples, frames in short_calls + long_calls:
-        assert frames <= (audio.CHUNK_SECONDS + 2 * 2) * 30
-        assert samples <= (audio.CHUNK_SECONDS + 2 * 2) * RATE
+        assert frames <= (CHUNK_SECONDS + 2 * 2) * 30
+        assert samples <= (CHUNK_SECONDS + 2 * 2) * RATE
 
 
 def test_an_edit_changes_only_embeddings_near_it(encoder: SpeechEncoder, voice: Tensor) -> None:
@@ -181,8 +176,8 @@ def test_an_edit_changes_only_embeddings_near_it(encoder: SpeechEncoder, voice: 
     before, after = (encode_audio(x, RATE, encoder, context=3).embeddings for x in (original, edited))
     changed = (before != after).flatten(1).any(dim=1).nonzero().flatten() / 30
     assert len(changed)
-    assert float(changed.min()) >= 52 - audio.CHUNK_SECONDS - 3 - 0.1  # 2 frames of neighbours
-    assert float(changed.max()) <= 53 + audio.CHUNK_SECONDS + 3 + 0.1
+    assert float(changed.min()) >= 52 - CHUNK_SECONDS - 3 - 0.1  # 2 frames of neighbours
+    assert float(changed.max()) <= 53 + CHUNK_SECONDS + 3 + 0.1
     assert bool((before[52 * 30 : 53 * 30] != after[52 * 30 : 53 * 30]).any())
 
 
@@ -190,7 +185,7 @@ def test_appending_changes_only_embeddings_near_the_end(encoder: SpeechEncoder, 
     long = speech(voice, 90)
     before = encode_audio(long[: 75 * RATE], RATE, encoder, context=3).embeddings
     after = encode_audio(long, RATE, encoder, context=3).embeddings
-    same = (75 - audio.CHUNK_SECONDS - 3 - 1) * 30
+    same = (75 - CHUNK_SECONDS - 3 - 1) * 30
     assert torch.equal(before[:same], after[:same])
 
 
@@ -261,7 +256,7 @@ def test_an_edit_is_forgotten_by_local_embeddings(encoder: SpeechEncoder, spoken
     edited = spoken[: 20 * RATE].clone()
     edited[3 * RATE : 4 * RATE] *= 0.5
     after = encode_audio(edited, RATE, encoder, context="local").embeddings
-    assert unchanged_seconds(local.flip(0), after.flip(0)) >= 20 - 4 - audio.LOCAL_PAST - 0.3
+    assert unchanged_seconds(local.flip(0), after.flip(0)) >= 20 - 4 - LOCAL_PAST - 0.3
 
 
 def test_silence_after_the_end_changes_no_local_embedding(
@@ -286,7 +281,7 @@ def test_faint_noise_in_a_long_pause_is_silence_to_local_embeddings(encoder: Spe
         encode_audio(torch.cat([voice[:RATE], gain * noise]), RATE, encoder, context="local").embeddings
         for gain in (1, 0.5, 100)
     )
-    late = slice((1 + audio.LOCAL_PAST) * 30 + 6, None)
+    late = slice((1 + LOCAL_PAST) * 30 + 6, None)
     assert torch.equal(faint[late], fainter[late])
     assert relative_l2(faint[late], loud[late]) > 0.1
 
@@ -320,8 +315,8 @@ def test_the_gate_gives_noise_between_words_the_embedding_of_silence(
 
 
 def test_all_of_a_silent_recording_is_gated(encoder: SpeechEncoder) -> None:
-    for recording in (torch.zeros(RATE), torch.full((RATE,), 0.3), torch.zeros(1)):  # an offset is no sound
-        states = encode_audio(recording, RATE, encoder, silence_gate=True).embeddings
+    for silence in (torch.zeros(RATE), torch.full((RATE,), 0.3), torch.zeros(1)):  # an offset is no sound
+        states = encode_audio(silence, RATE, encoder, silence_gate=True).embeddings
         assert torch.equal(states, states[:1, :1].expand_as(states))
 
 
@@ -423,7 +418,7 @@ def test_whole_encoding_is_refused_beyond_five_minutes(encoder: SpeechEncoder) -
 def test_embeddings_beyond_the_memory_limit_are_refused(
     encoder: SpeechEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audio, "MAX_EMBEDDING_BYTES", 30 * 20 * 2 * 32 * 4)  # 20 s of this encoder
+    monkeypatch.setattr("memo_core.inputs.speech.MAX_EMBEDDING_BYTES", 30 * 20 * 2 * 32 * 4)  # 20 s of this encoder
     with Recorder(encoder) as calls, pytest.raises(AudioError, match="at most 20 s are allowed"):
         encode_audio(torch.zeros(30 * RATE), RATE, encoder)
     assert not calls
@@ -550,7 +545,7 @@ def test_truncated_files_give_what_is_there(tmp_path: Path) -> None:
 
 def test_long_files_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_file(tmp_path / "a.flac", tone(16000, 3)[None], 16000, "flac")
-    monkeypatch.setattr(media, "MAX_SECONDS", 2)
+    monkeypatch.setattr(recording, "MAX_SECONDS", 2)
     monkeypatch.setattr(av.AudioResampler, "resample", None)  # would fail if a frame got there
     with pytest.raises(AudioError, match="lasts 3 s; at most 2 s"):
         load_audio(path)
@@ -613,8 +608,8 @@ def test_spectral_separation_lowers_repeating_music_and_keeps_the_voice() -> Non
 
 
 def test_spectral_separation_works_in_blocks_that_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio, "_SPECTRAL_BLOCK", 7)
-    monkeypatch.setattr(audio, "_without_repetition", lambda piece, _: piece.clone())
+    monkeypatch.setattr(separation, "_SPECTRAL_BLOCK", 7)
+    monkeypatch.setattr(separation, "_without_repetition", lambda piece, _: piece.clone())
     for samples in (7 * RATE, 7 * RATE + 1, 31 * RATE + 7):
         sound = torch.rand(1, samples)
         assert relative_l2(separate_vocals_spectral(sound, RATE)[0], sound) < 1e-6

@@ -16,8 +16,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from memo_core import checkpoint
-from memo_core.checkpoint import save_module, weights_digest
+from memo_core.checkpoint import layout
+from memo_core.checkpoint.digest import base_digest, weights_digest
+from memo_core.checkpoint.layout import find
+from memo_core.checkpoint.load import load
+from memo_core.checkpoint.save import save_module
 from memo_core.errors import CheckpointError
 from memo_core.nets.projections import AudioProjection
 from memo_core.nets.weights import WEIGHTS, load_strict, read_json, read_tensors
@@ -42,7 +45,7 @@ def change_config(folder: Path, net: str, **changes: object) -> None:
 
 
 def test_the_small_checkpoint_loads(memo_tiny: Path) -> None:
-    nets = checkpoint.load(memo_tiny, dtype=torch.bfloat16)
+    nets = load(memo_tiny, dtype=torch.bfloat16)
     for net in (nets.reference_net, nets.diffusion_net, nets.image_proj, nets.audio_proj, nets.vae):
         if net is not nets.vae:  # of which a part stays in float32 (tests/test_precision.py)
             assert {parameter.dtype for parameter in net.parameters()} == {torch.bfloat16}
@@ -54,7 +57,7 @@ def test_the_small_checkpoint_loads(memo_tiny: Path) -> None:
 
 
 def test_sizes_that_no_config_names_come_from_the_tensors(memo_tiny: Path) -> None:
-    nets = checkpoint.load(memo_tiny)
+    nets = load(memo_tiny)
     assert nets.audio_proj.proj1.in_features == 5 * 2 * 32 and nets.audio_proj.tokens == 4
     assert nets.image_proj.proj.in_features == 512
     assert "proj1" not in (memo_tiny / "audio_proj" / "config.json").read_text()
@@ -63,16 +66,16 @@ def test_sizes_that_no_config_names_come_from_the_tensors(memo_tiny: Path) -> No
 @pytest.mark.parametrize("name", ["doll", "/absent/folder", "toon2"])
 def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match=f"no checkpoint at '{name}'.* one of toon"):
-        checkpoint.load(name)
+        load(name)
 
 
 def test_embedded_checkpoints_are_found_by_name(
     memo_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(memo_tiny, tmp_path / "toon")
-    monkeypatch.setattr(checkpoint, "assets", lambda: tmp_path)
-    assert checkpoint.find("toon") == tmp_path / "toon"
-    assert checkpoint.load("toon").embedded and checkpoint.load(tmp_path / "toon").embedded
+    monkeypatch.setattr(layout, "assets", lambda: tmp_path)
+    assert find("toon") == tmp_path / "toon"
+    assert load("toon").embedded and load(tmp_path / "toon").embedded
 
 
 def test_missing_files_are_listed(folder: Path) -> None:
@@ -80,7 +83,7 @@ def test_missing_files_are_listed(folder: Path) -> None:
     (folder / "emotion2vec" / "config.yaml").unlink()
     shutil.rmtree(folder / "image_proj")
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(folder)
+        load(folder)
     message = str(caught.value)
     assert "lacks 4 of" in message and f"__main__.py download {folder}" in message
     for name in (f"vae/{WEIGHTS}", "emotion2vec/config.yaml", "image_proj/config.json", f"image_proj/{WEIGHTS}"):
@@ -101,7 +104,7 @@ def test_the_first_ten_keys_that_do_not_fit_are_listed(folder: Path, net: str) -
 
     change_weights(folder, net, change)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(folder)
+        load(folder)
     lines = str(caught.value).splitlines()
     assert net in lines[0] and len(lines) == 1 + 10 + 1 and lines[-1].strip() == "and 4 more"
     assert f"missing {key}" in lines[1]
@@ -113,7 +116,7 @@ def test_the_first_ten_keys_that_do_not_fit_are_listed(folder: Path, net: str) -
 def test_projections_without_sizes_are_refused(folder: Path, net: str) -> None:
     change_weights(folder, net, lambda weights: weights.pop("norm.weight"))
     with pytest.raises(CheckpointError, match=f"{net}.*lacks 'norm.weight'"):
-        checkpoint.load(folder)
+        load(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense" * 10, None], ids=["empty", "nonsense", "truncated"])
@@ -121,14 +124,14 @@ def test_damaged_weights_are_named(folder: Path, content: bytes | None) -> None:
     path = folder / "reference_net" / WEIGHTS
     path.write_bytes(path.read_bytes()[:-1000] if content is None else content)
     with pytest.raises(CheckpointError, match=f"{path} cannot be read"):
-        checkpoint.load(folder)
+        load(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"block_out_channels": 3}'])
 def test_damaged_configurations_are_named(folder: Path, content: str) -> None:
     (folder / "diffusion_net" / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match="diffusion_net/config.json"):
-        checkpoint.load(folder)
+        load(folder)
 
 
 @pytest.mark.parametrize(
@@ -147,18 +150,18 @@ def test_settings_of_which_no_network_can_be_built_name_their_files(
     assert old in text
     (folder / file).write_text(text.replace(old, new))
     with pytest.raises(CheckpointError, match=file.split("/")[0]):
-        checkpoint.load(folder)
+        load(folder)
 
 
 def test_settings_that_are_not_implemented_are_refused(folder: Path) -> None:
     change_config(folder, "reference_net", act_fn="gelu")
     with pytest.raises(CheckpointError, match="act_fn = 'gelu' is not supported"):
-        checkpoint.load(folder)
+        load(folder)
 
 
 def test_the_old_names_of_the_vae_load(folder: Path) -> None:
     """Stable Diffusion's VAE names its attention's layers as diffusers once did, and keeps them as 1x1 convolutions."""
-    digest = checkpoint.load(folder).digest
+    digest = load(folder).digest
 
     def change(weights: dict[str, Tensor]) -> None:
         for new, old in (
@@ -173,13 +176,13 @@ def test_the_old_names_of_the_vae_load(folder: Path) -> None:
 
     change_weights(folder, "vae", change)
     assert any(".query." in name for name in load_file(folder / "vae" / WEIGHTS))
-    assert checkpoint.load(folder).digest == digest
+    assert load(folder).digest == digest
 
 
 def test_digest_names_the_weights_and_not_the_precision_they_run_in(folder: Path) -> None:
-    digest = checkpoint.load(folder).digest
-    assert checkpoint.load(folder, dtype=torch.bfloat16).digest == digest
-    assert checkpoint.load(folder.rename(folder.parent / "elsewhere")).digest == digest
+    digest = load(folder).digest
+    assert load(folder, dtype=torch.bfloat16).digest == digest
+    assert load(folder.rename(folder.parent / "elsewhere")).digest == digest
 
 
 @pytest.mark.parametrize("net", ["reference_net", "diffusion_net", "image_proj", "audio_proj", "vae"])
@@ -189,7 +192,7 @@ def test_digest_differs_when_a_network_does(folder: Path, memo_tiny: Path, net: 
         weights[name] = weights[name] * 1.01
 
     change_weights(folder, net, change)
-    assert checkpoint.load(folder).digest != checkpoint.load(memo_tiny).digest
+    assert load(folder).digest != load(memo_tiny).digest
 
 
 def test_weights_digest() -> None:
@@ -204,13 +207,13 @@ def test_weights_digest() -> None:
 
 
 def test_saved_networks_load_again(folder: Path, memo_tiny: Path) -> None:
-    net = checkpoint.load(memo_tiny).audio_proj
+    net = load(memo_tiny).audio_proj
     save_module(folder / "audio_proj", net, {"_class_name": "AudioProjModel"}, dtype=torch.float32)
-    assert checkpoint.load(folder).digest == checkpoint.load(memo_tiny).digest
+    assert load(folder).digest == load(memo_tiny).digest
     save_module(folder / "audio_proj", net, {"_class_name": "AudioProjModel"})
     stored = load_file(folder / "audio_proj" / WEIGHTS)
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
-    loaded = checkpoint.load(folder).audio_proj
+    loaded = load(folder).audio_proj
     for mine, wanted in zip(loaded.parameters(), net.parameters(), strict=True):
         assert mine.dtype == torch.float32 and torch.equal(mine, wanted.half().float())
     assert read_json(folder / "audio_proj" / "config.json") == {"_class_name": "AudioProjModel"}
@@ -223,7 +226,7 @@ def test_a_host_may_bring_its_own_layers(memo_tiny: Path) -> None:
 
         Conv2d, GroupNorm, LayerNorm, Embedding = nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding
 
-    nets = checkpoint.load(memo_tiny, ops=Ops)
+    nets = load(memo_tiny, ops=Ops)
     for net in (nets.reference_net, nets.diffusion_net, nets.image_proj, nets.audio_proj):
         linear = [part for part in net.modules() if isinstance(part, nn.Linear)]
         assert linear and all(isinstance(part, Ops.Linear) for part in linear)
@@ -297,14 +300,14 @@ WRONG = [
 @pytest.fixture(scope="module")
 def quick(memo_tiny: Path) -> Callable[[Path, str], object]:
     """Reads one file's settings as a load does, without the files before it."""
-    from memo_core.nets.emotion2vec import Emotion2Vec
-    from memo_core.nets.speech_encoder import SpeechEncoder
+    from memo_core.encoders.emotion2vec import Emotion2Vec
+    from memo_core.encoders.speech import SpeechEncoder
 
     def read(folder: Path, name: str) -> object:
         part = name.partition("/")[0]
         if part in ("wav2vec2", "emotion2vec"):
             return (SpeechEncoder if part == "wav2vec2" else Emotion2Vec).from_pretrained(folder / part)
-        return checkpoint.load(folder)
+        return load(folder)
 
     return read
 
@@ -357,12 +360,12 @@ def test_what_is_no_file_is_not_waited_for(folder: Path, tmp_path: Path) -> None
     (folder / "vae" / "config.json").unlink()
     os.mkfifo(folder / "vae" / "config.json")
     with pytest.raises(CheckpointError, match="vae/config.json"):
-        checkpoint.load(folder)
+        load(folder)
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "a\0b", "x" * 5000, 3, None, ["toon"], b"toon", "\udcff"])
 def test_what_is_no_checkpoint_is_named(path: object) -> None:
-    for call in (checkpoint.find, checkpoint.load, checkpoint.base_digest):
+    for call in (find, load, base_digest):
         with pytest.raises(CheckpointError):
             call(path)
 
@@ -375,7 +378,7 @@ def test_what_is_no_checkpoint_is_named(path: object) -> None:
 )
 def test_wrong_arguments_are_named(memo_tiny: Path, wrong: dict) -> None:
     with pytest.raises(CheckpointError, match="received"):
-        checkpoint.load(memo_tiny, **wrong)
+        load(memo_tiny, **wrong)
 
 
 def test_torch_files_that_hold_more_than_they_weigh_are_refused(tmp_path: Path) -> None:
@@ -400,17 +403,17 @@ def test_weights_of_whole_numbers_are_refused(folder: Path) -> None:
         folder, "audio_proj", lambda weights: weights.update({"norm.weight": torch.ones(32).to(torch.int32)})
     )
     with pytest.raises(CheckpointError, match="norm.weight holds torch.int32"):
-        checkpoint.load(folder)
+        load(folder)
 
 
 def test_files_are_written_as_any_other(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        checkpoint.save_module(tmp_path / "net", torch.nn.Linear(2, 2), {})
+        save_module(tmp_path / "net", torch.nn.Linear(2, 2), {})
     finally:
         os.umask(before)
     found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "net").iterdir()}
-    assert found == {"config.json": 0o644, checkpoint.WEIGHTS: 0o644}
+    assert found == {"config.json": 0o644, WEIGHTS: 0o644}
 
 
 def test_what_a_trainer_keeps_beside_the_weights_is_no_fault(tmp_path: Path) -> None:

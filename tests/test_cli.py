@@ -20,10 +20,16 @@ import pytest
 import torch
 from PIL import Image
 
-from memo_core import MemoryState, cli, memory, sampling
+from memo_core import MemoryState
+from memo_core.cli import _prepare_allocator, build_parser, main
+from memo_core.cli import generate as cli_generate
+from memo_core.cli.generate import _command, _store, _write
 from memo_core.errors import MemoError
-from memo_core.speed import PRESETS
-from memo_core.video import VideoWriter, probe, read_video
+from memo_core.sampling import clip as sampling
+from memo_core.sampling.noise import window_noise
+from memo_core.sampling.settings import PRESETS
+from memo_core.video.read import probe, read_video
+from memo_core.video.write import VideoWriter
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 0.8  # of the voice: 24 frames, a window and a half
@@ -55,7 +61,7 @@ def generate(memo_tiny: Path):
 
     def run(*more: str, voice: str = "voice.wav") -> int:
         small = ["--checkpoint", str(memo_tiny), "--size", "64", "--steps", "1", "--device", "cpu"]
-        return cli.main(["generate", "face.png", voice, *small, *more])
+        return main(["generate", "face.png", voice, *small, *more])
 
     return run
 
@@ -99,7 +105,7 @@ def test_a_draft_takes_few_steps_and_its_video_says_so(here, generate):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_named(name):
-    args = cli.build_parser().parse_args(["generate", "a", "b", "--speed", name])
+    args = build_parser().parse_args(["generate", "a", "b", "--speed", name])
     assert args.speed == name
 
 
@@ -111,7 +117,7 @@ def test_a_span_of_the_voice_gets_its_own_stretch_of_sound(here, generate):
         file.setsampwidth(2)
         file.setframerate(16000)
         file.writeframes(bytes(len(half)) + half)
-    from memo_core.audio import load_audio
+    from memo_core.inputs.sound import load_audio
 
     loudness = []
     for start in ("0", "0.5"):
@@ -133,7 +139,7 @@ def test_going_on_from_a_saved_memory_equals_one_run(here, generate):
     assert generate("-o", "first.mp4", "--duration", cut, "--memory-out", "first.memory") == 0
     going_on = ("--start", cut, "--memory-in", "first.memory", "--memory-out", "rest.memory")
     assert generate("-o", "rest.mp4", *going_on) == 0
-    states = [memory.MemoryState.load(f"{name}.memory") for name in ("whole", "rest")]
+    states = [MemoryState.load(f"{name}.memory") for name in ("whole", "rest")]
     assert states[0].digest == states[1].digest  # the frames that were made are in it, bit by bit
     whole, rest = _frames("whole.mp4"), _frames("rest.mp4")
     assert len(whole) == 24 and len(rest) == 8
@@ -144,7 +150,7 @@ def test_going_on_from_a_saved_memory_equals_one_run(here, generate):
 
 def test_horizon_limits_what_is_remembered(here, generate):
     assert generate("--horizon", "1", "--memory-out", "short.memory", "--emotion", "null") == 0
-    assert len(memory.MemoryState.load("short.memory").entries) == 1
+    assert len(MemoryState.load("short.memory").entries) == 1
 
 
 @pytest.mark.parametrize(
@@ -186,7 +192,7 @@ def test_what_cannot_be_done_is_said_in_a_line_and_leaves_no_file(here, generate
     ],
 )
 def test_a_portrait_or_voice_that_is_none_is_named(here, memo_tiny, capsys, portrait, voice, said):
-    assert cli.main(["generate", portrait, voice, "--checkpoint", str(memo_tiny), "-o", "out.mp4"]) == 1
+    assert main(["generate", portrait, voice, "--checkpoint", str(memo_tiny), "-o", "out.mp4"]) == 1
     assert said in capsys.readouterr().err
     assert not Path("out.mp4").exists()
 
@@ -204,7 +210,7 @@ def test_a_portrait_or_voice_that_is_none_is_named(here, memo_tiny, capsys, port
     ],
 )
 def test_wrong_usage_exits_with_2(argv, capsys):
-    assert cli.main(argv) == 2
+    assert main(argv) == 2
     said = capsys.readouterr().err
     assert said.startswith("memo") and "--help)" in said and said.count("\n") == 1, "one line, that says where to look"
 
@@ -215,7 +221,7 @@ def test_an_existing_video_stays_when_the_new_one_fails(here, generate, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "out.mp4")
 
-    monkeypatch.setattr("memo_core.video.VideoWriter._encode_frames", full)
+    monkeypatch.setattr("memo_core.video.write.VideoWriter._encode_frames", full)
     assert generate("-o", "out.mp4", "--emotion", "null") == 1
     assert sorted(os.listdir()) == ["face.png", "out.mp4", "voice.wav"]
     assert Path("out.mp4").read_bytes() == b"old"
@@ -286,7 +292,7 @@ def test_an_interrupt_leaves_a_video_that_plays_and_the_command_that_goes_on(
     assert about.audio_duration == pytest.approx(16 / 30, abs=1 / 30)
     words = shlex.split(ended.stderr.strip().splitlines()[-1].split("To go on: ")[1])
     assert words[0] == "memo"
-    assert cli.main([*words[1:], "--no-store"]) == 0
+    assert main([*words[1:], "--no-store"]) == 0
     rest, second = words[words.index("--output") + 1], np.concatenate(encoded)
     assert _frames(rest).shape[0] == len(second) == 8
     encoded.clear()
@@ -320,10 +326,10 @@ def test_a_colon_in_a_name_is_no_address(here, generate, name):
 @pytest.mark.parametrize("samples", [319_999, 320_001, 160, 8533, 8534, 16000 + 1])
 def test_videos_are_as_long_as_their_sound_to_the_sample(here, generate, samples, monkeypatch):
     """As many frames as the recording spans, whatever its rate; counted, so that nothing has to be rendered."""
-    from memo_core.audio import count_frames
+    from memo_core.inputs.speech import count_frames
 
     seen = []
-    monkeypatch.setattr(cli, "_span", lambda args, end, seconds: seen.append(end) or (0, 1))
+    monkeypatch.setattr(cli_generate, "_span", lambda args, end, seconds: seen.append(end) or (0, 1))
     for rate in (16000, 44100, 48000, 22050):
         count = round(samples * rate / 16000)
         with wave.open("v.wav", "wb") as file:
@@ -337,7 +343,7 @@ def test_videos_are_as_long_as_their_sound_to_the_sample(here, generate, samples
 
 @pytest.mark.parametrize("older", [False, True])
 def test_an_error_keeps_what_is_finished(here, generate, monkeypatch, capsys, older):
-    noise = sampling.window_noise
+    noise = window_noise
 
     def broken(seed: int, first_frame: int, shape: tuple[int, ...]):
         if first_frame:
@@ -369,8 +375,8 @@ def test_the_command_to_go_on_keeps_every_choice():
         "--speed draft "
         "--lora 'my face.safetensors' --lora b.safetensors:-0.35"
     )
-    args = cli.build_parser().parse_args(shlex.split(given))
-    again = cli.build_parser().parse_args(shlex.split(cli._command(args, {}))[1:])
+    args = build_parser().parse_args(shlex.split(given))
+    again = build_parser().parse_args(shlex.split(_command(args, {}))[1:])
     assert vars(again) == vars(args)
 
 
@@ -379,7 +385,7 @@ def test_the_command_to_go_on_keeps_every_choice():
 
 def test_emotion_prints_spans_that_fill_the_voice_and_draws_them(here, memo_tiny, capsys):
     _write_voice("long.wav", 3.5)
-    assert cli.main(["emotion", "long.wav", "--checkpoint", str(memo_tiny)]) == 0
+    assert main(["emotion", "long.wav", "--checkpoint", str(memo_tiny)]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines[1:-1]]
     assert rows[0][0] == "0.00" and rows[-1][2] == "3.50"
@@ -392,7 +398,7 @@ def test_emotion_prints_spans_that_fill_the_voice_and_draws_them(here, memo_tiny
 
 
 def test_info_describes_a_checkpoint(memo_tiny, capsys):
-    assert cli.main(["info", str(memo_tiny)]) == 0
+    assert main(["info", str(memo_tiny)]) == 0
     out = capsys.readouterr().out
     from memo_core import MemoPipeline
 
@@ -405,24 +411,24 @@ def test_info_describes_a_checkpoint(memo_tiny, capsys):
 def test_info_describes_a_memory_state(here, generate, capsys):
     assert generate("--emotion", "null", "--memory-out", "state.memory") == 0
     capsys.readouterr()
-    assert cli.main(["info", "state.memory"]) == 0
-    assert capsys.readouterr().out == memory.MemoryState.load("state.memory").inspect() + "\n"
+    assert main(["info", "state.memory"]) == 0
+    assert capsys.readouterr().out == MemoryState.load("state.memory").inspect() + "\n"
 
 
 def test_info_names_what_a_checkpoint_lacks(here, memo_tiny, capsys):
     shutil.copytree(memo_tiny, "broken")
     Path("broken/vae/config.json").unlink()
-    assert cli.main(["info", "broken"]) == 1
+    assert main(["info", "broken"]) == 1
     assert "vae/config.json" in capsys.readouterr().err
 
 
 def test_sheet_shows_evenly_spaced_frames(here, capsys):
-    from memo_core.video import VideoWriter
+    from memo_core.video.write import VideoWriter
 
     with VideoWriter("v.mp4", 64, 32, 30) as writer:
         for level in range(0, 240, 4):
             writer.write_frames(np.full((32, 64, 3), level, np.uint8))
-    assert cli.main(["sheet", "v.mp4", "-o", "s.png", "--frames", "6", "--columns", "3"]) == 0
+    assert main(["sheet", "v.mp4", "-o", "s.png", "--frames", "6", "--columns", "3"]) == 0
     picture = np.asarray(Image.open("s.png")).astype(int)
     assert picture.shape == (2 * 52, 3 * 64, 3)
     levels = [picture[row * 52 + 16, column * 64 + 32, 0] for row in (0, 1) for column in range(3)]
@@ -434,7 +440,7 @@ def test_a_sheet_of_half_a_video_is_no_sheet(here, capsys):
         writer.write_frames(np.random.default_rng(0).integers(0, 255, (90, 64, 64, 3), np.uint8))
     data = Path("whole.mp4").read_bytes()
     Path("half.mp4").write_bytes(data[: len(data) * 7 // 10])
-    assert cli.main(["sheet", "half.mp4"]) == 1
+    assert main(["sheet", "half.mp4"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("memo: error: ") and "half.mp4" in said and said.count("\n") == 1
     assert not Path("half.png").exists()
@@ -451,7 +457,7 @@ def test_a_pipe_in_place_of_any_file_is_one_line(here, memo_tiny, capsys):
         ["sheet", "pipe"],
         ["info", "pipe"],
     ):
-        assert cli.main(argv) == 1
+        assert main(argv) == 1
         said = capsys.readouterr().err
         assert said.startswith("memo: error: ") and said.count("\n") == 1, argv
 
@@ -462,13 +468,13 @@ def test_download_without_network_shows_licences_and_says_which_file_goes_where(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     address = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"  # nobody listens there
     monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
-    assert cli.main(["download", "weights", "--only", "face", "vae"]) == 1
+    assert main(["download", "weights", "--only", "face", "vae"]) == 1
     out, error = capsys.readouterr()
     assert "NOT for commercial use" in out and "MIT" in out
     assert str(here / "weights" / "vae" / "diffusion_pytorch_model.safetensors") in error
     assert str(here / "weights" / "misc" / "face_analysis" / "models" / "glintr100.onnx") in error
     assert "wav2vec2" not in error
-    assert cli.main(["download", "weights", "--only", "feet"]) == 1
+    assert main(["download", "weights", "--only", "feet"]) == 1
 
 
 # --- the package ------------------------------------------------------------------------------------------------------
@@ -498,7 +504,7 @@ def test_the_package_imports_nothing_heavy_until_asked_also_inside_another(tmp_p
 def test_the_version_is_that_of_the_package(capsys):
     import memo_core
 
-    assert cli.main(["--version"]) == 0
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"memo {memo_core.__version__}\n"
 
 
@@ -520,13 +526,14 @@ def test_the_command_runs_without_being_installed(how: list[str]):
 def test_inside_comfyui_the_store_is_comfyuis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What the nodes have made the command finds, and the other way round."""
     monkeypatch.delenv("MEMO_STORE")
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "custom_nodes" / "memo" / "memo_core" / "cli.py"))
-    assert cli._store(None).folder == tmp_path / "user" / "memo" / "windows"
-    assert cli._store("mine").folder == Path("mine")
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "memo_core" / "cli.py"))
+    file = Path("memo_core", "cli", "generate.py")
+    monkeypatch.setattr(cli_generate, "__file__", str(tmp_path / "custom_nodes" / "memo" / file))
+    assert _store(None).folder == tmp_path / "user" / "memo" / "windows"
+    assert _store("mine").folder == Path("mine")
+    monkeypatch.setattr(cli_generate, "__file__", str(tmp_path / "site-packages" / file))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if sys.platform == "linux":
-        assert cli._store(None).folder == tmp_path / "cache" / "memo" / "windows"
+        assert _store(None).folder == tmp_path / "cache" / "memo" / "windows"
 
 
 @pytest.mark.parametrize(
@@ -549,7 +556,7 @@ def test_nothing_that_is_read_or_just_made_is_written_over(here, generate, capsy
 
 def test_a_picture_is_no_video_to_be_replaced_by_its_sheet(here, capsys):
     before = Path("face.png").read_bytes()
-    assert cli.main(["sheet", "face.png"]) == 1
+    assert main(["sheet", "face.png"]) == 1
     assert "face.png would replace face.png; name another with -o" in capsys.readouterr().err
     assert Path("face.png").read_bytes() == before
 
@@ -557,9 +564,9 @@ def test_a_picture_is_no_video_to_be_replaced_by_its_sheet(here, capsys):
 @pytest.mark.parametrize("output", ["nowhere/a.mp4", "folder.mp4"])
 def test_where_nothing_can_be_written_is_said_before_anything_is_read(here, capsys, output):
     Path("folder.mp4").mkdir()
-    assert cli.main(["generate", "absent.png", "absent.wav", "-o", output]) == 1
+    assert main(["generate", "absent.png", "absent.wav", "-o", output]) == 1
     assert f"cannot write {output}" in capsys.readouterr().err
-    assert cli.main(["emotion", "absent.wav", "-o", "a.txt"]) == 1
+    assert main(["emotion", "absent.wav", "-o", "a.txt"]) == 1
     assert "name a .png" in capsys.readouterr().err
 
 
@@ -575,7 +582,7 @@ def three_windows(stop_before: int | None = None) -> Iterator[SimpleNamespace]:
 def test_the_memory_that_is_kept_is_that_of_the_last_window_in_the_file(here, beside: bool, stop: int | None) -> None:
     """Also where a window is encoded while the next one is sampled."""
     writer = VideoWriter("out.mp4", 64, 64, 30)
-    memory, stopped, _ = cli._write(three_windows(stop), writer, "before", beside)
+    memory, stopped, _ = _write(three_windows(stop), writer, "before", beside)
     done = 3 if stop is None else stop
     assert writer.frames_written == 16 * done and memory == ("before" if done == 0 else f"after {done - 1}")
     assert (stopped is None) == (stop is None)
@@ -593,7 +600,7 @@ def test_a_window_that_cannot_be_encoded_beside_the_next_one_is_told(here, monke
 
     monkeypatch.setattr(VideoWriter, "_encode_frames", encoded)
     with pytest.raises(MemoError, match="No space left"):
-        cli._write(three_windows(), VideoWriter("out.mp4", 64, 64, 30), "before", beside=True)
+        _write(three_windows(), VideoWriter("out.mp4", 64, 64, 30), "before", beside=True)
     assert not Path("out.mp4").exists()
 
 
@@ -608,7 +615,7 @@ def test_torch_grows_its_pieces_of_memory_unless_told_otherwise(monkeypatch, giv
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    cli._prepare_allocator()
+    _prepare_allocator()
     found = {os.environ[name] for name in names if name in os.environ}
     for name in names:
         os.environ.pop(name, None)

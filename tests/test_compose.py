@@ -12,17 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from memo_core.compose import (
-    Box,
-    centre_square,
-    crop_square,
-    cross_fade,
-    face_square,
-    paste_back,
-    resize_frames,
-)
 from memo_core.errors import ComposeError, PortraitError
-from memo_core.face import prepare_portrait
+from memo_core.inputs.portrait import prepare_portrait
+from memo_core.video.compose import Box, centre_square, crop_square, cross_fade, face_square, paste_back, resize_frames
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

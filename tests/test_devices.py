@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from conftest import relative_l2
 from torch import Tensor
 
-from memo_core import budget, devices
+from memo_core import devices
+from memo_core.budget.counting import GIB, needs, peak_of
 from memo_core.nets import layers
+from memo_core.sampling.settings import Settings
 
 
 @pytest.fixture
@@ -114,17 +116,17 @@ def test_pieces_keep_the_scores_of_released_sizes_small() -> None:
     """The rows that see the portrait, at the finest level: scores and their softmax at once would take 32 GiB."""
     query = torch.empty(16, 8, 4096, 40, dtype=torch.bfloat16, device="meta")
     key = torch.empty(16, 8, 8192, 40, dtype=torch.bfloat16, device="meta")
-    assert budget.peak_of(lambda: layers.attend(query, key, key), fused=False)[0] < 0.7 * budget.GIB
-    at_once = budget.peak_of(lambda: F.scaled_dot_product_attention(query, key, key), fused=False)[0]
-    assert at_once > 30 * budget.GIB
+    assert peak_of(lambda: layers.attend(query, key, key), fused=False)[0] < 0.7 * GIB
+    at_once = peak_of(lambda: F.scaled_dot_product_attention(query, key, key), fused=False)[0]
+    assert at_once > 30 * GIB
 
 
 def test_the_plan_counts_what_will_run(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores of 2 MB in pieces, in 64 x 64 latents, are more than a step takes with a fused kernel."""
     monkeypatch.setattr(layers, "SCORES", 2**31)
-    settings = budget.Settings()
-    fused = budget.needs(pipe.nets, 512, 512, settings)
+    settings = Settings()
+    fused = needs(pipe.nets, 512, 512, settings)
     with layers.attention_fused(False):
-        whole = budget.needs(pipe.nets, 512, 512, settings)
+        whole = needs(pipe.nets, 512, 512, settings)
     assert whole.step > 2 * fused.step
-    assert budget.needs(pipe.nets, 512, 512, settings) == fused
+    assert needs(pipe.nets, 512, 512, settings) == fused

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from memo_core import download as module
-from memo_core.download import (
+from memo_core.checkpoint import download as module
+from memo_core.checkpoint.download import (
     COMPONENTS,
     RELEASE_FILES,
     ReleaseFile,

@@ -11,9 +11,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from memo_core import MemoryState
-from memo_core.drawing import BLUES, INK, PAPER, Panel, clock, draw_emotion, draw_memory
-from memo_core.emotion import COLOURS, EMOTIONS, EmotionTrack
 from memo_core.errors import AudioError, EmotionError, MemoryStateError
+from memo_core.inputs.emotion import COLOURS, EmotionTrack
+from memo_core.judging.drawings.canvas import BLUES, INK, PAPER, Panel, clock
+from memo_core.judging.drawings.emotion import draw_emotion
+from memo_core.judging.drawings.memory import draw_memory
+from memo_core.release import EMOTIONS
 
 RATE = 16000
 HAPPY, NEUTRAL = COLOURS[3], COLOURS[4]

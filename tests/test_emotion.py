@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memo_core import emotion
-from memo_core.emotion import EMOTIONS, EmotionTrack, detect_emotion, parse_emotion_lines
+from memo_core.encoders.emotion2vec import Emotion2Vec
+from memo_core.encoders.emotion_head import EmotionHead
 from memo_core.errors import AudioError, CheckpointError, EmotionError
-from memo_core.nets.audio_module import EmotionAdaNorm
-from memo_core.nets.emotion2vec import Emotion2Vec
-from memo_core.nets.emotion_head import EmotionHead
+from memo_core.inputs import emotion
+from memo_core.inputs.emotion import EmotionTrack, _segment_of_frame, _segments, _smooth, detect_emotion
+from memo_core.inputs.emotion_lines import parse_emotion_lines
+from memo_core.nets.emotion_norm import EmotionAdaNorm
+from memo_core.release import EMOTIONS
 
 RATE = 16000
 HEAD = "misc/audio_emotion_classifier"
@@ -110,12 +112,12 @@ def test_detection_in_batches_equals_one_segment_after_the_other(
 @settings(deadline=None, max_examples=100)
 @given(samples=st.integers(1, 2_000_000), frames=st.integers(1, 4000))
 def test_frames_find_their_second_as_interpolation_does(samples: int, frames: int) -> None:
-    starts, spans = emotion._segments(samples)
+    starts, spans = _segments(samples)
     by_sample = torch.zeros(samples)
     for index, (start, end) in enumerate(zip(starts, [*starts[1:], samples])):
         by_sample[start:end] = index
     wanted = F.interpolate(by_sample[None, None], size=frames, mode="nearest")[0, 0].long()
-    assert torch.equal(emotion._segment_of_frame(starts, samples, frames), wanted)
+    assert torch.equal(_segment_of_frame(starts, samples, frames), wanted)
     assert all(0 <= begin < end <= samples and end - begin <= 3 * RATE for begin, end in spans)
 
 
@@ -258,9 +260,9 @@ def test_smoothing_is_a_moving_average_over_seconds(monkeypatch: pytest.MonkeyPa
     assert detected(monkeypatch, rows, smoothing=1).labels.tolist() == blip  # no longer than a segment
     assert set(detected(monkeypatch, rows, smoothing=3).labels.tolist()) == {EMOTIONS.index("happy")}
     starts = torch.arange(7, dtype=torch.float64)
-    smooth = emotion._smooth(F.one_hot(torch.tensor([0, 0, 0, 1, 0, 0, 0])).float(), starts, 7.0, 3.0)
+    smooth = _smooth(F.one_hot(torch.tensor([0, 0, 0, 1, 0, 0, 0])).float(), starts, 7.0, 3.0)
     assert torch.allclose(smooth[:, 1], torch.tensor([0, 0, 1, 1, 1, 0, 0]) / 3)
-    ends = emotion._smooth(torch.eye(2), torch.tensor([0.0, 1.0], dtype=torch.float64), 1.5, 100.0)
+    ends = _smooth(torch.eye(2), torch.tensor([0.0, 1.0], dtype=torch.float64), 1.5, 100.0)
     assert torch.allclose(ends, torch.tensor([[2 / 3, 1 / 3]] * 2))  # only where there is sound, by its length
 
 
@@ -628,7 +630,7 @@ def test_fresh_encoder_and_head_train_everywhere_and_survive_saving_in_halves(tm
 
 
 def test_slopes_of_attention_follow_alibi_for_any_number_of_heads() -> None:
-    from memo_core.nets.emotion2vec import _slopes
+    from memo_core.encoders.emotion2vec import _slopes
 
     assert _slopes(8) == [2**-i for i in range(1, 9)]
     assert _slopes(12)[8:] == [2 ** -(i + 0.5) for i in range(4)]

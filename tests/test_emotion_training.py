@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from memo_core.audio import load_audio
-from memo_core.checkpoint import EMOTION_HEAD, assets
-from memo_core.emotion import EMOTIONS, detect_emotion
+from memo_core.checkpoint.layout import EMOTION_HEAD, assets
+from memo_core.encoders.emotion2vec import Emotion2Vec
+from memo_core.encoders.emotion_head import EmotionHead
 from memo_core.errors import AudioError, EmotionError
-from memo_core.nets.emotion2vec import Emotion2Vec
-from memo_core.nets.emotion_head import EmotionHead
+from memo_core.inputs.emotion import detect_emotion
+from memo_core.inputs.sound import load_audio
+from memo_core.release import EMOTIONS
 from training.emotion.command import add_command, fit, load_prepared, prepare
 from training.emotion.features import FeatureStore, encode, encoder_digest, load_windows
 from training.emotion.labels import CLASSES, DROP, LabelError, load_tables, published

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memo_core.download import RELEASE_FILES
+from memo_core.checkpoint.download import RELEASE_FILES
 from memo_core.errors import CheckpointError, VideoError
-from memo_core.video import VideoWriter
+from memo_core.video.write import VideoWriter
 from training.evaluation import add_command, evaluate
 from training.evaluation.faces import FaceTrack
 from training.evaluation.frechet import FACE_3D_SIZE, Fid, Fvd, Moments, align_3d, frechet_distance, load_inception

@@ -12,17 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from memo_core import face as face_module
-from memo_core.errors import CheckpointError, PortraitError
-from memo_core.face import (
+from memo_core.encoders.face import (
+    FOLDER,
     TEMPLATE,
     Face,
     FaceAnalyzer,
+    _resize,
+    _warn_once,
     align,
-    prepare_portrait,
     similarity_transform,
     suppress_overlaps,
 )
+from memo_core.errors import CheckpointError, PortraitError
+from memo_core.inputs.portrait import prepare_portrait
 
 onnx = pytest.importorskip("onnx", reason="the onnx package, which builds the test models, is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -183,9 +185,9 @@ def test_tiny_and_thin_pictures_have_no_faces_and_no_trouble(analyzer: FaceAnaly
 
 def test_the_detector_sees_what_opencv_would_have_resized() -> None:
     ramp = np.repeat(np.array([[10], [20], [60], [100]], np.uint8)[:, :, None], 3, 2)
-    assert face_module._resize(ramp.transpose(1, 0, 2), 1, 2)[0, :, 0].tolist() == [15, 80]
-    assert face_module._resize(ramp, 2, 1)[:, 0, 0].tolist() == [15, 80]
-    assert face_module._resize(ramp, 8, 1)[:, 0, 0].tolist() == [10, 13, 18, 30, 50, 70, 90, 100]
+    assert _resize(ramp.transpose(1, 0, 2), 1, 2)[0, :, 0].tolist() == [15, 80]
+    assert _resize(ramp, 2, 1)[:, 0, 0].tolist() == [15, 80]
+    assert _resize(ramp, 8, 1)[:, 0, 0].tolist() == [10, 13, 18, 30, 50, 70, 90, 100]
 
 
 def test_the_shorter_side_is_cut_down_to_whole_pixels(analyzer: FaceAnalyzer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +277,7 @@ def test_absent_onnxruntime_is_logged_once_and_gives_none(
 ) -> None:
     make_analyzer(tmp_path, (32,))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    face_module._warn_once.cache_clear()
+    _warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert FaceAnalyzer.from_folder(tmp_path) is None
         assert FaceAnalyzer.from_folder(tmp_path) is None
@@ -284,7 +286,7 @@ def test_absent_onnxruntime_is_logged_once_and_gives_none(
 
 def test_damaged_and_exchanged_models_are_checkpoint_errors(tmp_path: Path) -> None:
     make_analyzer(tmp_path, (32,))
-    detector, embedder = (tmp_path / face_module.FOLDER / name for name in ("scrfd_10g_bnkps.onnx", "glintr100.onnx"))
+    detector, embedder = (tmp_path / FOLDER / name for name in ("scrfd_10g_bnkps.onnx", "glintr100.onnx"))
     good = detector.read_bytes()
     detector.write_bytes(embedder.read_bytes())
     with pytest.raises(CheckpointError, match="1 outputs; SCRFD with keypoints has 9"):
@@ -300,7 +302,7 @@ def test_damaged_and_exchanged_models_are_checkpoint_errors(tmp_path: Path) -> N
 
 def test_the_models_own_folder_is_accepted_too(tmp_path: Path) -> None:
     make_analyzer(tmp_path, (32,))
-    assert FaceAnalyzer.from_folder(tmp_path / face_module.FOLDER) is not None
+    assert FaceAnalyzer.from_folder(tmp_path / FOLDER) is not None
 
 
 # The portrait

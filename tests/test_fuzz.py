@@ -16,10 +16,12 @@ from fuzzing import altered, assert_no_foreign, damaged, json_text
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from memo_core import MemoryState, checkpoint, lora
-from memo_core.emotion import EmotionTrack
+from memo_core import MemoryState
+from memo_core.checkpoint import lora
+from memo_core.checkpoint.load import _net_config, _sample_size, _vae_settings, load
 from memo_core.errors import CheckpointError, EmotionError, MemoryStateError
-from memo_core.nets.weights import read_json, read_tensors
+from memo_core.inputs.emotion import EmotionTrack
+from memo_core.nets.weights import WEIGHTS, read_json, read_tensors
 
 RUNS = 500
 
@@ -135,8 +137,8 @@ SETTINGS = (
     "emotion2vec/config.yaml",
 )
 SMALL_WEIGHTS = (
-    f"audio_proj/{checkpoint.WEIGHTS}",
-    f"misc/audio_emotion_classifier/{checkpoint.WEIGHTS}",
+    f"audio_proj/{WEIGHTS}",
+    f"misc/audio_emotion_classifier/{WEIGHTS}",
     "wav2vec2/model.safetensors",
     "emotion2vec/model.pt",
 )
@@ -152,9 +154,9 @@ def settings_damaged(path: Path, rng: random.Random) -> bytes:
 
 def parse(folder: Path, name: str) -> None:
     """What a load does with one file."""
-    from memo_core.nets.emotion2vec import Emotion2Vec
-    from memo_core.nets.emotion_head import EmotionHead
-    from memo_core.nets.speech_encoder import SpeechEncoder
+    from memo_core.encoders.emotion2vec import Emotion2Vec
+    from memo_core.encoders.emotion_head import EmotionHead
+    from memo_core.encoders.speech import SpeechEncoder
 
     path = folder / name
     if name.startswith("wav2vec2"):
@@ -164,10 +166,10 @@ def parse(folder: Path, name: str) -> None:
     elif name.startswith("misc"):
         EmotionHead.from_pretrained(path.parent)
     elif name == "vae/config.json":
-        checkpoint._vae_settings(path)
+        _vae_settings(path)
     elif name.endswith(".json"):
-        checkpoint._net_config(path.parent)
-        checkpoint._sample_size(path)
+        _net_config(path.parent)
+        _sample_size(path)
     else:
         read_tensors(path)
         read_json(path.with_name("config.json"))
@@ -193,7 +195,7 @@ def test_checkpoints(copied: Path) -> None:
         name = rng.choice(SETTINGS + SMALL_WEIGHTS[:3])
         harm = tensors_damaged if name.endswith(".safetensors") else settings_damaged
         restore = replaced(copied / name, harm(copied / name, rng))
-        assert_no_foreign(lambda: checkpoint.load(copied), CheckpointError, seconds=20)
+        assert_no_foreign(lambda: load(copied), CheckpointError, seconds=20)
         restore()
 
 

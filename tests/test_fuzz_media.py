@@ -12,13 +12,15 @@ import pytest
 from fuzzing import assert_no_foreign, damaged
 from PIL import Image
 
-from memo_core import checkpoint, cli, download, face
+from memo_core.checkpoint import download
+from memo_core.cli import main
+from memo_core.encoders.emotion2vec import Emotion2Vec
 from memo_core.errors import AudioError, CheckpointError, MemoError, PortraitError, VideoError
-from memo_core.media import Recording
-from memo_core.nets.emotion2vec import Emotion2Vec
-from memo_core.pictures import open_picture
+from memo_core.inputs.pictures import open_picture
+from memo_core.inputs.portrait import prepare_portrait
+from memo_core.inputs.recording import Recording
 from memo_core.pipeline import MemoPipeline
-from memo_core.video import read_video
+from memo_core.video.read import read_video
 
 RUNS = 500
 SOUNDS = {"wav": "pcm_s16le", "mp3": "mp3", "flac": "flac", "ogg": "opus", "m4a": "aac", "webm": "opus", "mkv": "ac3"}
@@ -87,7 +89,7 @@ def test_pictures(tmp_path: Path) -> None:
         rng = random.Random(seed)
         path = tmp_path / "portrait.png"
         path.write_bytes(damaged(rng.choice(whole), rng))
-        seen += assert_no_foreign(lambda: face.prepare_portrait(open_picture(path), 64), PortraitError)
+        seen += assert_no_foreign(lambda: prepare_portrait(open_picture(path), 64), PortraitError)
     assert RUNS // 10 < seen < RUNS
 
 
@@ -111,7 +113,7 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     monkeypatch.setattr(MemoPipeline, "from_pretrained", end)
     monkeypatch.setattr(Emotion2Vec, "from_pretrained", end)
-    monkeypatch.setattr(checkpoint, "load", end)
+    monkeypatch.setattr("memo_core.checkpoint.load.load", end)
     monkeypatch.setattr(download, "download", end)
     monkeypatch.chdir(tmp_path)
     sound_file(tmp_path / "voice.wav", "pcm_s16le")
@@ -126,7 +128,7 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         }[rng.randrange(4)]
         words = words + [rng.choice(WORDS) for _ in range(rng.randrange(5))]
         try:
-            assert_no_foreign(lambda: cli.main(words), MemoError, seconds=10)
+            assert_no_foreign(lambda: main(words), MemoError, seconds=10)
         except AssertionError as error:
             raise AssertionError(f"{shlex.join(words)!r}: {error}") from error
         said = capsys.readouterr().err.splitlines()

@@ -17,10 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from memo_core import MemoPipeline, checkpoint, cli, lora
+from memo_core import MemoPipeline
+from memo_core.checkpoint import lora
+from memo_core.checkpoint.digest import base_digest
+from memo_core.checkpoint.load import load
+from memo_core.checkpoint.lora import Adapter, Factors
+from memo_core.checkpoint.networks import Networks
+from memo_core.cli import build_parser, main
 from memo_core.errors import CheckpointError, MemoError
-from memo_core.lora import Adapter, Factors
-from memo_core.video import read_video
+from memo_core.video.read import read_video
 
 TO_Q = "diffusion_net.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "reference_net.mid_block.attentions.0.proj_in"  # 1x1
@@ -31,7 +36,7 @@ def weight_of(nets: object, module: str) -> Tensor:
     return getattr(nets, net).get_submodule(path).weight.detach()
 
 
-def random_adapter(nets: checkpoint.Networks, *modules: str, rank: int = 4, alpha: float = 8, seed: int = 0) -> Adapter:
+def random_adapter(nets: Networks, *modules: str, rank: int = 4, alpha: float = 8, seed: int = 0) -> Adapter:
     torch.manual_seed(seed)
     factors = {}
     for module in modules or (TO_Q, CONV):
@@ -40,18 +45,18 @@ def random_adapter(nets: checkpoint.Networks, *modules: str, rank: int = 4, alph
     return Adapter(modules=factors, base=nets.base_digest, targets=("attention",), settings="steps: 3")
 
 
-def copied(nets: checkpoint.Networks) -> checkpoint.Networks:
+def copied(nets: Networks) -> Networks:
     return dataclasses.replace(nets, **{net: copy.deepcopy(getattr(nets, net)) for net in lora.NETS})
 
 
 @pytest.fixture
-def nets(pipe: MemoPipeline) -> checkpoint.Networks:
+def nets(pipe: MemoPipeline) -> Networks:
     """The small checkpoint, to be changed."""
     return copied(pipe.nets)
 
 
 @pytest.fixture
-def file(nets: checkpoint.Networks, tmp_path: Path) -> Path:
+def file(nets: Networks, tmp_path: Path) -> Path:
     random_adapter(nets).save(tmp_path / "face.safetensors")
     return tmp_path / "face.safetensors"
 
@@ -59,7 +64,7 @@ def file(nets: checkpoint.Networks, tmp_path: Path) -> Path:
 # --- The file ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_comes_back_as_written(nets: checkpoint.Networks, tmp_path: Path) -> None:
+def test_a_file_comes_back_as_written(nets: Networks, tmp_path: Path) -> None:
     written = random_adapter(nets)
     two = random_adapter(nets, "audio_proj.proj1", rank=2, alpha=3)
     written = Adapter(modules={**written.modules, **two.modules}, base="b" * 16, targets=("audio",), settings="lr: 1")
@@ -129,7 +134,7 @@ def test_what_is_no_file_of_tensors_is_refused(tmp_path: Path, file: Path, monke
 # --- Merging ----------------------------------------------------------------------------------------------------------
 
 
-def test_it_adds_its_product_to_linear_layers_and_1x1_convolutions(nets: checkpoint.Networks) -> None:
+def test_it_adds_its_product_to_linear_layers_and_1x1_convolutions(nets: Networks) -> None:
     adapter, before = random_adapter(nets), copied(nets)
     lora.apply(nets, adapter, -0.5)
     for module, (down, up, _) in adapter.modules.items():
@@ -143,43 +148,41 @@ def test_it_adds_its_product_to_linear_layers_and_1x1_convolutions(nets: checkpo
     assert not any(parameter.requires_grad for parameter in nets.diffusion_net.parameters())
 
 
-def test_strength_0_is_no_adapter_bit_by_bit(nets: checkpoint.Networks, memo_tiny: Path, file: Path) -> None:
-    same = checkpoint.load(memo_tiny, lora=[(file, 0.0)])
+def test_strength_0_is_no_adapter_bit_by_bit(nets: Networks, memo_tiny: Path, file: Path) -> None:
+    same = load(memo_tiny, lora=[(file, 0.0)])
     for net in lora.NETS:
         plain = getattr(nets, net).state_dict()
         assert all(torch.equal(plain[name], value) for name, value in getattr(same, net).state_dict().items())
     assert same.digest == nets.digest and same.title == nets.title
 
 
-def test_half_precision_is_rounded_once_per_adapter(nets: checkpoint.Networks, memo_tiny: Path) -> None:
-    adapter, half = random_adapter(nets), checkpoint.load(memo_tiny, dtype=torch.bfloat16)
+def test_half_precision_is_rounded_once_per_adapter(nets: Networks, memo_tiny: Path) -> None:
+    adapter, half = random_adapter(nets), load(memo_tiny, dtype=torch.bfloat16)
     old = weight_of(half, TO_Q)
     lora.apply(half, adapter, 1.0)
     assert torch.equal(weight_of(half, TO_Q), (old.float() + adapter.modules[TO_Q].delta()).bfloat16())
 
 
-def test_the_digest_names_content_and_strength(
-    memo_tiny: Path, nets: checkpoint.Networks, file: Path, tmp_path: Path
-) -> None:
+def test_the_digest_names_content_and_strength(memo_tiny: Path, nets: Networks, file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     random_adapter(nets, seed=1).save(other)
 
     def digest(*files: tuple[Path, float]) -> str:
-        loaded = checkpoint.load(memo_tiny, lora=files)
+        loaded = load(memo_tiny, lora=files)
         assert loaded.base_digest == nets.digest
         return loaded.digest
 
     several = [(), ((file, 1.0),), ((file, 0.5),), ((other, 1.0),), ((file, 1.0), (other, 1.0))]
     digests = [digest(*files) for files in several]
     assert len(set(digests)) == len(several) and digests[0] == nets.digest
-    assert checkpoint.base_digest(memo_tiny) == nets.digest
+    assert base_digest(memo_tiny) == nets.digest
     renamed = file.rename(tmp_path / "renamed.safetensors")
     assert digest((renamed, 1.0)) == digests[1], "the same file in another session, by another name"
-    title = checkpoint.load(memo_tiny, lora=[(renamed, 0.5), (other, 1)]).title
+    title = load(memo_tiny, lora=[(renamed, 0.5), (other, 1)]).title
     assert title.startswith("memo_tiny + renamed.safetensors:0.5 + other.safetensors:1 (")
 
 
-def test_an_adapter_of_other_networks_is_refused(nets: checkpoint.Networks) -> None:
+def test_an_adapter_of_other_networks_is_refused(nets: Networks) -> None:
     strange = random_adapter(nets).modules[TO_Q]
     wide = Factors(torch.ones(1, 7), torch.ones(5, 1), 1.0)
     modules = {f"diffusion_net.layer{i}": strange for i in range(12)}
@@ -202,7 +205,7 @@ def test_an_adapter_of_other_networks_is_refused(nets: checkpoint.Networks) -> N
 
 
 def test_another_checkpoint_than_it_was_trained_on_is_a_warning(
-    nets: checkpoint.Networks, caplog: pytest.LogCaptureFixture
+    nets: Networks, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapter = random_adapter(nets)
     with caplog.at_level(logging.WARNING):
@@ -228,13 +231,13 @@ def test_a_pipeline_takes_files_with_and_without_strength(memo_tiny: Path, file:
     [("a.safetensors", ("a.safetensors", 1)), ("a:0.8", ("a", 0.8)), ("a:-1", ("a", -1)), ("C:\\a", ("C:\\a", 1))],
 )
 def test_the_command_line_names_file_and_strength(text: str, meant: tuple[str, float]) -> None:
-    args = cli.build_parser().parse_args(["generate", "p", "v", "--lora", text, "--lora", "b:2"])
+    args = build_parser().parse_args(["generate", "p", "v", "--lora", text, "--lora", "b:2"])
     assert args.lora == [meant, ("b", 2)]
 
 
 @pytest.mark.parametrize("text", ["a:nan", "a:inf", ":0.5", ""])
 def test_the_command_line_refuses_a_strength_that_is_none(text: str, capsys: pytest.CaptureFixture) -> None:
-    assert cli.main(["generate", "p", "v", "--lora", text]) == 2
+    assert main(["generate", "p", "v", "--lora", text]) == 2
     assert "is not FILE or FILE:STRENGTH" in capsys.readouterr().err
 
 
@@ -250,7 +253,7 @@ def test_generate_uses_an_adapter_and_writes_so(
     videos = []
     for name, more in {"plain": [], "none": [f"{file}:0"], "some": [f"{file}:4"]}.items():
         options = [word for text in more for word in ("--lora", text)]
-        assert cli.main(["generate", "face.png", "voice.wav", *quick, *options, "-o", f"{name}.mp4"]) == 0
+        assert main(["generate", "face.png", "voice.wav", *quick, *options, "-o", f"{name}.mp4"]) == 0
         about, frames = read_video(f"{name}.mp4")
         videos.append((about.metadata["model"], np.stack(list(frames)).astype(int)))
     (plain, first), (zero, second), (adapted, third) = videos
@@ -259,8 +262,8 @@ def test_generate_uses_an_adapter_and_writes_so(
     assert np.abs(third - first).mean() > 1
 
 
-def test_info_describes_an_adapter(nets: checkpoint.Networks, file: Path, capsys: pytest.CaptureFixture) -> None:
-    assert cli.main(["info", str(file)]) == 0
+def test_info_describes_an_adapter(nets: Networks, file: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["info", str(file)]) == 0
     out = capsys.readouterr().out
     for fact in ("face.safetensors", nets.digest, "rank         4", "alpha        8", "attention", "steps: 3"):
         assert fact in out
@@ -273,7 +276,7 @@ def test_info_describes_an_adapter(nets: checkpoint.Networks, file: Path, capsys
 class Container(nn.Module):
     """The four networks, as training has them."""
 
-    def __init__(self, nets: checkpoint.Networks):
+    def __init__(self, nets: Networks):
         super().__init__()
         for net in lora.NETS:
             setattr(self, net, getattr(nets, net))
@@ -309,9 +312,7 @@ def tuning():
     return tuning
 
 
-def test_what_was_trained_does_the_same_merged(
-    tuning, nets: checkpoint.Networks, memo_tiny: Path, tmp_path: Path
-) -> None:
+def test_what_was_trained_does_the_same_merged(tuning, nets: Networks, memo_tiny: Path, tmp_path: Path) -> None:
     container = Container(nets)
     with torch.no_grad():
         start = velocity(container)
@@ -331,7 +332,7 @@ def test_what_was_trained_does_the_same_merged(
 
     path = tmp_path / "mine.safetensors"
     tuning.save(container, path, nets.base_digest, json.dumps({"steps": 3}))
-    merged = checkpoint.load(memo_tiny, lora=[(path, 1.0)])
+    merged = load(memo_tiny, lora=[(path, 1.0)])
     with torch.no_grad():
         difference = (velocity(merged) - trained).norm() / trained.norm()
     assert difference < 1e-5, difference
@@ -340,7 +341,7 @@ def test_what_was_trained_does_the_same_merged(
     assert {name.partition(".")[0] for name in adapter.modules} == set(lora.NETS)
 
 
-def test_training_goes_on_from_a_file(tuning, nets: checkpoint.Networks, tmp_path: Path) -> None:
+def test_training_goes_on_from_a_file(tuning, nets: Networks, tmp_path: Path) -> None:
     def fresh(rank: int = 4, targets: tuple[str, ...] = ("attention", "audio")) -> Container:
         container = Container(copied(nets))
         tuning.add(container, rank, 8, targets)
@@ -361,7 +362,7 @@ def test_training_goes_on_from_a_file(tuning, nets: checkpoint.Networks, tmp_pat
         tuning.add(first, 4, 8, ("memory",))
 
 
-def test_targets_and_numbers_that_are_none_are_refused(tuning, nets: checkpoint.Networks) -> None:
+def test_targets_and_numbers_that_are_none_are_refused(tuning, nets: Networks) -> None:
     with pytest.raises(MemoError, match=r"\['attention', 'mouth'\]; allowed are .*attention, audio, emotion, memory"):
         tuning.add(Container(nets), 4, 8, ("attention", "mouth"))
     for wrong in ({"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"targets": ()}):

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from memo_core import media
-from memo_core.audio import load_audio, prepare_waveform
 from memo_core.errors import AudioError, VideoError
-from memo_core.media import Recording
-from memo_core.video import read_video
+from memo_core.inputs import recording as media
+from memo_core.inputs.recording import Recording
+from memo_core.inputs.sound import load_audio, prepare_waveform
+from memo_core.video.read import read_video
 
 RATE = 48000
 

@@ -22,9 +22,12 @@ from torch import Tensor
 
 from memo_core import AudioTrack, MemoPipeline, MemoryState, Reference
 from memo_core.errors import MemoryStateError
-from memo_core.kernels import DECAY, memory_sums, update_memory
-from memo_core.memory import MOST_WINDOWS, MemoryEntry, Sums, SumsCache
-from memo_core.precision import HALF
+from memo_core.kernels import memory_sums, update_memory
+from memo_core.memory.cache import SumsCache
+from memo_core.memory.state import MOST_WINDOWS, MemoryEntry
+from memo_core.memory.stream import Sums
+from memo_core.release import DECAY
+from memo_core.running.precision import HALF
 
 FACE = torch.ones(1, 512)
 MODEL, PORTRAIT = "0123456789abcdef", "fedcba9876543210"

@@ -12,12 +12,13 @@ from conftest import FIXTURES, relative_l2
 from torch import Tensor, nn
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
-from memo_core.job import Settings
-from memo_core.memory import Sums, SumsCache
+from memo_core.memory.cache import SumsCache
+from memo_core.memory.stream import Sums
 from memo_core.nets.config import NetConfig
 from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.reference_net import ReferenceNet
-from memo_core.sampling import Conditions, Sampler
+from memo_core.sampling.conditions import Conditions, Sampler
+from memo_core.sampling.settings import Settings
 
 SINGLE = 1e-5  # relative L2 of features and single passes
 CHAINED = 1e-4

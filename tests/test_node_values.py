@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from stand_in import PACK, InterruptProcessingException, forget, nodes_alone
 
-from memo_core.audio import count_frames
-from memo_core.face import prepare_portrait
+from memo_core.inputs.portrait import prepare_portrait
+from memo_core.inputs.speech import count_frames
 
 
 @pytest.fixture(scope="module")
@@ -458,7 +458,7 @@ def test_a_sample_too_many_or_too_few_on_the_way_changes_nothing(pack: SimpleNam
 def test_many_short_clips_keep_their_sound_in_time(pack: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded clip by clip, 300 clips of a frame would drift by 100 samples."""
     written = []
-    writer = f"{PACK}.memo_core.video.VideoWriter.write_audio"
+    writer = f"{PACK}.memo_core.video.write.VideoWriter.write_audio"
     monkeypatch.setattr(writer, lambda self, waveform: written.append(waveform.shape[-1]))
     sound = pack.clips.Sound(torch.zeros(1, 16000 * 10), 16000)
     clips = [pack.clips.ImageClip(torch.zeros(1, 16, 16, 3), 0, 30, sound)] * 300

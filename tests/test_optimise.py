@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import networks
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference, checkpoint
-from memo_core.budget import module_bytes
-from memo_core.checkpoint import Networks
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
+from memo_core.budget.counting import module_bytes
+from memo_core.checkpoint.load import load
+from memo_core.checkpoint.networks import Networks
 from memo_core.errors import CheckpointError, MemoryStateError
-from memo_core.nets.fp8 import keep_in_fp8
 from memo_core.nets.layers import FusedLinear
-from memo_core.optimise import Options, compile_blocks, optimise, repeated_blocks
-from memo_core.speed import PRESETS
+from memo_core.running.fp8 import keep_in_fp8
+from memo_core.running.options import Options, compile_blocks, optimise, repeated_blocks
+from memo_core.sampling.settings import PRESETS
 
 ROUNDING = 1e-5  # relative L2
 FP8_ERROR = 0.2  # all layers of the fixture's random weights: 0.15 of a velocity, 0.12 of a window's latents
@@ -97,7 +98,7 @@ def test_all_that_reads_the_same_tokens_is_fused(pipe: MemoPipeline) -> None:
 
 
 def test_by_default_the_layers_have_their_released_names(memo_tiny: Path, pipe: MemoPipeline) -> None:
-    untouched = checkpoint.load(memo_tiny)
+    untouched = load(memo_tiny)
     assert untouched.options is None and pipe.nets.options is not None
     for name in ("diffusion_net", "reference_net"):
         assert getattr(pipe.nets, name).state_dict().keys() == getattr(untouched, name).state_dict().keys()
@@ -201,7 +202,7 @@ def test_options_that_cannot_be_are_refused_before_anything_changes(pipe: MemoPi
 def test_a_hosts_layers_stay_as_they_are(memo_tiny: Path) -> None:
     kinds = ("Linear", "Conv2d", "GroupNorm", "LayerNorm", "Embedding")
     ops = SimpleNamespace(**{kind: type(kind, (getattr(nn, kind),), {}) for kind in kinds})
-    nets = checkpoint.load(memo_tiny, ops=ops, options=Options())
+    nets = load(memo_tiny, ops=ops, options=Options())
     assert nets.options == Options(channels_last=False, fuse_qkv=False)
     nets.options = None
     with pytest.raises(CheckpointError, match="channels_last, compile, fp8_weights: not with a host's own layers"):

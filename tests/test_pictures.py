@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from memo_core import pictures
 from memo_core.errors import PortraitError
-from memo_core.face import MAX_SIDE, check_size, prepare_portrait
-from memo_core.pictures import open_picture
+from memo_core.inputs import pictures
+from memo_core.inputs.pictures import open_picture
+from memo_core.inputs.portrait import MAX_SIDE, check_size, prepare_portrait
 
 ROOT = Path(__file__).parents[1]
 LOSSLESS = ("PNG", "GIF", "BMP", "TIFF", "WEBP")

@@ -14,10 +14,12 @@ from conftest import relative_l2
 from PIL import Image
 from torch import Tensor
 
-from memo_core import AudioTrack, Clip, EmotionTrack, MemoPipeline, MemoryState, Reference, checkpoint, face
-from memo_core.audio import load_audio
+from memo_core import AudioTrack, Clip, EmotionTrack, MemoPipeline, MemoryState, Reference
+from memo_core.checkpoint import layout
+from memo_core.encoders.face import DETECTOR, EMBEDDER, FOLDER, Face, _warn_once
 from memo_core.errors import CheckpointError, PortraitError, SamplingError
-from memo_core.face import Face
+from memo_core.inputs.portrait import prepare_portrait
+from memo_core.inputs.sound import load_audio
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def test_cropping_to_the_face(pipe: MemoPipeline, picture: Image.Image) -> None:
     )
     for a, b in ((whole, large), (large, small), (large, wide)):
         assert not torch.equal(a, b)
-    wanted = face.prepare_portrait(picture, 128, crop="face", analyzer=Faces())
+    wanted = prepare_portrait(picture, 128, crop="face", analyzer=Faces())
     assert torch.equal(large, wanted.pixels)
 
 
@@ -161,8 +163,8 @@ def test_absent_face_models_are_told_once_and_not_of_an_embedded_checkpoint(
     lines = [record.getMessage() for record in caplog.records if "face models" in record.getMessage()]
     assert len(lines) == 1 and f"{folder}/misc/face_analysis/models:" in lines[0]
     caplog.clear()
-    monkeypatch.setattr(checkpoint, "assets", lambda: tmp_path)
-    face._warn_once.cache_clear()
+    monkeypatch.setattr(layout, "assets", lambda: tmp_path)
+    _warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         reference = MemoPipeline.from_pretrained("toon").encode_reference(picture)
     assert reference.face_embedding.eq(0).all() and not caplog.records
@@ -171,9 +173,9 @@ def test_absent_face_models_are_told_once_and_not_of_an_embedded_checkpoint(
 def test_damaged_face_models_are_an_error(memo_tiny: Path, tmp_path: Path, picture: Image.Image) -> None:
     pytest.importorskip("onnxruntime")
     folder = shutil.copytree(memo_tiny, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("expected*"))
-    (folder / face.FOLDER).mkdir(parents=True)
-    for name in (face.DETECTOR, face.EMBEDDER):
-        (folder / face.FOLDER / name).write_bytes(b"nonsense")
+    (folder / FOLDER).mkdir(parents=True)
+    for name in (DETECTOR, EMBEDDER):
+        (folder / FOLDER / name).write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="cannot load .*scrfd"):
         MemoPipeline.from_pretrained(folder).encode_reference(picture)
 

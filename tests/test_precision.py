@@ -12,11 +12,15 @@ from conftest import relative_l2
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference, budget, checkpoint, precision
-from memo_core.job import Settings
-from memo_core.memory import SumsCache
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
+from memo_core.budget.counting import needs
+from memo_core.budget.report import released as released_networks
+from memo_core.checkpoint.load import load
+from memo_core.memory.cache import SumsCache
 from memo_core.nets.layers import in_full, narrowed, widened
-from memo_core.sampling import Sampler
+from memo_core.running import precision
+from memo_core.sampling.conditions import Sampler
+from memo_core.sampling.settings import Settings
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -47,7 +51,7 @@ HOST = SimpleNamespace(
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_the_decoder_alone_keeps_its_weights_whole(memo_tiny: Path, dtype: torch.dtype) -> None:
-    nets = checkpoint.load(memo_tiny, dtype=dtype)
+    nets = load(memo_tiny, dtype=dtype)
     saved = load_file(memo_tiny / "vae" / "diffusion_pytorch_model.safetensors")
     for name, weight in nets.vae.named_parameters():
         whole = name.startswith(("decoder.", "post_quant_conv."))
@@ -86,7 +90,7 @@ def test_a_hosts_layers_give_the_same_bits(
     noise = torch.cat([expected[f"clip{window}.noise"] for window in range(2)])
 
     def latents(**how: object) -> Tensor:
-        pipe = MemoPipeline(checkpoint.load(memo_tiny, dtype=dtype, **how))
+        pipe = MemoPipeline(load(memo_tiny, dtype=dtype, **how))
         return pipe.sample_clip(reference, track, emotions, num_frames=32, steps=2, noise=noise)[0].latents
 
     assert torch.equal(latents(ops=HOST), latents())
@@ -108,22 +112,22 @@ def test_stored_windows_are_found_again_in_the_formats_whose_numbers_stayed(
 
 
 def test_the_budget_counts_what_is_carried_and_decoded(memo_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nets = [checkpoint.load(memo_tiny, dtype=torch.bfloat16) for _ in range(2)]
-    counted = budget.needs(nets[0], 128, 128, Settings())
+    nets = [load(memo_tiny, dtype=torch.bfloat16) for _ in range(2)]
+    counted = needs(nets[0], 128, 128, Settings())
     monkeypatch.setattr(precision, "carried", lambda dtype: dtype)
     nets[1].vae.decoder.bfloat16()
     nets[1].vae.post_quant_conv.bfloat16()
-    plain = budget.needs(nets[1], 128, 128, Settings())
+    plain = needs(nets[1], 128, 128, Settings())
     assert counted.decoding > 1.2 * plain.decoding and counted.others > plain.others
     assert 1 < counted.step / plain.step < 2 and counted.encoding == plain.encoding
-    released = budget.released()
+    released = released_networks()
     assert released.vae.decoder.conv_in.weight.dtype == torch.float32
     assert released.vae.encoder.conv_in.weight.dtype == released.diffusion_net.conv_in.weight.dtype == torch.bfloat16
 
 
 def test_half_precision_carries_hidden_states_in_float32(memo_tiny: Path, pipe: MemoPipeline) -> None:
     """Latents in float32 are enough to say so; the answer has their format, and is nearer to that of float32."""
-    half = checkpoint.load(memo_tiny, dtype=torch.bfloat16).diffusion_net
+    half = load(memo_tiny, dtype=torch.bfloat16).diffusion_net
     seen: dict[str, set[torch.dtype]] = {}
     for name, module in half.named_modules():
         if name.endswith(("resnets.0", "motion_modules.0", "attentions.0", "audio_modules.0")):

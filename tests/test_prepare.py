@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from memo_core import audio, checkpoint
-from memo_core.video import VideoWriter
+from memo_core.video.write import VideoWriter
 from training import media
 from training.prepare import add_command, command, encode, engines, faces, picture, quality, review, scenes
 from training.prepare.engines import Local, OnRay
@@ -37,6 +36,9 @@ pytest.importorskip("onnx", reason="the onnx package, which builds the test mode
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 from test_face import SIDES, make_analyzer  # noqa: E402
+
+from memo_core.checkpoint.layout import EMOTION_HEAD, assets
+from memo_core.inputs.speech import NEIGHBOURS, encode_audio
 
 FPS, WIDTH, HEIGHT = 25, 320, 240
 NOSE = (10, 7)  # the cell of 16 pixels that the test detector sees as a face when it is red
@@ -71,10 +73,10 @@ def write(path: Path, *parts: tuple[np.ndarray, np.ndarray], fps: float = FPS, s
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name in ("vae", "wav2vec2", "emotion2vec", "misc"):
-        (folder / name).symlink_to(checkpoint.assets() / "toon" / name)
+        (folder / name).symlink_to(assets() / "toon" / name)
     (folder / "misc").unlink()
     (folder / "misc").mkdir()
-    (folder / checkpoint.EMOTION_HEAD).symlink_to(checkpoint.assets() / "toon" / checkpoint.EMOTION_HEAD)
+    (folder / EMOTION_HEAD).symlink_to(assets() / "toon" / EMOTION_HEAD)
     make_analyzer(folder, (32,))
     return folder
 
@@ -599,7 +601,7 @@ def test_latents_and_speech_are_those_of_the_clip(raw: Path, models: Path, tmp_p
     truth = encode._latents(vae, [media.cut(frame, row.box, 64) for frame in nearest]).float()
     assert tensors["latents"].shape == (48, 4, 8, 8)
     assert float((tensors["latents"][::6].float() - truth).norm() / truth.norm()) < 0.1
-    hidden = audio.encode_audio(waveform, 16000, speech, context=None).embeddings[:48, audio.NEIGHBOURS].flatten()
+    hidden = encode_audio(waveform, 16000, speech, context=None).embeddings[:48, NEIGHBOURS].flatten()
     assert float(torch.corrcoef(torch.stack([hidden, tensors["speech"].float().flatten()]))[0, 1]) > 0.97
 
 

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from memo_core import MemoPipeline
+from memo_core.encoders.face import Face
 from memo_core.errors import ComposeError, PortraitError
-from memo_core.face import Face
-from memo_core.quality import CollapseDetector, Quality, draw_quality, measure, to_lab
+from memo_core.judging.collapse import CollapseDetector
+from memo_core.judging.drawings.quality import draw_quality
+from memo_core.judging.quality import Quality, measure, to_lab
 from training.toon import heads
 
 ASSETS = Path(__file__).parents[1] / "assets"

@@ -12,10 +12,12 @@ import torch
 from conftest import relative_l2
 from torch import Tensor
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference, sampling
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
 from memo_core.errors import MemoryStateError, SamplingError
-from memo_core.sampling import Window, window_noise
-from memo_core.store import WindowStore
+from memo_core.sampling.clip import Window
+from memo_core.sampling.noise import window_noise
+from memo_core.sampling.store import WindowStore
+from memo_core.sampling.vae import decode_latents
 
 CHAINED = 1e-4  # relative L2
 WINDOWS = 3
@@ -356,7 +358,7 @@ def test_a_vae_that_overflows_in_float16_is_named(pipe: MemoPipeline) -> None:
     with pytest.raises(
         SamplingError, match="torch.float16 .* released VAE overflows in float16: use float32 or bfloat16"
     ):
-        sampling.decode(Overflowing(), torch.zeros(4, 2, 8, 8))
+        decode_latents(Overflowing(), torch.zeros(4, 2, 8, 8))
 
 
 def test_a_portrait_that_cannot_be_encoded_is_refused(pipe: MemoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

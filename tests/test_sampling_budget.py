@@ -17,36 +17,37 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import networks
-from memo_core import (
-    MemoPipeline,
-    MemoryState,
-    budget,
-    checkpoint,
-    cli,
-    devices,
-    host_memory,
-    memory,
-    sampling,
-    waiting,
-)
-from memo_core.budget import GIB, LiveBytes, Plan
+from memo_core import MemoPipeline, MemoryState, devices
+from memo_core.budget import counting
+from memo_core.budget.counting import GIB, RESERVE, LiveBytes, needs, without_data
+from memo_core.budget.plan import VAE_FRAMES, choose_plan, least_plan, plan_of, smaller_plan
+from memo_core.budget.report import DRIVER, released
+from memo_core.checkpoint.load import load
+from memo_core.cli import main
+from memo_core.devices import free_bytes
+from memo_core.encoders.emotion2vec import Emotion2Vec
+from memo_core.encoders.emotion_head import EmotionHead
+from memo_core.encoders.speech import SpeechEncoder
 from memo_core.errors import SamplingError
-from memo_core.job import Settings
-from memo_core.memory import FP8, LayerSums, MemoryEntry, Sums, SumsCache
+from memo_core.memory.cache import SumsCache
+from memo_core.memory.state import MemoryEntry
+from memo_core.memory.stream import Sums, _Room
+from memo_core.memory.sums import FP8, LayerSums
 from memo_core.nets import layers
-from memo_core.nets.emotion2vec import Emotion2Vec
-from memo_core.nets.emotion_head import EmotionHead
-from memo_core.nets.speech_encoder import SpeechEncoder
-from memo_core.sampling import few_frames
-from memo_core.speed import Speed
-from memo_core.store import WindowStore
+from memo_core.running import host_memory, offload
+from memo_core.sampling import clip as sampling
+from memo_core.sampling.plan import Plan
+from memo_core.sampling.settings import Settings, Speed
+from memo_core.sampling.store import WindowStore
+from memo_core.sampling.vae import few_frames
+from memo_core.sampling.window import sample_window
 
 EXACT, BALANCED = Settings(), Settings(speed="balanced")
 
 
 @pytest.fixture(scope="module")
 def full() -> Any:
-    return budget.released()
+    return released()
 
 
 def seen_by_allocator(run: Callable[[], Any]) -> int:
@@ -96,9 +97,9 @@ def test_what_was_there_before_is_not_counted() -> None:
 def test_parts_take_what_the_allocator_says(pipe: MemoPipeline, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     """Counted without data, and as the CPU's allocator served the same work with data."""
     monkeypatch.setitem(layers.FEED_FORWARD_TOKENS, False, layers.FEED_FORWARD_TOKENS[True])  # the CPU's pieces
-    monkeypatch.setattr(budget, "_counted", {})  # others may have counted before, with a GPU's pieces
+    monkeypatch.setattr(counting, "_counted", {})  # others may have counted before, with a GPU's pieces
     nets, size = pipe.nets, (16, 16)
-    need = budget.needs(nets, 128, 128, EXACT)
+    need = needs(nets, 128, 128, EXACT)
     latents, code, frame = torch.zeros(32, 4, *size), torch.zeros(1, 4, *size), torch.zeros(1, 3, 128, 128)
     with torch.inference_mode():
         tokens = torch.zeros(32, nets.image_proj.tokens, nets.diffusion_net.config.cross_attention_dim)
@@ -118,18 +119,18 @@ def test_parts_take_what_the_allocator_says(pipe: MemoPipeline, monkeypatch: pyt
 
 
 def test_the_released_size_takes_what_is_known_of_it(full: Any) -> None:
-    need = budget.needs(full, 512, 512, EXACT)
+    need = needs(full, 512, 512, EXACT)
     assert need.diffusion_net == 2 * sum(p.numel() for p in full.diffusion_net.parameters()) > 2 * 1.67e9
     assert len(need.layers) == 42 and 6.9e9 < sum(need.layers) < 7.1e9
-    halved = budget.needs(full, 512, 512, BALANCED)
+    halved = needs(full, 512, 512, BALANCED)
     assert 0.5 < sum(halved.layers) / sum(need.layers) < 0.52  # z stays as it is
-    alone = budget.needs(full, 512, 512, Settings(guidance_scale=1.0))
+    alone = needs(full, 512, 512, Settings(guidance_scale=1.0))
     assert 2 * sum(alone.layers) == sum(need.layers) and alone.step == need.step_by_row < need.step
     assert need.features == pytest.approx(0.77e9, rel=0.01)
 
 
 def test_counting_leaves_the_networks_alone(pipe: MemoPipeline) -> None:
-    bare = budget.without_data(pipe.nets)
+    bare = without_data(pipe.nets)
     assert all(p.is_meta for p in bare.diffusion_net.parameters())
     assert not any(p.is_meta for p in pipe.nets.diffusion_net.parameters())
     assert bare.vae.config.scaling_factor == pipe.nets.vae.config.scaling_factor
@@ -142,70 +143,70 @@ def test_counting_leaves_the_networks_alone(pipe: MemoPipeline) -> None:
     "settings", [EXACT, BALANCED, Settings(guidance_scale=1.0)], ids=["exact", "balanced", "alone"]
 )
 def test_plans_fit_and_give_up_more_as_budgets_shrink(full: Any, settings: Settings) -> None:
-    plans = [budget.plan(full, 512, 512, settings, room * GIB // 2) for room in range(60, 12, -1)]
+    plans = [choose_plan(full, 512, 512, settings, room * GIB // 2) for room in range(60, 12, -1)]
     for room, plan in zip(range(60, 12, -1), plans):
         assert plan.peak <= room * GIB // 2
         assert plan.peak == plan.weights + plan.sums + plan.features + plan.working
     first, last = plans[0], plans[-1]
-    assert first.reference_net_stays and first.vae_frames == budget.VAE_FRAMES
+    assert first.reference_net_stays and first.vae_frames == VAE_FRAMES
     assert not first.sums_on_host and not first.on_host
     assert not last.reference_net_stays and last.sums_on_host
     hosted = [plan.sums_on_host for plan in plans if not plan.row_by_row]
     assert hosted == sorted(hosted)
     for room, plan in zip(range(60, 12, -1), plans):  # what costs more time is not given up before what costs less
-        frame_by_frame = Plan.of(budget.needs(full, 512, 512, settings), vae_frames=1)
+        frame_by_frame = plan_of(needs(full, 512, 512, settings), vae_frames=1)
         assert plan.reference_net_stays or frame_by_frame.peak > room * GIB // 2
         assert not plan.sums_on_host or not plan.reference_net_stays
         assert not plan.row_by_row or plan.sums_on_host
 
 
 def test_cards_of_artists_are_enough(full: Any) -> None:
-    exact = budget.plan(full, 512, 512, EXACT, 12 * GIB - budget.DRIVER)
-    balanced = budget.plan(full, 512, 512, BALANCED, 8 * GIB - budget.DRIVER)
+    exact = choose_plan(full, 512, 512, EXACT, 12 * GIB - DRIVER)
+    balanced = choose_plan(full, 512, 512, BALANCED, 8 * GIB - DRIVER)
     assert not exact.row_by_row and not balanced.row_by_row
 
 
 def test_what_does_not_fit_is_said_with_what_does(full: Any) -> None:
     with pytest.raises(SamplingError, match=r"512x512 pixels need at least \d\.\d GB and 5\.5 GB are available.*size"):
-        budget.plan(full, 512, 512, EXACT, 11 * GIB // 2)
+        choose_plan(full, 512, 512, EXACT, 11 * GIB // 2)
     with pytest.raises(SamplingError, match="What fits: nothing"):
-        budget.plan(full, 512, 512, EXACT, GIB)
-    host = budget.plan(full, 512, 512, EXACT, 4 * GIB, host_moves_weights=True)
+        choose_plan(full, 512, 512, EXACT, GIB)
+    host = choose_plan(full, 512, 512, EXACT, 4 * GIB, host_moves_weights=True)
     assert host.weights == 0 and host.reference_net_stays
 
 
 def test_after_running_out_of_memory_there_is_a_smaller_plan_until_there_is_none(full: Any) -> None:
-    plan, peaks = budget.plan(full, 512, 512, EXACT), []
+    plan, peaks = choose_plan(full, 512, 512, EXACT), []
     while plan is not None:
         peaks.append(plan.peak)
-        plan = budget.smaller(full, 512, 512, EXACT, plan)
+        plan = smaller_plan(full, 512, 512, EXACT, plan)
     assert peaks == sorted(set(peaks), reverse=True) and len(peaks) > 3
-    assert peaks[-1] == budget.least(full, 512, 512, EXACT).peak
+    assert peaks[-1] == least_plan(full, 512, 512, EXACT).peak
 
 
 def test_info_prints_the_budget_without_any_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["info", "released", "--budget", "12"]) == 0
+    assert main(["info", "released", "--budget", "12"]) == 0
     out = capsys.readouterr().out
-    need = budget.needs(budget.released(), 512, 512, EXACT)
+    need = needs(released(), 512, 512, EXACT)
     rows = [line.split() for line in out.splitlines() if line.startswith("exact ")]
-    assert rows[0][1:3] == [f"{part / GIB:.1f}" for part in (Plan.of(need).weights, sum(need.layers))]
+    assert rows[0][1:3] == [f"{part / GIB:.1f}" for part in (plan_of(need).weights, sum(need.layers))]
     assert "12 GB card (11.5 GB)" in out and "layers on the host" in out and "8 GB" not in out
     for wrong in (
         ["info", "released"],
         ["info", "released", "--size", "512"],
         ["info", "toon", "--budget", "--size", "100"],
     ):
-        assert cli.main(wrong) == 1
-    assert cli.main(["info", "released", "--budget", "-3"]) == 2
+        assert main(wrong) == 1
+    assert main(["info", "released", "--budget", "-3"]) == 2
 
 
 def test_on_the_cpu_free_memory_does_not_decide_how_the_vae_works(full: Any) -> None:
     on_cpu = replace(full, device=torch.device("cpu"))
-    least = budget.least(on_cpu, 512, 512, EXACT).peak
-    plans = [budget.plan(on_cpu, 512, 512, EXACT, room) for room in (least, 2 * least, 8 * least, None)]
+    least = least_plan(on_cpu, 512, 512, EXACT).peak
+    plans = [choose_plan(on_cpu, 512, 512, EXACT, room) for room in (least, 2 * least, 8 * least, None)]
     assert {plan.vae_frames for plan in plans} == {few_frames(512, 512)}
     assert plans[1].peak == plans[2].peak  # what is free is not taken because it is free
-    assert budget.plan(on_cpu, 128, 128, EXACT, 8 * least).vae_frames == few_frames(128, 128) > 1
+    assert choose_plan(on_cpu, 128, 128, EXACT, 8 * least).vae_frames == few_frames(128, 128) > 1
 
 
 def test_free_memory_of_the_current_card_is_asked_for_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +217,7 @@ def test_free_memory_of_the_current_card_is_asked_for_by_its_number(monkeypatch:
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     for name in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
-    assert [budget.free_bytes(torch.device(name)) for name in ("cuda", "cuda:1")] == [1000, 1000]
+    assert [free_bytes(torch.device(name)) for name in ("cuda", "cuda:1")] == [1000, 1000]
 
 
 # --- Networks that wait in host memory --------------------------------------------------------------------------------
@@ -251,10 +252,10 @@ def test_a_network_whose_leaving_was_interrupted_comes_back_whole() -> None:
     places = [p.data_ptr() for p in net]
     net[1].stubborn = True
     with pytest.raises(KeyboardInterrupt):
-        waiting.leave(net)
+        offload.leave(net)
     assert [p.moves for p in net] == [1, 0]
-    waiting.enter(net, torch.device("cpu"))
-    waiting.enter(net, torch.device("cpu"))  # it is back
+    offload.enter(net, torch.device("cpu"))
+    offload.enter(net, torch.device("cpu"))  # it is back
     assert [p.tolist() for p in net] == [[1, 1], [1, 1]] and net[1].data_ptr() == places[1]
 
 
@@ -266,8 +267,8 @@ def test_weights_are_copied_to_the_host_once_and_again_when_they_change(monkeypa
 
     def there_and_back() -> list[torch.Size]:
         copied.clear()
-        waiting.leave(net)
-        waiting.enter(net, torch.device("cpu"))  # where `to` gives the host's own copy: what is on a device is another
+        offload.leave(net)
+        offload.enter(net, torch.device("cpu"))  # where `to` gives the host's own copy: what is on a device is another
         for parameter in net:
             Tensor.data.__set__(parameter, Tensor.data.__get__(parameter).clone())
         return list(copied)
@@ -279,27 +280,27 @@ def test_weights_are_copied_to_the_host_once_and_again_when_they_change(monkeypa
     assert there_and_back() == [(2,)] and net[1].tolist() == [2, 2]
     Tensor.data.__get__(net[0]).mul_(3)
     assert there_and_back() == [(3, 2)] and net[0].flatten().tolist() == [3] * 6
-    waiting.forget(net)
+    offload.forget(net)
     assert there_and_back() == [(3, 2), (2,)]
 
 
 def test_weights_that_were_replaced_while_they_waited_come_too() -> None:
     """As by options or adapters between loading and the first window."""
     net = nn.ParameterDict({"a": OnCard(torch.ones(2)), "b": OnCard(torch.ones(3))})
-    waiting.wait(net)
+    offload.wait(net)
     net["a"], net["c"] = OnCard(torch.full((4,), 2.0)), OnCard(torch.full((5,), 3.0))
-    waiting.enter(net, torch.device("cpu"))
-    assert {name: p.moves for name, p in net.items()} == {"a": 1, "b": 1, "c": 1} and net not in waiting._away
-    waiting.leave(net)  # has another size now
+    offload.enter(net, torch.device("cpu"))
+    assert {name: p.moves for name, p in net.items()} == {"a": 1, "b": 1, "c": 1} and net not in offload._away
+    offload.leave(net)  # has another size now
     assert {name: p.sum().item() for name, p in net.items()} == {"a": 8, "b": 3, "c": 15}
 
 
 def test_the_order_of_weights_in_memory_survives() -> None:
     weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     net = nn.ParameterList([OnCard(weight.clone())])
-    waiting.leave(net)
+    offload.leave(net)
     assert torch.equal(net[0], weight) and net[0].stride() == weight.stride()
-    waiting.enter(net, torch.device("cpu"))
+    offload.enter(net, torch.device("cpu"))
     assert torch.equal(net[0], weight) and net[0].stride() == weight.stride()
 
 
@@ -368,8 +369,8 @@ def test_weights_moved_in_inference_mode_can_still_be_trained(made: bool, moved:
     with torch.inference_mode(made):
         net = nn.ParameterList([OnCard(torch.ones(2), requires_grad=not made)])
     with torch.inference_mode(moved):
-        waiting.leave(net)
-        waiting.enter(net, torch.device("cpu"))
+        offload.leave(net)
+        offload.enter(net, torch.device("cpu"))
     assert net[0].moves == 2 and net[0].is_inference() == made
     if not made:
         with torch.no_grad():
@@ -392,7 +393,7 @@ def sample() -> Sample:
 
     def run(speed: str | Speed = "exact", **choices: Any) -> tuple[Tensor, Plan]:
         job = networks.clip(MemoPipeline(nets), 64, 2, steps=1, speed=speed)
-        plan = Plan.of(budget.needs(nets, 64, 64, job.settings), **choices)
+        plan = plan_of(needs(nets, 64, 64, job.settings), **choices)
         windows = MemoPipeline(nets).sample_windows(job, plan=plan)
         return torch.cat([window.latents for window in windows], dim=1), plan
 
@@ -415,16 +416,16 @@ def test_a_rebuild_looks_at_several_windows_in_one_turn(monkeypatch: pytest.Monk
     nets = networks.tiny()
     job = networks.clip(MemoPipeline(nets), 64, 4, steps=1)
     whole = list(MemoPipeline(nets).sample_windows(job))
-    plan = Plan.of(budget.needs(nets, 64, 64, job.settings), reference_net_stays=False)
-    turns, leave = [], waiting.leave
-    monkeypatch.setattr(waiting, "leave", lambda net: turns.append(net) or leave(net))
+    plan = plan_of(needs(nets, 64, 64, job.settings), reference_net_stays=False)
+    turns, leave = [], offload.leave
+    monkeypatch.setattr(offload, "leave", lambda net: turns.append(net) or leave(net))
     for several, wanted in ((1, 1 + 4), (2, 1 + 2), (12, 1 + 1)):  # and the portrait's turn
         rest = replace(job, start=48, num_frames=16, memory=whole[2].memory)  # by another process, as it were
         turns.clear()
         (last,) = MemoPipeline(nets).sample_windows(rest, plan=replace(plan, windows_a_turn=several))
         assert torch.equal(last.latents, whole[3].latents)
         assert turns.count(nets.diffusion_net) == wanted
-    assert plan.windows_a_turn == 12 and plan.on_host > 12 * budget.needs(nets, 64, 64, job.settings).features
+    assert plan.windows_a_turn == 12 and plan.on_host > 12 * needs(nets, 64, 64, job.settings).features
 
 
 def test_out_of_memory_is_tried_once_more_by_a_smaller_plan(
@@ -433,10 +434,10 @@ def test_out_of_memory_is_tried_once_more_by_a_smaller_plan(
     """From the window on that failed, with progress and bits as if nothing had happened; a second time it is said."""
     nets = networks.tiny()
     job = networks.clip(MemoPipeline(nets), 64, 3, steps=2)
-    first = Plan.of(budget.needs(nets, 64, 64, job.settings))
+    first = plan_of(needs(nets, 64, 64, job.settings))
     wanted = [window.latents for window in MemoPipeline(nets).sample_windows(job, plan=first)]
-    second = replace(first, sums_on_device=0, sums_on_host=len(budget.needs(nets, 64, 64, job.settings).layers))
-    failures, steps, sampled = [2], [], sampling.sample_window
+    second = replace(first, sums_on_device=0, sums_on_host=len(needs(nets, 64, 64, job.settings).layers))
+    failures, steps, sampled = [2], [], sample_window
 
     def scarce(*args: Any, **how: Any) -> Tensor | None:
         if len(steps) == 2 and failures:
@@ -446,7 +447,7 @@ def test_out_of_memory_is_tried_once_more_by_a_smaller_plan(
 
     monkeypatch.setattr(sampling, "sample_window", scarce)
     monkeypatch.setattr(MemoPipeline, "plan", lambda *_: first)
-    monkeypatch.setattr(budget, "smaller", lambda *_: second)
+    monkeypatch.setattr("memo_core.pipeline.smaller_plan", lambda *_: second)
     pipe = MemoPipeline(nets)
     made = list(pipe.sample_windows(job, on_progress=lambda done, total: steps.append((done, total))))
     assert all(torch.equal(window.latents, latents) for window, latents in zip(made, wanted, strict=True))
@@ -462,7 +463,7 @@ def test_the_large_nets_come_to_a_device_when_they_are_to_sample(
     memo_tiny: Path, monkeypatch: pytest.MonkeyPatch, track: Any, reference: Any
 ) -> None:
     """Loaded for a device they wait in host memory: what listens, and the VAE, have its room before."""
-    came, enter, moved, to = [], waiting.enter, set(), Tensor.to
+    came, enter, moved, to = [], offload.enter, set(), Tensor.to
 
     def as_if(tensor: Tensor, *where: Any, **how: Any) -> Tensor:
         """A move to a device that is not there."""
@@ -474,21 +475,21 @@ def test_the_large_nets_come_to_a_device_when_they_are_to_sample(
         moved.add(out.data_ptr())
         return out
 
-    monkeypatch.setattr(waiting, "wait", lambda net: came.append(f"{type(net).__name__} waits"))
+    monkeypatch.setattr(offload, "wait", lambda net: came.append(f"{type(net).__name__} waits"))
     monkeypatch.setattr(Tensor, "to", as_if)
     for listener in (SpeechEncoder, Emotion2Vec, EmotionHead):
         monkeypatch.setattr(listener, "from_pretrained", lambda *_, **how: nn.Identity())
-    nets = checkpoint.load(memo_tiny, "mps", large_nets_wait=True)
+    nets = load(memo_tiny, "mps", large_nets_wait=True)
     assert came == ["ReferenceNet waits", "DiffusionNet waits"]
     here = {name for name in NETS if next(getattr(nets, name).parameters()).data_ptr() in moved}
     assert here == {"image_proj", "audio_proj", "vae"}
     monkeypatch.undo()
     pipe = MemoPipeline.from_pretrained(memo_tiny)
     for net in (pipe.nets.reference_net, pipe.nets.diffusion_net):
-        waiting.wait(net)
-    monkeypatch.setattr(waiting, "enter", lambda net, device: came.append(net) or enter(net, device))
+        offload.wait(net)
+    monkeypatch.setattr(offload, "enter", lambda net, device: came.append(net) or enter(net, device))
     (window,) = pipe.sample_windows(pipe.job(reference, track, num_frames=16, steps=1))
-    assert pipe.nets.reference_net in came and pipe.nets.diffusion_net in came and not waiting._away
+    assert pipe.nets.reference_net in came and pipe.nets.diffusion_net in came and not offload._away
 
 
 NETS = ("reference_net", "diffusion_net", "image_proj", "audio_proj", "vae")
@@ -538,7 +539,7 @@ def test_a_real_run_takes_what_its_plan_says(
     with LiveBytes() as live:
         sample(**choices)
     # On the CPU the pictures of the window before are counted, too: they are handed over on the host.
-    counted = plan.peak - plan.weights - budget.RESERVE + FRAMES
+    counted = plan.peak - plan.weights - RESERVE + FRAMES
     assert 0.97 * live.peak <= counted <= 1.25 * live.peak
 
 
@@ -679,7 +680,7 @@ def test_what_comes_from_the_host_ahead_of_its_use_is_the_layer_in_use(
 
         layer.bring = bring  # type: ignore[method-assign]
     with torch.inference_mode():  # as `SumsCache.sums` makes them, to be read in or outside
-        room = memory._Room(max(layer.room(slice(None)) for layer in layers), torch.device("cpu"))
+        room = _Room(max(layer.room(slice(None)) for layer in layers), torch.device("cpu"))
     whole = Sums(layers, room=room)
     views = {"whole": (whole, [0, 1]), "first": (whole.half(0), [0]), "second": (whole.half(1), [1])}
     for name, length in passes:
@@ -698,7 +699,7 @@ def test_two_layers_and_the_next_passs_first_one_come_ahead(clock: Clock) -> Non
     layers = [LayerSums(torch.zeros(2, 4, 1, 2, 2), rows, on_host=True) for _ in range(4)]
     for i, layer in enumerate(layers):
         layer.bring = lambda rows, into, i=i, plain=layer.bring: began.append(i) or plain(rows, into)  # type: ignore
-    sums = Sums(layers, room=memory._Room(layers[0].room(slice(None)), torch.device("cpu")))
+    sums = Sums(layers, room=_Room(layers[0].room(slice(None)), torch.device("cpu")))
     seen = []
     for _ in range(2):
         for item in sums:

@@ -12,9 +12,10 @@ from conftest import relative_l2
 from torch import Tensor, nn
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
-from memo_core.job import Settings
-from memo_core.memory import SumsCache
-from memo_core.sampling import Conditions, Sampler, sample_window
+from memo_core.memory.cache import SumsCache
+from memo_core.sampling.conditions import Conditions, Sampler
+from memo_core.sampling.settings import Settings
+from memo_core.sampling.window import sample_window
 
 
 @contextmanager

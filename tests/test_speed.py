@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from memo_core import AudioTrack, MemoPipeline, Reference
 from memo_core.errors import SamplingError
-from memo_core.job import Settings
-from memo_core.solvers import SOLVERS, ab2, euler, sigmas
-from memo_core.speed import PRESETS, Speed
-from memo_core.store import WindowStore
+from memo_core.sampling.schedule import sigmas
+from memo_core.sampling.settings import PRESETS, Settings, Speed
+from memo_core.sampling.solvers import SOLVERS, ab2, euler
+from memo_core.sampling.store import WindowStore
 
 # What the names mean to whoever shared a workflow or keeps windows.
 FROZEN = {

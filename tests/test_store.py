@@ -16,12 +16,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference, sampling, tensorfile
-from memo_core import store as store_module
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference, tensorfile
 from memo_core.errors import MemoError
 from memo_core.files import replace_whole
-from memo_core.job import Settings
-from memo_core.store import WindowStore
+from memo_core.sampling import clip as sampling
+from memo_core.sampling import store as store_module
+from memo_core.sampling.settings import Settings
+from memo_core.sampling.store import WindowStore
+from memo_core.sampling.vae import encode_frames
 
 KEY = "0123456789abcdef"
 SHORT = dict(num_frames=40, steps=1, guidance_scale=1)
@@ -176,8 +178,8 @@ def test_an_entry_that_is_no_window_is_not_there(
 def test_a_window_that_went_wrong_is_not_kept(
     pipe: MemoPipeline, small: Reference, track: AudioTrack, store: WindowStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = sampling.encode
-    monkeypatch.setattr(sampling, "encode", lambda *args: encode(*args) * torch.nan)
+    encode = encode_frames
+    monkeypatch.setattr(sampling, "encode_frames", lambda *args: encode(*args) * torch.nan)
     with pytest.raises(MemoError, match="NaN"):
         sampled(pipe, store, small, track)
     monkeypatch.undo()

@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import relative_l2
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference, sampling
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
 from memo_core.nets.layers import attention_fused, attention_is_fused
-from memo_core.optimise import Options
-from memo_core.threads import side_by_side
+from memo_core.running.options import Options
+from memo_core.running.parallel import side_by_side
+from memo_core.sampling.vae import decode_latents, encode_frames
 
 
 @pytest.fixture(autouse=True)
@@ -41,13 +42,13 @@ def test_frames_of_the_vae_on_threads_are_the_same_frames(pipe: MemoPipeline) ->
     where: set[str] = set()
     hook = vae.decoder.register_forward_hook(lambda *_: where.add(threading.current_thread().name))
     with torch.inference_mode():
-        frames = sampling.decode(vae, latents)
+        frames = decode_latents(vae, latents)
         assert len(where) == 1
-        mine = sampling.decode(vae, latents, on_threads=True)
+        mine = decode_latents(vae, latents, on_threads=True)
         assert relative_l2(mine, frames) < 1e-5 and len(where) == 3
-        assert torch.equal(mine, sampling.decode(vae, latents, on_threads=True))
-        means = sampling.encode(vae, frames * 2 - 1)
-        assert relative_l2(sampling.encode(vae, frames * 2 - 1, on_threads=True), means) < 1e-5
+        assert torch.equal(mine, decode_latents(vae, latents, on_threads=True))
+        means = encode_frames(vae, frames * 2 - 1)
+        assert relative_l2(encode_frames(vae, frames * 2 - 1, on_threads=True), means) < 1e-5
     hook.remove()
 
 

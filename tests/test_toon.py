@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from memo_core import MemoPipeline, sampling
-from memo_core.emotion import EMOTIONS, EmotionTrack
+from memo_core import MemoPipeline
+from memo_core.inputs.emotion import EmotionTrack
+from memo_core.release import EMOTIONS
+from memo_core.sampling.vae import encode_frames
 from training.toon import heads
 from training.toon import judge as judging
 from training.toon.evaluate import draw_case
@@ -330,7 +332,7 @@ def test_eyes_that_were_shut_are_open_in_the_next_window(toon: MemoPipeline, num
         motion[16 - len(factors) :, LIDS] *= torch.from_numpy(factors).float()
         drawn = heads.render(case.identity, motion)
         assert float(judge.read(drawn)[-1, LIDS]) < 0.2, "the judge sees them shut"
-        past = sampling.encode(toon.nets.vae, drawn.float() / 127.5 - 1)
+        past = encode_frames(toon.nets.vae, drawn.float() / 127.5 - 1)
         memory = job.entering(toon.nets).push(past, ref.face_embedding, toon.nets.digest, ref.digest)
         (window,) = toon.sample_windows(replace(job, memory=memory))
         lids = judge.read(window.frames)[:, LIDS]

@@ -11,7 +11,7 @@ from conftest import relative_l2
 
 from benchmarks import toon as bench
 from benchmarks.toon_variants import VARIANTS, cross_attend, remember
-from memo_core import checkpoint
+from memo_core.checkpoint.layout import find
 from memo_core.nets.memory_module import MemoryAttention
 from training.shards import ShardWriter
 from training.toon import heads, sizes
@@ -48,7 +48,7 @@ def test_self_attention_sees_the_past_where_there_is_one() -> None:
 
 
 def test_cross_attention_leaves_the_sound_as_it_is() -> None:
-    from memo_core.nets.audio_module import AudioModule
+    from memo_core.nets.multimodal import AudioModule
 
     torch.manual_seed(0)
     module = AudioModule(16, 16, 8, 2, 4)
@@ -96,7 +96,7 @@ def test_the_bench_trains_measures_and_reports(
 ) -> None:
     monkeypatch.setattr(bench, "RESULT", tmp_path / "toon.json")
     monkeypatch.setattr(bench, "VARIANTS", (BY_NAME["memo"], BY_NAME["none"]))
-    arguments = ["--start", str(checkpoint.find("toon")), "--data", str(data), "--folder", str(tmp_path / "bench")]
+    arguments = ["--start", str(find("toon")), "--data", str(data), "--folder", str(tmp_path / "bench")]
     arguments += ["--steps", "1", "--last-steps", "1", "--seconds", "2", "--seeds", "1"]
     arguments += ["--sampling-steps", "1", "--guidance", "1"]
     bench.main(arguments)

@@ -11,10 +11,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from memo_core import MemoPipeline, checkpoint
-from memo_core.nets.emotion2vec import Emotion2Vec
-from memo_core.nets.emotion_head import EmotionHead
-from memo_core.nets.speech_encoder import SpeechEncoder
+from memo_core import MemoPipeline
+from memo_core.checkpoint.layout import EMOTION_HEAD, find
+from memo_core.checkpoint.load import load
+from memo_core.checkpoint.save import save_module
+from memo_core.encoders.emotion2vec import Emotion2Vec
+from memo_core.encoders.emotion_head import EmotionHead
+from memo_core.encoders.speech import SpeechEncoder
 from training import __main__ as command
 from training.shards import Shards
 from training.toon import data, evaluate, jobs, sizes, vae
@@ -34,11 +37,11 @@ def folder(tmp_path: Path, narrow: None) -> Path:
     """What the first jobs would have made: a random VAE, speech and emotion encoder."""
     torch.manual_seed(0)
     made = tmp_path / "checkpoint"
-    checkpoint.save_module(made / "vae", AutoencoderKL.from_config(sizes.VAE), sizes.VAE)
+    save_module(made / "vae", AutoencoderKL.from_config(sizes.VAE), sizes.VAE)
     SpeechEncoder.from_config(sizes.SPEECH).save_pretrained(made / "wav2vec2")
     emotions = Emotion2Vec.from_config(sizes.EMOTION)
     emotions.save_pretrained(made / "emotion2vec")
-    EmotionHead(emotions.feature_dim, 8).save_pretrained(made / checkpoint.EMOTION_HEAD)
+    EmotionHead(emotions.feature_dim, 8).save_pretrained(made / EMOTION_HEAD)
     return tmp_path
 
 
@@ -78,7 +81,7 @@ def test_a_clip_is_what_was_spoken_and_seen(folder: Path) -> None:
 def test_samples_of_another_vae_do_not_mix(folder: Path) -> None:
     before = data.made_by(folder / "checkpoint")
     torch.manual_seed(1)
-    checkpoint.save_module(folder / "checkpoint" / "vae", AutoencoderKL.from_config(sizes.VAE), sizes.VAE)
+    save_module(folder / "checkpoint" / "vae", AutoencoderKL.from_config(sizes.VAE), sizes.VAE)
     after = data.made_by(folder / "checkpoint")
     assert before["vae"] != after["vae"] and before["speech"] == after["speech"]
 
@@ -107,8 +110,8 @@ def test_the_shipped_checkpoint_is_measured(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(("file", "clips", "seconds"), [("evaluation", 20, 4), ("evaluation_minute", 2, 60)])
 def test_the_shipped_checkpoint_reached_its_goals(file: str, clips: int, seconds: int) -> None:
     """What `python -m training toon --measure toon` wrote; that takes a quarter of an hour, so it is only read."""
-    figures = json.loads((checkpoint.find("toon") / f"{file}.json").read_text())
-    assert figures["checkpoint"] == checkpoint.load("toon").digest
+    figures = json.loads((find("toon") / f"{file}.json").read_text())
+    assert figures["checkpoint"] == load("toon").digest
     assert figures["clips"] >= clips and figures["seconds"] == seconds and not evaluate.missed(figures)
 
 
@@ -128,5 +131,5 @@ def test_missed_goals_are_named() -> None:
 
 
 def test_the_shipped_checkpoint_is_small_enough_to_ship() -> None:
-    folder = checkpoint.find("toon")
+    folder = find("toon")
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 25 * 2**20

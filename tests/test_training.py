@@ -23,19 +23,22 @@ from conftest import relative_l2
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from memo_core import MemoPipeline, MemoryState, Reference, checkpoint, kernels
+from memo_core import MemoPipeline, MemoryState, Reference, kernels
+from memo_core.checkpoint.layout import EMOTION_HEAD
+from memo_core.checkpoint.save import save_module
+from memo_core.encoders.emotion2vec import Emotion2Vec
+from memo_core.encoders.emotion_head import EmotionHead
+from memo_core.encoders.speech import SpeechEncoder
 from memo_core.errors import CheckpointError
-from memo_core.job import Settings
-from memo_core.memory import SumsCache
-from memo_core.nets.audio_module import AudioModule
+from memo_core.memory.cache import SumsCache
 from memo_core.nets.diffusion_net import DiffusionNet
-from memo_core.nets.emotion2vec import Emotion2Vec
-from memo_core.nets.emotion_head import EmotionHead
 from memo_core.nets.layers import ResnetBlock
 from memo_core.nets.memory_module import MemoryModule
+from memo_core.nets.multimodal import AudioModule
 from memo_core.nets.spatial import SpatialTransformer
-from memo_core.nets.speech_encoder import SpeechEncoder
-from memo_core.sampling import Conditions, Sampler, sample_window
+from memo_core.sampling.conditions import Conditions, Sampler
+from memo_core.sampling.settings import Settings
+from memo_core.sampling.window import sample_window
 from training import __main__ as command
 from training import batches, config, engine, flow, losses, presets
 from training.config import ConfigError, Drop, Engine, Loss, Optimizer, Stage
@@ -73,11 +76,11 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
     vae = sizes.VAE | {"block_out_channels": [8, 8, 8, 8]}
-    checkpoint.save_module(folder / "vae", AutoencoderKL.from_config(vae), vae)
+    save_module(folder / "vae", AutoencoderKL.from_config(vae), vae)
     SpeechEncoder.from_config(sizes.SPEECH).save_pretrained(folder / "wav2vec2")
     emotions = Emotion2Vec.from_config(sizes.EMOTION)
     emotions.save_pretrained(folder / "emotion2vec")
-    EmotionHead(emotions.feature_dim, 8).save_pretrained(folder / checkpoint.EMOTION_HEAD)
+    EmotionHead(emotions.feature_dim, 8).save_pretrained(folder / EMOTION_HEAD)
     return folder
 
 

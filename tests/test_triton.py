@@ -433,8 +433,8 @@ def test_networks_on_the_kernels_are_the_same_networks(monkeypatch: pytest.Monke
     """A step of both rows and of one, and the Reference Net: maps channels-last, hidden states as `precision` says."""
     dtype, tolerance = torch.bfloat16, 4e-2  # in float32, 2e-5 holds
     from benchmarks import networks
-    from memo_core import precision
-    from memo_core.optimise import Options, optimise
+    from memo_core.running import precision
+    from memo_core.running.options import Options, optimise
 
     plain, fast = networks.tiny(dtype=dtype), networks.tiny(dtype=dtype)
     optimise(fast, Options(channels_last=True, fuse_qkv=True))

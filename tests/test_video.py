@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from memo_core.errors import VideoError
-from memo_core.video import VideoWriter, probe, read_video
+from memo_core.video.read import probe, read_video
+from memo_core.video.write import VideoWriter
 
 ROOT = Path(__file__).parents[1]
 

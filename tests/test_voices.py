@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from memo_core.emotion import EMOTIONS
 from memo_core.errors import AudioError
+from memo_core.release import EMOTIONS
 from training.toon import voices
 from training.toon.voices import FPS, RATE, Utterance, estimate_mouth, sample_voice, speak
 

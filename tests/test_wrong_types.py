@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
-from memo_core.emotion import emotion_index, parse_emotion_lines
+from memo_core.checkpoint.lora import Adapter, read
+from memo_core.checkpoint.lora import apply as merge
 from memo_core.errors import CheckpointError, EmotionError, MemoError, PortraitError, SamplingError
-from memo_core.job import Settings
-from memo_core.lora import Adapter, read
-from memo_core.lora import apply as merge
-from memo_core.optimise import Options
-from memo_core.speed import Speed, speed_named
+from memo_core.inputs.emotion import emotion_index
+from memo_core.inputs.emotion_lines import parse_emotion_lines
+from memo_core.running.options import Options
+from memo_core.sampling.settings import Settings, Speed, speed_named
 
 ODD = (None, True, "3", 3.5, [3], {}, b"3", float("nan"), 10**400, object())
 

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from memo_core import checkpoint
+from memo_core.checkpoint.digest import base_digest
+from memo_core.checkpoint.layout import EMBEDDED, find
 from memo_core.errors import MemoError
 
 from . import budget
@@ -86,8 +87,8 @@ def run_train(args: argparse.Namespace) -> None:
         raise ConfigError("give either --start (a checkpoint, or a run) or --sd15 (Stable Diffusion 1.5)")
     if args.start is not None:
         start = engine.latest(args.start) or args.start
-        if str(start) in checkpoint.EMBEDDED:
-            start = checkpoint.find(start)
+        if str(start) in EMBEDDED:
+            start = find(start)
         if not (start / "diffusion_net").is_dir():
             raise ConfigError(
                 f"no checkpoint at {start}: give a folder in the released layout, a run's folder, or toon"
@@ -101,7 +102,7 @@ def run_train(args: argparse.Namespace) -> None:
         if args.animatediff is not None:
             print(initialise.from_animatediff(nets, args.animatediff))
     encoders = args.encoders or (start if start is not None and (start / "vae").is_dir() else None)
-    base = checkpoint.base_digest(start) if config.lora.rank and start is not None else ""
+    base = base_digest(start) if config.lora.rank and start is not None else ""
     print(f"the last checkpoint is {engine.train(config, args.data, args.out, nets, encoders, base)}")
 
 

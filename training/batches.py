@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from memo_core.audio import NEIGHBOURS
-from memo_core.clips import WINDOW
-from memo_core.nets.audio_module import NULL_EMOTION
+from memo_core.inputs.speech import NEIGHBOURS
+from memo_core.release import NULL_EMOTION, WINDOW
 
 from . import losses
 from .config import Stage

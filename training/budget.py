@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from memo_core.audio import NEIGHBOURS
-from memo_core.clips import WINDOW
+from memo_core.inputs.speech import NEIGHBOURS
+from memo_core.release import WINDOW
 
 from .batches import Batch
 from .config import Stage, override

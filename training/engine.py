@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from memo_core.checkpoint import weights_digest
+from memo_core.checkpoint.digest import weights_digest
 from memo_core.checks import shown
 from memo_core.files import replace_whole
-from memo_core.nets.audio_module import AudioModule
 from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.layers import ResnetBlock
+from memo_core.nets.multimodal import AudioModule
 from memo_core.nets.spatial import SpatialTransformer
 
 from . import batches, lora, losses, run
@@ -57,7 +57,7 @@ def train(
         nets: to start from; a run that goes on replaces their weights, and refuses to have started from others.
         encoders: checkpoint in the released layout whose VAE and encoders the checkpoints are completed with; None
             leaves them out, and makes no pictures.
-        base: with adapters, the digest of the checkpoint they belong to (`memo_core.checkpoint.base_digest`).
+        base: with adapters, the digest of the checkpoint they belong to (`memo_core.checkpoint.digest.base_digest`).
 
     Returns:
         The last checkpoint.

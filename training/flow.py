@@ -9,9 +9,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from memo_core.clips import WINDOW
-from memo_core.kernels import DECAY
 from memo_core.nets.memory_module import Memory, MemoryModule
+from memo_core.release import DECAY, WINDOW
 
 from . import losses
 from .batches import Batch

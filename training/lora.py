@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memo_core.checkpoint.lora import Adapter, Factors, read
 from memo_core.errors import MemoError
-from memo_core.lora import Adapter, Factors, read
 
 _QKV = r"to_(q|k|v|out\.0)"
 # Groups of layers by name, as patterns of the full names in a module that has the four networks as attributes.

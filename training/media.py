@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from memo_core.media import GAP, Damage, open_media, reason, sound_pieces
-from memo_core.video import quarter_turns, to_rgb
+from memo_core.inputs.recording import GAP, Damage, open_media, reason, sound_pieces
+from memo_core.video.read import quarter_turns, to_rgb
 
 from .prepare.rows import Drop
 

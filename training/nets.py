@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from memo_core import checkpoint
-from memo_core.audio import NEIGHBOURS
+from memo_core.checkpoint.layout import EMOTION_HEAD
+from memo_core.checkpoint.save import save_weights
 from memo_core.errors import CheckpointError
-from memo_core.nets.audio_module import AudioModule
+from memo_core.inputs.speech import NEIGHBOURS
 from memo_core.nets.config import NetConfig, require_layers
 from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.layers import ResnetBlock
 from memo_core.nets.memory_module import MemoryModule
+from memo_core.nets.multimodal import AudioModule
 from memo_core.nets.projections import AudioProjection, ImageProjection
 from memo_core.nets.reference_net import ReferenceNet, _Transformer
 from memo_core.nets.spatial import SpatialTransformer
@@ -155,7 +156,7 @@ class Nets(nn.Module):
         }
         for name in NETS:
             own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            checkpoint.save_weights(folder / name, own, configs[name], dtype)
+            save_weights(folder / name, own, configs[name], dtype)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the part of the paper's figure 2 that they belong to (`config.PARTS`)."""
@@ -232,7 +233,7 @@ def _recomputed(forward: Any, *inputs: Any) -> Any:
 
 def check_encoders(folder: Path) -> None:
     """CheckpointError where `folder` lacks what a checkpoint needs besides the networks that training changes."""
-    needed = ("vae/config.json", "wav2vec2/config.json", "emotion2vec/model.pt", f"{checkpoint.EMOTION_HEAD}/{WEIGHTS}")
+    needed = ("vae/config.json", "wav2vec2/config.json", "emotion2vec/model.pt", f"{EMOTION_HEAD}/{WEIGHTS}")
     if missing := [name for name in needed if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}: give a checkpoint in the released layout")
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memo_core.job import Settings
-from memo_core.sampling import Conditions, decode, sample_window
+from memo_core.sampling.conditions import Conditions
+from memo_core.sampling.settings import Settings
+from memo_core.sampling.vae import decode_latents
+from memo_core.sampling.window import sample_window
 
 from . import run
 from .batches import Batch, TrainingSet, collate
@@ -42,7 +44,7 @@ def picture(nets: Nets, data: TrainingSet, encoders: Path) -> Tensor:
         sampled = sample_window(nets, noise, _conditions(nets, batch), Settings(steps=STEPS, guidance_scale=1.0))[0]
         shown = torch.linspace(0, sampled.shape[1] - 1, min(SHOWN, sampled.shape[1])).round().long()
         row = torch.cat([batch.portrait[0][:, None], batch.latents[0][:, shown], sampled[:, shown]], dim=1)
-        pictures.append(decode(_vae(encoders), row.cpu()))
+        pictures.append(decode_latents(_vae(encoders), row.cpu()))
     return run.sheet((torch.cat(pictures) * 255).round().to(torch.uint8), len(pictures[0]))
 
 

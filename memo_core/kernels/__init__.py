@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import devices
+from ..release import DECAY
 from . import fused, shapes
-from .naive import DECAY
 
 __all__ = [
-    "DECAY",
     "add",
     "add_norm",
     "fuses",

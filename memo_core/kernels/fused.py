@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .naive import DECAY, MIN_NORMALISER, add, add_norm, geglu, geglu_linear, group_norm, layer_norm
+from ..release import DECAY
+from .naive import MIN_NORMALISER, add, add_norm, geglu, geglu_linear, group_norm, layer_norm
 
 __all__ = [
     "add",

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DECAY = 0.9  # gamma of the released model, per frame
+from ..release import DECAY
+
 MIN_NORMALISER = 1e-10
 
 

@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..release import DECAY
 from . import naive
-from .naive import DECAY, MIN_NORMALISER
+from .naive import MIN_NORMALISER
 
 MAX_TILE_BYTES = 10 * 1024  # of frames x head width; much more spills, and consumer cards have no room for it
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)  # TRITON_INTERPRET=1 when Triton was first imported

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from .audio_module import AudioModule, Feeling, Heard
 from .config import NetConfig
 from .layers import (
     Downsample,
@@ -25,6 +24,7 @@ from .layers import (
     widened,
 )
 from .memory_module import LazyMemory, Memory, MemoryModule
+from .multimodal import AudioModule, Feeling, Heard
 from .reference_net import down_widths, up_widths
 from .spatial import SpatialConditions, SpatialTransformer
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import networks
-from memo_core import MemoPipeline, budget
-from memo_core.budget import GIB
-from memo_core.checkpoint import Networks
+from memo_core import MemoPipeline
+from memo_core.budget.counting import GIB
+from memo_core.budget.plan import choose_plan
+from memo_core.checkpoint.networks import Networks
+from memo_core.sampling.plan import Plan
 
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
@@ -29,11 +31,11 @@ def full() -> Iterator[Networks]:
 
 def sample(
     nets: Networks, room: float | None, vae_frames: int | None = None, **settings: object
-) -> tuple[Tensor, budget.Plan, int]:
+) -> tuple[Tensor, Plan, int]:
     """Latents of two windows, so that sums are made and carried on; the plan; the peak of allocated bytes."""
     pipe = MemoPipeline(nets)
     job = networks.clip(pipe, SIZE, 2, steps=3, **settings)
-    plan = budget.plan(nets, SIZE, SIZE, job.settings, None if room is None else int(room * GIB))
+    plan = choose_plan(nets, SIZE, SIZE, job.settings, None if room is None else int(room * GIB))
     if vae_frames is not None:
         plan = replace(plan, vae_frames=vae_frames)
     gc.collect()
@@ -83,7 +85,7 @@ def test_host_memory_does_not_grow_with_the_clip(full: Networks) -> None:
 
     pipe = MemoPipeline(full)
     job = networks.clip(pipe, 256, 12, steps=1)
-    plan = budget.plan(full, 256, 256, job.settings, 5 * GIB)
+    plan = choose_plan(full, 256, 256, job.settings, 5 * GIB)
     held = []
     for _ in pipe.sample_windows(job, plan=plan):
         gc.collect()

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from benchmarks import networks
 from memo_core import MemoPipeline
-from memo_core.checkpoint import Networks
-from memo_core.memory import SumsCache
+from memo_core.checkpoint.networks import Networks
+from memo_core.memory.cache import SumsCache
 from memo_core.nets.diffusion_net import DiffusionNet
-from memo_core.optimise import GraphedStep, Options, optimise
-from memo_core.sampling import Sampler
+from memo_core.running.graphs import GraphedStep
+from memo_core.running.options import Options, optimise
+from memo_core.sampling.conditions import Sampler
 
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)

@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from memo_core import checkpoint
-from memo_core.face import prepare_portrait
-from memo_core.lora import Adapter, Factors
+from memo_core.checkpoint.layout import assets
+from memo_core.checkpoint.lora import Adapter, Factors
+from memo_core.inputs.portrait import prepare_portrait
 from memo_core.nets.weights import WEIGHTS
 
 from .graphs import QUICK, Graph, pictures, refused, run, video, write_speech, write_wav
@@ -82,7 +82,7 @@ def test_number_format_and_attention_can_be_chosen(host: Host, dtype: str, atten
 
 def write_adapter(host: Host, name: str, size: float = 0.3) -> None:
     """An adapter of random numbers for the embedded checkpoint, in models/loras."""
-    base = checkpoint.assets() / "toon" / "diffusion_net" / WEIGHTS
+    base = assets() / "toon" / "diffusion_net" / WEIGHTS
     torch.manual_seed(0)
     with safe_open(base, "pt") as weights:
         shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys() if key.endswith(".to_out.0.weight")}

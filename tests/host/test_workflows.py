@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memo_core.audio import load_audio
-from memo_core.video import VideoInfo, probe, read_video
+from memo_core.inputs.sound import load_audio
+from memo_core.video.read import VideoInfo, probe, read_video
 
 from .harness import ROOT, Host, Run
 from .make_workflows import FOLDER, HALF, make

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from memo_core.checkpoint import EMOTION_HEAD, assets
-from memo_core.nets.emotion2vec import Emotion2Vec
-from memo_core.nets.emotion_head import EmotionHead
+from memo_core.checkpoint.layout import EMOTION_HEAD, assets
+from memo_core.encoders.emotion2vec import Emotion2Vec
+from memo_core.encoders.emotion_head import EmotionHead
 
 from ..reading import read_json
 from .features import FeatureStore, encoder_digest

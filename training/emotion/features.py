@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from memo_core.audio import SAMPLE_RATE
-from memo_core.checkpoint import weights_digest
+from memo_core.checkpoint.digest import weights_digest
+from memo_core.encoders.emotion2vec import Emotion2Vec
 from memo_core.errors import AudioError
-from memo_core.media import Recording
-from memo_core.nets.emotion2vec import Emotion2Vec
+from memo_core.inputs.recording import Recording
+from memo_core.release import SAMPLE_RATE
 
 from .readers import Clip, Rejected
 

@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from memo_core.emotion import EMOTIONS
 from memo_core.errors import MemoError
+from memo_core.release import EMOTIONS
 
 CLASSES = EMOTIONS[:8]  # angry to surprised; the head's ninth class, unknown, is never a target
 DROP = "drop"

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from memo_core.emotion import EMOTIONS
 from memo_core.files import replace_whole
+from memo_core.release import EMOTIONS
 
 from .labels import PLAIN, LabelError, LabelTable, published
 
@@ -26,7 +26,7 @@ class Clip:
         path: absolute path of the sound.
         dataset: key of its label table.
         label: the data set's own label.
-        emotion: the class, an index from 0 to 7 into `memo_core.emotion.EMOTIONS`.
+        emotion: the class, an index from 0 to 7 into `memo_core.release.EMOTIONS`.
         speaker: as the data set names it; "" where unknown.
         split: "train" or "test" where the list says so, else "".
         name: path below the folder of the data set or of the list, which stays when the folder moves.

@@ -6,8 +6,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from memo_core.emotion import COLOURS, EMOTIONS
 from memo_core.errors import EmotionError
+from memo_core.inputs.emotion import COLOURS
+from memo_core.release import EMOTIONS
 
 from .labels import CLASSES
 from .readers import text_table

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from memo_core.emotion import EMOTIONS
 from memo_core.files import replace_whole
+from memo_core.release import EMOTIONS
 
 from ..toon import voices
 

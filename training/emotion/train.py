@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memo_core.checkpoint import EMOTION_HEAD
+from memo_core.checkpoint.layout import EMOTION_HEAD
 from memo_core.checks import shown
-from memo_core.emotion import EMOTIONS
+from memo_core.encoders.emotion_head import EmotionHead
 from memo_core.errors import EmotionError
 from memo_core.files import replace_whole
-from memo_core.nets.emotion_head import EmotionHead
+from memo_core.release import EMOTIONS
 
 from .. import run
 from ..reading import fits, read_json

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from memo_core.face import Face, FaceAnalyzer
+from memo_core.encoders.face import Face, FaceAnalyzer
 
 from .. import media
 from .videos import MAX_PIXELS, video_errors

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memo_core.encoders.face import Box
 from memo_core.errors import CheckpointError
-from memo_core.face import Box
 
 from ..syncnet import cut
 from .metric import FACE_FILES, LANDMARKS_2D, LANDMARKS_3D, Measure, Metric, Reading, Tools, mean_reading

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memo_core import face
+from memo_core.encoders.face import DETECTOR, EMBEDDER, FOLDER, FaceAnalyzer
 from memo_core.errors import CheckpointError
-from memo_core.face import FaceAnalyzer
 
 from .. import syncnet
 
@@ -33,8 +32,8 @@ _BESIDE_MEMO = (
     "misc/face_analysis/models of the repository memoavatar/memo on the Hugging Face hub; `memo download` leaves it out"
 )
 SOURCES = {  # file name -> where to get it
-    face.DETECTOR: _WITH_MEMO,
-    face.EMBEDDER: _WITH_MEMO,
+    DETECTOR: _WITH_MEMO,
+    EMBEDDER: _WITH_MEMO,
     LANDMARKS_2D: _BESIDE_MEMO,
     LANDMARKS_3D: _BESIDE_MEMO,
     syncnet.FILE: syncnet.SOURCE,
@@ -96,7 +95,7 @@ class Tools:
             folders = [] if self.weights is None else [self.weights]
         else:
             given = self.weights or Path("weights")
-            folders = [given, given / face.FOLDER, Path(torch.hub.get_dir()) / "checkpoints"]
+            folders = [given, given / FOLDER, Path(torch.hub.get_dir()) / "checkpoints"]
         return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
     def need(self, name: str) -> Path:
@@ -108,10 +107,10 @@ class Tools:
     @cached_property
     def analyzer(self) -> FaceAnalyzer:
         """Raises CheckpointError where the files are absent, damaged, or not in one folder."""
-        folder = self.need(face.DETECTOR).parent
+        folder = self.need(DETECTOR).parent
         analyzer = FaceAnalyzer.from_folder(folder)
         if analyzer is None:
-            raise CheckpointError(f"{face.EMBEDDER} is not beside {folder / face.DETECTOR}; put both into one folder")
+            raise CheckpointError(f"{EMBEDDER} is not beside {folder / DETECTOR}; put both into one folder")
         return analyzer
 
     @cached_property
@@ -134,7 +133,7 @@ class Tools:
 
 
 PROGRAMS = frozenset((I3D,))
-FACE_FILES = (face.DETECTOR, face.EMBEDDER)
+FACE_FILES = (DETECTOR, EMBEDDER)
 
 
 class Metric:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memo_core.errors import VideoError
-from memo_core.video import VideoInfo
+from memo_core.video.read import VideoInfo
 
 from .. import media
 from ..prepare.rows import Drop

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from memo_core.face import check_size
+from memo_core.inputs.portrait import check_size
 
 from ..shards import ShardWriter
 from .engines import Engine, Local, OnRay

@@ -11,7 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memo_core import audio, checkpoint, emotion, sampling
+from memo_core.checkpoint.layout import EMOTION_HEAD
+from memo_core.inputs.emotion import detect_emotion
+from memo_core.inputs.speech import NEIGHBOURS, encode_audio
+from memo_core.release import SAMPLE_RATE
+from memo_core.sampling.vae import encode_frames
 from memo_core.tensorfile import save_tensors
 
 from .. import media
@@ -20,7 +24,7 @@ from .faces import _analyzer
 from .rows import Row
 from .settings import Settings
 
-RATE = audio.SAMPLE_RATE
+RATE = SAMPLE_RATE
 SAMPLES_PER_SHARD = 256
 CHUNK = 16  # pictures encoded at once
 
@@ -45,9 +49,9 @@ def encode(row: Row, settings: Settings) -> list[Row]:
     tensors = {"latents": torch.cat(latents)}
     frames = len(tensors["latents"])
     waveform = media.sound(source, row.start, row.start + frames / settings.fps, RATE)[0]
-    track = audio.encode_audio(waveform, RATE, speech, settings.fps, context=None, window_frames=1)
-    tensors["speech"] = track.embeddings[:frames, audio.NEIGHBOURS].half()
-    labels = emotion.detect_emotion(waveform, RATE, emotion_encoder, emotion_head, frames, settings.fps).labels
+    track = encode_audio(waveform, RATE, speech, settings.fps, context=None, window_frames=1)
+    tensors["speech"] = track.embeddings[:frames, NEIGHBOURS].half()
+    labels = detect_emotion(waveform, RATE, emotion_encoder, emotion_head, frames, settings.fps).labels
     tensors["emotion"] = labels.to(torch.uint8)
     if row.keypoints is not None:
         tensors["face_embedding"] = _embedding(row, settings, source)
@@ -58,11 +62,11 @@ def encode(row: Row, settings: Settings) -> list[Row]:
 
 def _latents(vae: Any, pictures: list[np.ndarray]) -> Tensor:
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    return sampling.encode(vae, pixels).cpu().half()
+    return encode_frames(vae, pixels).cpu().half()
 
 
 def _embedding(row: Row, settings: Settings, source: Path) -> Tensor:
-    from memo_core.face import Face
+    from memo_core.encoders.face import Face
 
     step = 0.5 / row.fps
     _, picture = next(
@@ -87,9 +91,9 @@ def focus(boxes: Iterable[list[float]], side: int) -> Tensor:
 def _networks(models: str, device: str) -> tuple[Any, Any, Any, Any]:
     from diffusers import AutoencoderKL
 
-    from memo_core.nets.emotion2vec import Emotion2Vec
-    from memo_core.nets.emotion_head import EmotionHead
-    from memo_core.nets.speech_encoder import SpeechEncoder
+    from memo_core.encoders.emotion2vec import Emotion2Vec
+    from memo_core.encoders.emotion_head import EmotionHead
+    from memo_core.encoders.speech import SpeechEncoder
 
     folder = Path(models)
     vae = AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False, local_files_only=True)
@@ -97,7 +101,7 @@ def _networks(models: str, device: str) -> tuple[Any, Any, Any, Any]:
         vae.float().eval().requires_grad_(False).to(device),
         SpeechEncoder.from_pretrained(folder / "wav2vec2", device=device),
         Emotion2Vec.from_pretrained(folder / "emotion2vec").to(device),
-        EmotionHead.from_pretrained(folder / checkpoint.EMOTION_HEAD).to(device),
+        EmotionHead.from_pretrained(folder / EMOTION_HEAD).to(device),
     )
 
 

@@ -15,7 +15,7 @@ from .rows import Drop, Row
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from memo_core.face import Face, FaceAnalyzer
+    from memo_core.encoders.face import Face, FaceAnalyzer
 
 BORDER = 1.0  # pixels from the picture's edge at which a face counts as cut off
 PREVIEW_SIZE, THUMBNAILS = 256, 4
@@ -111,7 +111,7 @@ def _rounded(values) -> list[float]:
 
 
 def _preview(row: Row, settings: Settings, path: Path, waveform: np.ndarray) -> None:
-    from memo_core.video import VideoWriter
+    from memo_core.video.write import VideoWriter
 
     for name in ("clips", "review"):
         Path(settings.out, name).mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def _preview(row: Row, settings: Settings, path: Path, waveform: np.ndarray) -> 
 
 @lru_cache(maxsize=1)
 def _analyzer(models: str) -> FaceAnalyzer:
-    from memo_core.face import FaceAnalyzer
+    from memo_core.encoders.face import FaceAnalyzer
 
     analyzer = FaceAnalyzer.from_folder(models)
     if analyzer is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-from memo_core.drawing import clock
+from memo_core.judging.drawings.canvas import clock
 
 from .rows import Row
 from .settings import Settings

@@ -11,6 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from memo_core.checkpoint.layout import EMOTION_HEAD
+from memo_core.encoders.face import DETECTOR, EMBEDDER, FOLDER
+
 from .rows import STAGES
 
 HYPERIQA = "HyperIQA-resnet50-koniq10k-c96c41b1.pth"
@@ -60,21 +63,20 @@ class Settings:
     def files(self, stage: str) -> list[Path]:
         """Model files of a stage, whether they are there or not."""
         # Not at the top: Ray's workers import this module, and only their own worker processes need torch.
-        from memo_core import checkpoint, face
         from memo_core.nets.weights import WEIGHTS
 
         from .. import syncnet
 
         models = Path(self.models)
         if stage == "faces":
-            return [models / face.FOLDER / name for name in (face.DETECTOR, face.EMBEDDER)]
+            return [models / FOLDER / name for name in (DETECTOR, EMBEDDER)]
         if stage == "quality" and self.scorer == type(self).scorer:
             return [find_model(models, HYPERIQA)]
         if stage == "sync":
             return [find_model(models, syncnet.FILE)]
         if stage == "encode":
             names = ("vae/config.json", f"vae/{WEIGHTS}", "wav2vec2/config.json", "wav2vec2/model.safetensors")
-            names += ("emotion2vec/config.yaml", "emotion2vec/model.pt", f"{checkpoint.EMOTION_HEAD}/{WEIGHTS}")
+            names += ("emotion2vec/config.yaml", "emotion2vec/model.pt", f"{EMOTION_HEAD}/{WEIGHTS}")
             return [models / name for name in names]
         return []
 

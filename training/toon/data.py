@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from memo_core import sampling
-from memo_core.checkpoint import weights_digest
-from memo_core.nets.speech_encoder import SpeechEncoder
+from memo_core.checkpoint.digest import weights_digest
+from memo_core.encoders.speech import SpeechEncoder
 from memo_core.nets.weights import WEIGHTS
+from memo_core.sampling.vae import encode_frames as encode_means
 
 from .. import run
 from ..shards import ShardWriter
@@ -40,10 +40,10 @@ SEED = 1 << 20  # evaluation has another; that two of their many streams coincid
 
 
 @torch.no_grad()
-def encode(vae, frames: Tensor) -> Tensor:
+def encode_frames(vae, frames: Tensor) -> Tensor:
     """uint8 [F, 3, H, W] -> scaled VAE means [F, 4, h, w], half precision."""
     with torch.autocast("cpu", torch.bfloat16):
-        return sampling.encode(vae, run.to_signed(frames)).half()
+        return encode_means(vae, run.to_signed(frames)).half()
 
 
 def focus(identity: heads.Identity, size: int) -> Tensor:
@@ -60,7 +60,7 @@ def make_clip(vae, speech: SpeechEncoder, rng: np.random.Generator) -> dict[str,
     motion = heads.perform(spoken, spoken.emotion, rng)
     start = int(rng.integers(len(motion) - CLIP_FRAMES + 1))
     frames = heads.render(identity, torch.cat([heads.neutral_motion()[None], motion[start : start + CLIP_FRAMES]]))
-    latents = encode(vae, frames)
+    latents = encode_frames(vae, frames)
     waveform = torch.as_tensor(spoken.waveform)[None]
     hidden = speech(F.layer_norm(waveform, waveform.shape[-1:]), len(motion))
     return {
@@ -78,7 +78,7 @@ def make_face(vae, rng: np.random.Generator) -> dict[str, Tensor]:
     frames = heads.render(
         heads.sample_identity(rng), torch.cat([heads.neutral_motion()[None], random_motions(FACE_FRAMES, rng)])
     )
-    latents = encode(vae, frames)
+    latents = encode_frames(vae, frames)
     return {"latents": latents[1:], "portrait": latents[0]}
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memo_core import MemoPipeline
-from memo_core.emotion import EMOTIONS, EmotionTrack
+from memo_core.inputs.emotion import EmotionTrack
+from memo_core.release import EMOTIONS
 
 from .. import run
 from . import heads

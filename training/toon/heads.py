@@ -600,7 +600,7 @@ SIGNATURES: tuple[tuple[float, ...], ...] = (
     (-0.75, -0.05, 0.95, 0.48, -0.35),  # sad: heavy lids, worried brows, mouth drawn down
     (0.10, 1.00, 0.05, 1.00, 0.05),  # surprised: brows as high as they go
 )
-"""Mean of each of SIGNATURE_COLUMNS by emotion: the first eight of `memo_core.emotion.EMOTIONS`, in their order."""
+"""Mean of each of SIGNATURE_COLUMNS by emotion: the first eight of `memo_core.release.EMOTIONS`, in their order."""
 
 BLINK_LIDS = np.array([0.45, 0.05, 0.0, 0.25, 0.6, 0.9])  # factor on the lids, frame by frame
 BLINKS_PER_SECOND = (0.20, 0.15, 0.12, 0.25, 0.25, 0.20, 0.20, 0.12)
@@ -630,7 +630,7 @@ def perform(utterance: SpokenMouth, emotion: int, rng: np.random.Generator) -> T
 
     Args:
         utterance: what is said, F frames of it.
-        emotion: 0 to 7, an index into `memo_core.emotion.EMOTIONS`.
+        emotion: 0 to 7, an index into `memo_core.release.EMOTIONS`.
         rng: the same state gives the same performance.
 
     Returns:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from memo_core import checkpoint
+from memo_core.checkpoint.layout import assets, find
+from memo_core.checkpoint.load import load
 
 from .. import engine, presets, run
 from ..nets import Nets, begin_from_nothing, link_encoders
@@ -81,7 +82,7 @@ def assemble(folder: Path, out: Path) -> None:
         "espeak_ng": voices.espeak_available(),
     }
     (new / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    checkpoint.load(new)
+    load(new)
     if out.exists():
         os.rename(out, old)
     os.rename(new, out)
@@ -135,8 +136,8 @@ def _run(args) -> None:
         print(table(figures))
         return
     if args.shards:
-        data.make_shards(args.shards, checkpoint.find("toon"), "clips", args.clips)
+        data.make_shards(args.shards, find("toon"), "clips", args.clips)
         print(f"{args.shards} holds {len(Shards(args.shards))} clips")
         return
     for name in JOBS if args.all else [args.stage]:
-        run_job(name, args.folder, args.out or checkpoint.assets() / "toon")
+        run_job(name, args.folder, args.out or assets() / "toon")

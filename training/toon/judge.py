@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from memo_core import checkpoint
+from memo_core.checkpoint.layout import assets
 
 from . import heads
 
-ASSET = checkpoint.assets() / "judge.safetensors"
+ASSET = assets() / "judge.safetensors"
 
 # How much a clip's mean may stray from its emotion's signature: what performances vary by, plus the judge's own error.
 _SPREAD = torch.tensor([0.12, 0.14, 0.14, 0.09, 0.12])

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memo_core import checkpoint
-from memo_core.nets.emotion2vec import Emotion2Vec
-from memo_core.nets.emotion_head import EmotionHead
-from memo_core.nets.speech_encoder import SpeechEncoder
+from memo_core.checkpoint.layout import EMOTION_HEAD
+from memo_core.encoders.emotion2vec import Emotion2Vec
+from memo_core.encoders.emotion_head import EmotionHead
+from memo_core.encoders.speech import SpeechEncoder
 
 from .. import run
 from . import sizes, voices
@@ -116,5 +116,5 @@ def train_emotion(folder: Path, steps: int = EMOTION_STEPS) -> Path:
         if step % 20 == 0:
             job.log(loss=loss.detach(), accuracy=(logits.argmax(-1) == wanted).float().mean())
     encoder.eval().save_pretrained(folder / "checkpoint" / "emotion2vec", dtype=torch.float16)
-    head.save_pretrained(folder / "checkpoint" / checkpoint.EMOTION_HEAD, dtype=torch.float16)
+    head.save_pretrained(folder / "checkpoint" / EMOTION_HEAD, dtype=torch.float16)
     return folder / "checkpoint" / "emotion2vec"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memo_core import checkpoint
+from memo_core.checkpoint.save import save_module
 
 from .. import run
 from . import heads, sizes
@@ -107,5 +107,5 @@ def train(folder: Path, steps: int = STEPS) -> Path:
             run.contact_sheet(run.to_bytes(pairs), len(pairs) // 2, folder / "samples" / f"vae_{step:05d}.png")
     vae = average.module.eval()
     standardise(vae, run.to_signed(random_faces(64, 4, np.random.default_rng(1))))
-    checkpoint.save_module(folder / "checkpoint" / "vae", vae, sizes.VAE)
+    save_module(folder / "checkpoint" / "vae", vae, sizes.VAE)
     return folder / "checkpoint" / "vae"

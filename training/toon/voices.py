@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d, uniform_filter1d
 from scipy.signal import resample_poly
 
-from memo_core.emotion import EMOTIONS
 from memo_core.errors import AudioError
+from memo_core.release import EMOTIONS
 
 RATE = 16000  # Hz
 FPS = 30
@@ -41,7 +41,7 @@ class Utterance:
             of the time it covers.
         mouth_width: [F] float32 in [-1, 1]: -1 rounded, 1 spread.
         phonemes: (symbol, start, end) in seconds, in order, "" for silence; empty where unknown.
-        emotion: index into `memo_core.emotion.EMOTIONS`.
+        emotion: index into `memo_core.release.EMOTIONS`.
     """
 
     waveform: NDArray[np.float32]
@@ -473,7 +473,7 @@ def speak(voice: Voice, emotion: int, seconds: float, rng: np.random.Generator) 
 
     Args:
         voice: who speaks.
-        emotion: 0 to 7, an index into `memo_core.emotion.EMOTIONS`.
+        emotion: 0 to 7, an index into `memo_core.release.EMOTIONS`.
         seconds: exact length of the result, at least 0.1.
         rng: the same state gives the same utterance.
 

@@ -45,7 +45,7 @@ SIGNATURES: tuple[tuple[float, ...], ...] = (
     (-0.75, -0.10, 0.95, 0.50),  # sad: heavy lids, worried brows, mouth drawn down
     (0.10, 1.00, 0.05, 1.00),  # surprised: brows as high as they go
 )
-"""Mean of each of SIGNATURE by emotion: the first eight of `memo_core.emotion.EMOTIONS`, in their order."""
+"""Mean of each of SIGNATURE by emotion: the first eight of `memo_core.release.EMOTIONS`, in their order."""
 
 # Degrees: how each emotion carries the head, (pitch, roll).
 CARRIAGE = ((-5.0, 0.0), (2.0, 4.0), (3.0, -3.0), (2.0, 2.0), (0.0, 0.0), (-2.0, 5.0), (-7.0, -4.0), (4.0, 0.0))
@@ -132,7 +132,7 @@ def perform(utterance: SpokenMouth, emotion: int, rng: np.random.Generator) -> T
 
     Args:
         utterance: what is said, F frames of it.
-        emotion: 0 to 7, an index into `memo_core.emotion.EMOTIONS`.
+        emotion: 0 to 7, an index into `memo_core.release.EMOTIONS`.
         rng: the same state gives the same performance.
 
     Returns:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memo_core import checkpoint
+from memo_core.checkpoint.save import save_module
 
 from ... import run
 from ..vae import _edges, standardise
@@ -161,7 +161,7 @@ def train(folder: Path, steps: int = STEPS) -> Path:
             _show(average.module, folder / "samples" / f"vae_{step:05d}.png")
     vae = average.module.eval()
     standardise(vae, run.to_signed(pool.frames[pool.draw(192, generator)]))
-    checkpoint.save_module(folder / "checkpoint" / "vae", vae, VAE)
+    save_module(folder / "checkpoint" / "vae", vae, VAE)
     return folder / "checkpoint" / "vae"
 
 

@@ -1,0 +1,91 @@
+"""`memo info --budget`: what each speed preset takes, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.networks import Networks
+from ..errors import SamplingError
+from ..running import precision
+from ..sampling.settings import PRESETS, Settings
+from .counting import GIB, needs
+from .plan import choose_plan, least_plan, plan_of
+
+DRIVER = GIB // 2  # what the driver and torch's context take of a card
+
+
+# --- memo info --budget -----------------------------------------------------------------------------------------------
+
+
+def released(dtype: torch.dtype = torch.bfloat16) -> Networks:
+    """The networks that sample, at the released size and without data: nothing needs to have been downloaded."""
+    from diffusers import AutoencoderKL
+
+    from ..inputs.speech import NEIGHBOURS
+    from ..nets.config import NetConfig
+    from ..nets.diffusion_net import DiffusionNet
+    from ..nets.projections import AudioProjection, ImageProjection
+    from ..nets.reference_net import ReferenceNet
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+        )
+        modules = {
+            "reference_net": ReferenceNet(NetConfig()),
+            "diffusion_net": DiffusionNet(NetConfig()),
+            "image_proj": ImageProjection(),
+            "audio_proj": AudioProjection((2 * NEIGHBOURS + 1) * 12 * 768),
+            "vae": vae,
+        }
+    listeners = dict.fromkeys(("speech_encoder", "emotion_encoder", "emotion_head"))
+    return Networks(
+        **{name: precision.set_weights(name, module, dtype).requires_grad_(False) for name, module in modules.items()},
+        **listeners,
+        folder=Path("released"),
+        device=torch.device("meta"),
+        base_digest="",
+        sample_size=64,
+    )
+
+
+def table(nets: Networks, height: int, width: int, budgets: Sequence[tuple[str, int]]) -> str:
+    """What each speed preset takes, and the plan for each budget, as text.
+
+    Args:
+        budgets: names, and bytes that sampling may take.
+    """
+    ways = {
+        f"{name}{how}": Settings(speed=name, guidance_scale=scale)
+        for name in PRESETS
+        for how, scale in (("", 3.5), (", guidance 1", 1.0))
+    }
+    dtype = str(nets.diffusion_net.conv_in.weight.dtype).removeprefix("torch.")
+    lines = [
+        f"{width}x{height} pixels in {dtype}; GB are 2^30 bytes, at the moment when most is on the device.",
+        "",
+        f"{'all on the device':<22}{'weights':>9}{'sums':>7}{'features':>10}{'working':>9}{'peak':>7}",
+    ]
+    for name, settings in ways.items():
+        whole = plan_of(needs(nets, height, width, settings))
+        parts = (whole.weights, whole.sums, whole.features, whole.working, whole.peak)
+        lines.append(name.ljust(22) + "".join(f"{p / GIB:>{w}.1f}" for p, w in zip(parts, (9, 7, 10, 9, 7))))
+    for title, room in budgets:
+        lines += ["", f"{title + f' ({room / GIB:.1f} GB)':<31}{'sums':>7}{'host RAM':>10}{'':9}{'peak':>7}"]
+        for name, settings in ways.items():
+            try:
+                chosen = choose_plan(nets, height, width, settings, room)
+            except SamplingError:
+                fewest = least_plan(nets, height, width, settings).peak
+                lines.append(f"{name:<22}{'':26}{fewest / GIB:>16.1f}   does not fit: at least so much is needed")
+                continue
+            parts = f"{chosen.sums / GIB:>16.1f}{chosen.on_host / GIB:>10.1f}{chosen.peak / GIB:>16.1f}"
+            lines.append(f"{name:<22}{parts}   {chosen.describe()}")
+    lines += ["", f"Of a card {DRIVER / GIB:.1f} GB are the driver's."]
+    return "\n".join(lines)

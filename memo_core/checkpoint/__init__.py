@@ -1,0 +1,1 @@
+"""Checkpoints: networks as a value, and their files."""

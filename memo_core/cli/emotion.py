@@ -1,0 +1,44 @@
+"""`memo emotion`: the emotions heard in a voice."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from ..release import FPS
+from .output import OK, _check_picture, _named_after, _save_picture
+
+# --- memo emotion, info, download, sheet ------------------------------------------------------------------------------
+
+
+def detect(args: argparse.Namespace) -> int:
+    output = Path(args.output or _named_after(args.voice, ".emotion.png"))
+    kind = _check_picture(output, args.voice)
+
+    from ..checkpoint.layout import EMOTION_HEAD, find
+    from ..encoders.emotion2vec import Emotion2Vec
+    from ..encoders.emotion_head import EmotionHead
+    from ..inputs.emotion import detect_emotion
+    from ..inputs.recording import Recording
+    from ..inputs.speech import count_frames
+    from ..judging.drawings.emotion import draw_emotion
+    from ..release import EMOTIONS, SAMPLE_RATE, WINDOW
+
+    folder = find(args.checkpoint)
+    recording = Recording(args.voice)
+    waveform, seconds = recording.mono(SAMPLE_RATE), recording.seconds
+    encoder = Emotion2Vec.from_pretrained(folder / "emotion2vec")
+    head = EmotionHead.from_pretrained(folder / EMOTION_HEAD)
+    frames = WINDOW * math.ceil(count_frames(recording.num_samples, recording.sample_rate, FPS) / WINDOW)
+    track = detect_emotion(waveform, SAMPLE_RATE, encoder, head, frames, FPS)
+
+    labels = track.probabilities.argmax(dim=1).tolist()
+    times = [*track.segment_starts.tolist(), seconds]
+    changes = [i for i in range(len(labels)) if i == 0 or labels[i] != labels[i - 1]] + [len(labels)]
+    print(f"{'from':>9} {'to':>9}  {'emotion':<10} probability")
+    for first, last in zip(changes, changes[1:]):
+        mean = float(track.probabilities[first:last, labels[first]].mean())
+        print(f"{times[first]:7.2f} s {times[last]:7.2f} s  {EMOTIONS[labels[first]]:<10} {mean:11.2f}")
+    _save_picture(draw_emotion(track, waveform, SAMPLE_RATE), output, kind)
+    return OK

@@ -1,0 +1,1 @@
+"""Frozen networks of others: they listen and look."""

@@ -1,0 +1,423 @@
+"""emotion2vec: speech -> emotion features (Ma et al. 2023, arXiv 2312.15185), a data2vec 2.0 encoder of speech.
+
+Inference and fine-tuning of the encoder only: no masking, no decoder, no teacher. Parameter names equal those of the
+released model.pt.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checks import shown
+from ..errors import CheckpointError
+from ..files import replace_whole
+from ..nets.config import DEEPEST, LARGEST, require_layers, settings_like
+from ..nets.weights import built, read_tensors, read_text
+
+# What is not written in a configuration, in the released form (emotion2vec base).
+_DEFAULTS = {
+    "depth": 8,
+    "num_heads": 12,
+    "norm_eps": 1e-5,
+    "encoder_dropout": 0.1,
+    "post_mlp_drop": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.0,
+    "dropout_input": 0.0,
+    "embed_dim": 768,
+    "mlp_ratio": 4.0,
+}
+_AUDIO_DEFAULTS = {
+    "prenet_depth": 4,
+    "prenet_dropout": 0.1,
+    "num_extra_tokens": 10,
+    "alibi_scale": 1.0,
+    "num_alibi_heads": 12,
+    "feature_encoder_spec": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
+    "conv_pos_width": 95,
+    "conv_pos_groups": 16,
+    "conv_pos_depth": 5,
+}
+# Variants of data2vec 2.0 that no released emotion2vec uses: refused rather than misread.
+_ONLY = {"layer_norm_first": False, "norm_affine": True}
+_AUDIO_ONLY = {
+    "use_alibi_encoder": True,
+    "learned_alibi": False,
+    "learned_alibi_scale_per_head": True,
+    "learned_alibi_scale_per_layer": False,
+    "extractor_mode": "layer_norm",
+    "conv_pos_pre_ln": False,
+}
+_MOST_NODES = 10_000  # values of a config.yaml; released ones have a hundred
+# Entries of a model.pt that features do not need: the averaged teacher, the decoder and the heads of pre-training, and
+# the classifier that the "plus" models carry.
+_UNUSED = ("_ema", "modality_encoders.AUDIO.decoder.", "shared_decoder.", "recon_proj.", "cls_proj.", "proj.")
+
+
+class Emotion2Vec(nn.Module):
+    """The emotion2vec encoder.
+
+    Args:
+        config: the `model_conf` part of a released config.yaml, or the whole of it; absent settings take emotion2vec
+            base's values. LayerDrop and stochastic depth, which it may name, are never applied; dropout is, in training
+            mode.
+        num_tensors: that the encoder's file holds; a configuration of more layers is refused before they are built.
+
+    Raises:
+        CheckpointError: for a setting that is not implemented.
+    """
+
+    def __init__(self, config: dict[str, Any], num_tensors: int = 100 * DEEPEST):
+        super().__init__()
+        conf = config.get("model_conf", config)
+        modalities = conf.get("modalities") or {} if isinstance(conf, dict) else None
+        audio = modalities.get("audio") or {} if isinstance(modalities, dict) else None
+        if not isinstance(audio, dict):
+            raise CheckpointError(f"emotion2vec: its settings are no dictionaries by name: {shown(conf)}")
+        for name, allowed in _ONLY.items():
+            if conf.get(name, allowed) != allowed:
+                raise CheckpointError(
+                    f"emotion2vec: {name} = {shown(conf[name])} is not supported, only {allowed!r} is"
+                )
+        for name, allowed in _AUDIO_ONLY.items():
+            if audio.get(name, allowed) != allowed:
+                raise CheckpointError(
+                    f"emotion2vec: {name} = {shown(audio[name])} is not supported, only {allowed!r} is"
+                )
+        conf = {**_ONLY, **conf, **settings_like(conf, _DEFAULTS, "emotion2vec")}
+        audio = {**_AUDIO_ONLY, **audio, **settings_like(audio, _AUDIO_DEFAULTS, "emotion2vec")}
+        if conf["embed_dim"] % conf["num_heads"]:
+            raise CheckpointError(f"emotion2vec: num_heads {conf['num_heads']} does not divide {conf['embed_dim']}")
+        if audio["num_alibi_heads"] > conf["num_heads"]:
+            raise CheckpointError(
+                f"emotion2vec: num_alibi_heads {audio['num_alibi_heads']} exceeds num_heads {conf['num_heads']}"
+            )
+        require_layers(conf["depth"] + audio["prenet_depth"] + audio["conv_pos_depth"], num_tensors, "emotion2vec")
+        self.config = {"model": "Emotion2vec", "model_conf": copy.deepcopy(conf | {"modalities": {"audio": audio}})}
+        self.modality_encoders = nn.ModuleDict({"AUDIO": _AudioEncoder(conf, audio)})
+        self.dropout_input = nn.Dropout(conf["dropout_input"])
+        self.blocks = nn.ModuleList(_Block(conf) for _ in range(conf["depth"]))
+        self.apply(_init_weights)
+
+    @property
+    def feature_dim(self) -> int:
+        """C, the width of a feature (emotion2vec plus large: 1024)."""
+        return self.config["model_conf"]["embed_dim"]
+
+    @property
+    def min_samples(self) -> int:
+        """Samples that the convolutions need to make one feature (400 for the released sizes)."""
+        return self.modality_encoders["AUDIO"].min_samples
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        """Recordings -> features.
+
+        Args:
+            waveform: [B, T] at 16 kHz, each row with zero mean and unit variance (`torch.nn.functional.layer_norm` over
+                the row); shorter ones than `min_samples` are continued by zeros.
+
+        Returns:
+            [B, T', C], about 50 features a second.
+        """
+        waveform = F.pad(waveform, (0, max(0, self.min_samples - waveform.shape[-1])))
+        hidden, bias = self.modality_encoders["AUDIO"](waveform)
+        hidden = self.dropout_input(hidden)
+        for block in self.blocks:
+            hidden = block(hidden, bias)
+        return hidden[:, self.modality_encoders["AUDIO"].extra_tokens.shape[1] :]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Emotion2Vec:
+        """A fresh encoder; see the class for `config`."""
+        return cls(config)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Emotion2Vec:
+        """Reads model.pt and config.yaml of a released emotion2vec.
+
+        The tensors may lie under "state_dict", "model_state_dict" and "model", in this order of nesting, and their
+        names may begin with a prefix that config.yaml's `scope_map` names, "d2v_model." or "module.". Decoder, teacher
+        and classification head are skipped.
+
+        Raises CheckpointError when a file is absent or anything else in it does not fit.
+        """
+        folder = Path(folder)
+        config = _read_config(folder / "config.yaml")
+        path = folder / "model.pt"
+        tensors: Any = read_tensors(path)
+        for key in ("state_dict", "model_state_dict", "model"):
+            if isinstance(tensors.get(key), dict):
+                tensors = tensors[key]
+        prefixes = tuple(_prefixes(config))
+        tensors = {_strip(name, prefixes): value for name, value in tensors.items() if isinstance(name, str)}
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(_UNUSED)}
+        return built(lambda: cls(config, len(tensors)), tensors, path, dtype, device)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes model.pt and config.yaml into `folder`; `dtype` (for example torch.float16) only changes the file."""
+        import yaml
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(self.config, sort_keys=True)
+        with replace_whole(folder / "config.yaml") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        tensors = {name: value.to("cpu", dtype or value.dtype) for name, value in self.state_dict().items()}
+        with replace_whole(folder / "model.pt") as temporary:
+            torch.save({"model": tensors}, temporary)
+
+
+class _AudioEncoder(nn.Module):
+    """Waveform -> local features -> positions and extra tokens -> the first transformer blocks (the "prenet")."""
+
+    def __init__(self, conf: dict[str, Any], audio: dict[str, Any]):
+        super().__init__()
+        dim = conf["embed_dim"]
+        layers = _parse_layers(audio["feature_encoder_spec"])
+        self.min_samples = 1
+        for _, kernel, stride in reversed(layers):
+            self.min_samples = (self.min_samples - 1) * stride + kernel
+        if self.min_samples > LARGEST:
+            raise CheckpointError(f"emotion2vec: the first feature takes {self.min_samples} samples, at most {LARGEST}")
+        self.local_encoder = nn.Module()
+        self.local_encoder.conv_layers = nn.ModuleList()
+        width = 1
+        for channels, kernel, stride in layers:
+            # The placeholders keep the released names: 0 is the convolution, 2.1 its norm.
+            self.local_encoder.conv_layers.append(
+                nn.Sequential(
+                    nn.Conv1d(width, channels, kernel, stride, bias=False),
+                    nn.Identity(),
+                    nn.Sequential(nn.Identity(), _ChannelNorm(channels)),
+                    nn.GELU(),
+                )
+            )
+            width = channels
+        self.project_features = nn.Sequential(nn.Identity(), nn.LayerNorm(width), nn.Linear(width, dim))
+        kernel = max(3, audio["conv_pos_width"] // audio["conv_pos_depth"])
+        groups = audio["conv_pos_groups"]
+        self.relative_positional_encoder = nn.Sequential(
+            nn.Identity(),
+            *[
+                nn.Sequential(
+                    nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups),
+                    _TrimEven(kernel),
+                    _ChannelNorm(dim, elementwise_affine=False),
+                    nn.GELU(),
+                )
+                for _ in range(audio["conv_pos_depth"])
+            ],
+        )
+        extra = torch.zeros(1, audio["num_extra_tokens"], dim)
+        extra[:, 1:].normal_()
+        self.extra_tokens = nn.Parameter(extra)
+        self.alibi_scale = nn.Parameter(torch.full((1, 1, audio["num_alibi_heads"], 1, 1), float(audio["alibi_scale"])))
+        self.num_heads = conf["num_heads"]
+        self.context_encoder = nn.Module()
+        self.context_encoder.blocks = nn.ModuleList(_Block(conf) for _ in range(audio["prenet_depth"]))
+        self.context_encoder.norm = nn.LayerNorm(dim, eps=conf["norm_eps"])
+        self.context_encoder.dropout = nn.Dropout(audio["prenet_dropout"])
+
+    def forward(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T] -> hidden states [B, extra tokens + T', C] and the attention bias [1, heads, N, N]."""
+        hidden = waveform[:, None]
+        for layer in self.local_encoder.conv_layers:
+            hidden = layer(hidden)
+        hidden = self.project_features(hidden.transpose(1, 2))
+        hidden = hidden + self.relative_positional_encoder(hidden.transpose(1, 2)).transpose(1, 2)
+        bias = self._alibi(hidden)
+        hidden = torch.cat([self.extra_tokens.expand(len(hidden), -1, -1), hidden], dim=1)
+        hidden = self.context_encoder.dropout(self.context_encoder.norm(hidden))
+        for block in self.context_encoder.blocks:
+            hidden = block(hidden, bias)
+        return hidden, bias
+
+    def _alibi(self, hidden: Tensor) -> Tensor:
+        """Symmetric ALiBi (Press et al. 2021): minus the distance in time, times a slope per head, times a learned
+        scale. Extra tokens have no place in time, hence no bias; heads beyond the ALiBi ones have none either."""
+        position = torch.arange(hidden.shape[1], device=hidden.device)
+        distance = (position[:, None] - position).abs().to(hidden.dtype)
+        scale = self.alibi_scale.clamp_min(0)[0, 0]  # [alibi heads, 1, 1]
+        slopes = torch.tensor(_slopes(len(scale)), device=hidden.device, dtype=hidden.dtype)[:, None, None]
+        extra = self.extra_tokens.shape[1]
+        return F.pad(-distance * slopes * scale, (extra, 0, extra, 0, 0, self.num_heads - len(scale)))[None]
+
+
+class _Block(nn.Module):
+    """Transformer block with the norms after the sums."""
+
+    def __init__(self, conf: dict[str, Any]):
+        super().__init__()
+        dim, hidden = conf["embed_dim"], int(conf["embed_dim"] * conf["mlp_ratio"])
+        self.norm1 = nn.LayerNorm(dim, eps=conf["norm_eps"])
+        self.norm2 = nn.LayerNorm(dim, eps=conf["norm_eps"])
+        self.attn = _Attention(dim, conf["num_heads"], conf["attention_dropout"], conf["encoder_dropout"])
+        self.mlp = nn.Module()
+        self.mlp.fc1 = nn.Linear(dim, hidden)
+        self.mlp.fc2 = nn.Linear(hidden, dim)
+        self.mlp.dropout = nn.Dropout(conf["activation_dropout"])
+        self.post_mlp_dropout = nn.Dropout(conf["post_mlp_drop"])
+
+    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        """[B, N, C], [1, heads, N, N] -> [B, N, C]."""
+        hidden = self.norm1(hidden + self.attn(hidden, bias))
+        update = self.mlp.dropout(F.gelu(self.mlp.fc1(hidden)))
+        update = self.mlp.dropout(self.mlp.fc2(update))
+        return self.norm2(hidden + self.post_mlp_dropout(update))
+
+
+class _Attention(nn.Module):
+    """Self-attention with an additive bias."""
+
+    def __init__(self, dim: int, heads: int, attention_dropout: float, output_dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.dropout = attention_dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_dropout = nn.Dropout(output_dropout)
+
+    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        """[B, N, C], [1, heads, N, N] -> [B, N, C]."""
+        query, key, value = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.proj_dropout(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class _ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of [B, C, T], computed in float32."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        normed = F.layer_norm(hidden.transpose(1, 2).float(), self.normalized_shape, weight, bias, self.eps)
+        return normed.transpose(1, 2).to(hidden.dtype)
+
+
+class _TrimEven(nn.Module):
+    """Drops the one frame by which padding lengthens the output of an even kernel."""
+
+    def __init__(self, kernel: int):
+        super().__init__()
+        self.trim = 1 - kernel % 2
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden[..., : hidden.shape[-1] - self.trim]
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv1d):
+        nn.init.kaiming_normal_(module.weight)
+
+
+def _slopes(heads: int) -> list[float]:
+    """ALiBi's geometric slopes; for a number of heads that is no power of two, those of the next lower power and then
+    every other one of the next higher."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    return slopes + [2 ** (-4 * (i + 1) / power) for i in range(2 * power)][::2][: heads - power]
+
+
+def _parse_layers(text: str) -> list[tuple[int, int, int]]:
+    """Reads "[(512, 10, 5)] + [(512, 3, 2)] * 4" as channels, kernel, stride per layer, without running it as code."""
+
+    def value(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=int(number)):
+                return number
+            case ast.Tuple(elts=items):
+                return tuple(value(item) for item in items)
+            case ast.List(elts=items):
+                return [value(item) for item in items]
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                return bounded(value(left) + value(right))
+            case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int(times))) if 0 < times <= 100:
+                return bounded(value(left) * times)
+        raise ValueError(ast.dump(node)[:100])
+
+    def bounded(layers: list) -> list:  # a hundred times a hundred times ...
+        if not isinstance(layers, list) or len(layers) > 100:
+            raise ValueError("too many layers")
+        return layers
+
+    try:
+        layers = value(ast.parse(text, mode="eval").body)
+        if not layers or any(len(layer) != 3 or min(layer) < 1 or max(layer) > LARGEST for layer in layers):
+            raise ValueError(layers)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise CheckpointError(
+            f"emotion2vec: feature_encoder_spec {shown(text)} is not a list of (channels, kernel, stride)"
+        ) from error
+    return layers
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    text = read_text(path)
+    try:
+        loader = _loader()(text)
+        node = loader.get_single_node()
+        if node is None or _expanded(node, {}) > _MOST_NODES:
+            raise ValueError(f"it is empty, or has more than {_MOST_NODES} values")
+        config = loader.construct_document(node)
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {str(error)[:500]}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_conf"), dict):
+        raise CheckpointError(f"{path} has no model_conf section")
+    return config
+
+
+@lru_cache
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """As YAML 1.2, and FunASR's files, have numbers: PyYAML takes 1e-05 for a text."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+    return Loader
+
+
+def _expanded(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node stands for, with every alias written out: ten lines of aliases can be billions."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_NODES + 1  # should it hold itself
+        parts = node.value if isinstance(node.value, list) else []
+        parts = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _prefixes(config: dict[str, Any]) -> list[str]:
+    """Prefixes that may precede every name: `scope_map` lists pairs (prefix in the file, prefix here or "none")."""
+    scope = config.get("scope_map") or []
+    if not isinstance(scope, (str, list)):
+        raise CheckpointError(f"emotion2vec: scope_map = {shown(scope)} must be a list of prefixes")
+    scope = scope.split(",") if isinstance(scope, str) else scope
+    named = [str(name) for name, here in zip(scope[::2], scope[1::2]) if str(here).lower() == "none"]
+    return [name for name in named if name.lower() != "none"] + ["d2v_model.", "module."]
+
+
+def _strip(name: str, prefixes: tuple[str, ...]) -> str:
+    for prefix in prefixes:
+        name = name.removeprefix(prefix)
+    return name

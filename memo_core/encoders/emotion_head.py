@@ -1,0 +1,85 @@
+"""The emotion head: pooled emotion2vec features -> nine emotion classes (MEMO section 3.3)."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..files import replace_whole
+from ..nets.config import require_layers
+from ..nets.weights import WEIGHTS, built, read_tensors
+from ..tensorfile import save_tensors
+
+
+class EmotionHead(nn.Module):
+    """Linear layers with ReLU between them, named layers.fc1, layers.fc2, ... as in the released checkpoint.
+
+    Args:
+        feature_dim: width of the emotion features (released: 1024).
+        hidden_dim: width of the hidden layers (2048).
+        classes: number of emotions (9).
+        depth: number of linear layers, at least 2 (5).
+    """
+
+    def __init__(self, feature_dim: int = 1024, hidden_dim: int = 2048, classes: int = 9, depth: int = 5):
+        super().__init__()
+        if depth < 2:
+            raise CheckpointError(f"an emotion head needs at least 2 layers, got {depth}")
+        widths = [feature_dim] + [hidden_dim] * (depth - 1) + [classes]
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i in range(1, depth + 1):
+            layers[f"fc{i}"] = nn.Linear(widths[i - 1], widths[i])
+            if i < depth:
+                layers[f"relu{i}"] = nn.ReLU()
+        self.layers = nn.Sequential(layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features averaged over time [B, C] -> logits [B, classes]; their softmax over dim 1 are the probabilities."""
+        return self.layers(features)
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the features it reads."""
+        return self.layers.fc1.in_features
+
+    @property
+    def classes(self) -> int:
+        """Number of emotion classes."""
+        return self.layers[-1].out_features
+
+    @classmethod
+    def from_config(cls, config: dict[str, int]) -> EmotionHead:
+        """A fresh head; `config` holds any of feature_dim, hidden_dim, classes, depth."""
+        return cls(**config)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> EmotionHead:
+        """Reads a folder of the released layout. Its config.json gives no sizes, so they come from the tensors' shapes.
+
+        Raises CheckpointError when the file is absent or its tensors do not form such a head.
+        """
+        path = Path(folder) / WEIGHTS
+        tensors = read_tensors(path)
+        shapes = {name: value.shape for name, value in tensors.items()}
+        depth = len(shapes) // 2
+        first, last = shapes.get("layers.fc1.weight"), shapes.get(f"layers.fc{depth}.weight")
+        if first is None or last is None or len(first) != 2 or len(last) != 2:
+            raise CheckpointError(f"{path} is not an emotion head: it holds {sorted(shapes)[:10]}")
+        require_layers(depth, 100, path)
+        return built(lambda: cls(first[1], first[0], last[0], depth), tensors, path, dtype, device)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes the released layout into `folder`; `dtype` (for example torch.float16) only changes the file."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replace_whole(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps({"_class_name": "AudioEmotionClassifierModel"}, indent=2) + "\n")
+        tensors = {name: value.to(dtype=dtype or value.dtype).contiguous() for name, value in self.state_dict().items()}
+        save_tensors(tensors, folder / WEIGHTS)

@@ -1,0 +1,1 @@
+"""What goes in: recordings, voices, emotions, portraits."""

@@ -1,0 +1,1 @@
+"""Whether a video still looks like its portrait."""

@@ -1,0 +1,1 @@
+"""Pictures of what was heard, remembered and measured."""

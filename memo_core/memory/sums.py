@@ -1,0 +1,87 @@
+"""One memory layer's sums, where they are kept and in which format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..running.host_memory import HostMemory, aligned
+
+FP8 = torch.float8_e4m3fn
+
+
+class LayerSums:
+    """The sums of one memory layer where they are kept; what computes with them gets them on the device, in full.
+
+    Args:
+        kv, z: [B, N, H, D, D] and [B, N, H, D] on the device that computes; taken over, not copied.
+        dtype: None keeps kv as it is; float8_e4m3fn takes half the room of bf16 and rounds to 3 bits of mantissa, with
+            a scale per batch row, location and head. z stays as it is.
+        on_host: keep them in host memory, locked where the device is a CUDA device.
+    """
+
+    def __init__(self, kv: Tensor, z: Tensor, dtype: torch.dtype | None = None, on_host: bool = False):
+        self.device, self.dtype = kv.device, kv.dtype
+        self._stored = kv.dtype if dtype is None else dtype
+        self._scale: Tensor | None = None
+        self._home: tuple[HostMemory, list[Tensor]] | None = None
+        self.on_host = on_host
+        self.keep(kv, z)
+
+    @property
+    def whole(self) -> bool:
+        """Nothing is to be done before use."""
+        return not self.on_host and self._scale is None
+
+    @property
+    def nbytes(self) -> int:
+        return self.kv.nbytes + self.z.nbytes
+
+    def bring(self, rows: slice = slice(None), into: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """kv and z of these batch rows on the device, in full; with `into`, as they are kept, to be given to `restore`.
+        They are the kept tensors themselves if `whole`.
+
+        Args:
+            into: bytes on the device for what comes from the host, as many as `room` says; None makes them.
+        """
+        kv, z = self.kv[rows], self.z[rows]
+        if into is None:
+            return self.restore(kv.to(self.device, non_blocking=True), z.to(self.device, non_blocking=True), rows)
+        views = (
+            into[first : first + part.nbytes].view(part.dtype).view(part.shape)
+            for part, first in ((kv, 0), (z, aligned(kv.nbytes)))
+        )
+        kv, z = (view.copy_(part, non_blocking=True) for view, part in zip(views, (kv, z)))
+        return kv, z
+
+    def room(self, rows: slice) -> int:
+        return aligned(self.kv[rows].nbytes) + self.z[rows].nbytes
+
+    def restore(self, kv: Tensor, z: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """What was kept in fp8, in its own dtype again."""
+        return (kv, z) if self._scale is None else (kv.to(self.dtype).mul_(self._scale[rows]), z)
+
+    def fade(self, factor: float) -> None:
+        self.keep(*(part.mul_(factor) for part in self.bring()))
+
+    def move(self, on_host: bool) -> None:
+        if on_host != self.on_host:
+            self.on_host = on_host
+            self._settle(self.kv, self.z)
+
+    def keep(self, kv: Tensor, z: Tensor) -> None:
+        """Takes over new sums, computed on the device: wherever they are kept, they are the same bits."""
+        if self._stored == FP8:
+            largest = torch.linalg.vector_norm(kv, float("inf"), dim=(-2, -1), keepdim=True)
+            self._scale = (largest.float() / torch.finfo(FP8).max).clamp_min(torch.finfo(torch.float32).tiny)
+            kv = kv.div_(self._scale).to(FP8)
+        self._settle(kv, z)
+
+    def _settle(self, kv: Tensor, z: Tensor) -> None:
+        """Where they are to lie."""
+        if not self.on_host:
+            self.kv, self.z, self._home = kv.to(self.device), z.to(self.device), None
+            return
+        if self._home is None:
+            self._home = HostMemory.for_((kv, z), self.device)
+        self.kv, self.z = (home.copy_(part) for home, part in zip(self._home[1], (kv, z)))

@@ -1,0 +1,169 @@
+"""Multi-modal attention: frames and their audio tokens attend to each other, under an emotion (MEMO section 3.3)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .emotion_norm import EmotionAdaNorm, Modulation
+from .layers import (
+    QUERY_KEY_VALUE,
+    Attention,
+    FeedForward,
+    add_layer_normed,
+    added,
+    attend,
+    fuse,
+    group_normed,
+    join_heads,
+    project,
+    residual,
+    split_heads,
+    to_maps,
+    to_tokens,
+    widened,
+)
+
+
+class Feeling(NamedTuple):
+    """What the emotion makes of a module's four norms; the same at every step."""
+
+    norm1: Modulation
+    audio_norm1: Modulation
+    norm2: Modulation
+    audio_norm2: Modulation
+
+
+class Heard(NamedTuple):
+    """Audio tokens [B * F, tokens, audio_dim] as they enter a module and after their own attention, and their
+    projections for the joint one, [B * F, tokens, dim] each. At the net's first module the same at every step."""
+
+    entering: Tensor
+    audio: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+class JointAttention(nn.Module):
+    """One attention over the concatenation of frame tokens and audio tokens, with projections of their own."""
+
+    def __init__(self, dim: int, audio_dim: int, heads: int, final: bool, ops: Any):
+        super().__init__()
+        self.heads = heads
+        self.to_q = ops.Linear(dim, dim, bias=False)
+        self.to_k = ops.Linear(dim, dim, bias=False)
+        self.to_v = ops.Linear(dim, dim, bias=False)
+        self.add_q_proj = ops.Linear(audio_dim, dim)
+        self.add_k_proj = ops.Linear(audio_dim, dim)
+        self.add_v_proj = ops.Linear(audio_dim, dim)
+        self.to_out = nn.ModuleList([ops.Linear(dim, dim)])
+        if not final:
+            self.to_add_out = ops.Linear(dim, audio_dim)
+
+    def fuse(self) -> None:
+        """One matrix product for all that is made of the same tokens."""
+        fuse(self, *QUERY_KEY_VALUE)
+        fuse(self, *_ADDED)
+
+    def of_audio(self, audio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of audio tokens [B * F, tokens, audio_dim]."""
+        return project(self, _ADDED, audio)
+
+    def forward(self, x: Tensor, heard: Heard) -> tuple[Tensor, Tensor | None]:
+        own = project(self, QUERY_KEY_VALUE, x)
+        query, key, value = (split_heads(torch.cat(pair, dim=1), self.heads) for pair in zip(own, heard[2:]))
+        out = join_heads(attend(query, key, value))
+        frames, audio = out[:, : x.shape[1]], out[:, x.shape[1] :]
+        return self.to_out[0](frames), self.to_add_out(audio) if hasattr(self, "to_add_out") else None
+
+
+class _JointBlock(nn.Module):
+    """Self-attention of each modality, joint attention, feed-forward. The net's last block drops the audio."""
+
+    def __init__(self, dim: int, audio_dim: int, heads: int, final: bool, ops: Any):
+        super().__init__()
+        self.norm1 = EmotionAdaNorm(dim, ops)
+        self.attn1 = Attention(dim, dim, heads, ops=ops)
+        self.audio_norm1 = EmotionAdaNorm(audio_dim, ops)
+        self.audio_attn1 = Attention(audio_dim, dim, heads, ops=ops)
+        self.norm2 = EmotionAdaNorm(dim, ops)
+        self.audio_norm2 = EmotionAdaNorm(audio_dim, ops)
+        self.attn2 = JointAttention(dim, audio_dim, heads, final, ops)
+        self.ff = FeedForward(dim, ops)
+        self.norm3 = ops.LayerNorm(dim)
+        if not final:
+            self.audio_ff = FeedForward(audio_dim, ops)
+            self.audio_norm3 = ops.LayerNorm(audio_dim)
+
+    def feel(self, emotion: Tensor, dtype: torch.dtype) -> Feeling:
+        norms = (self.norm1, self.audio_norm1, self.norm2, self.audio_norm2)
+        return Feeling(*(norm.modulation(emotion, dtype) for norm in norms))
+
+    def listen(self, entering: Tensor, feeling: Feeling) -> Heard:
+        audio = entering + self.audio_attn1(self.audio_norm1(entering, feeling.audio_norm1))
+        normed = self.audio_norm2(audio, feeling.audio_norm2)
+        return Heard(entering, audio, *self.attn2.of_audio(normed))
+
+    def forward(self, x: Tensor, heard: Heard, feeling: Feeling, carried: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """x [B * F, N, C] in the layers' format, as what comes back is; between them hidden states are `carried`."""
+        attention = self.attn1(self.norm1(x, feeling.norm1))
+        x, normed = self.norm2.after_sum(widened(x, carried, self.norm3), attention, feeling.norm2, carried)
+        joint, joint_audio = self.attn2(normed, heard)
+        x, normed = add_layer_normed(self.norm3, x, joint, carried)
+        x = added(x, self.ff(normed), self.norm3)
+        if joint_audio is None:
+            return x, None
+        audio = heard.audio + joint_audio
+        return x, audio + self.audio_ff(self.audio_norm3(audio))
+
+
+class AudioModule(nn.Module):
+    """Multi-modal attention module at one layer of the Diffusion Net.
+
+    Args:
+        dim: channels of the frames at this layer.
+        inner_dim: working width; in the released net the channels that *enter* the block on the way down, and those of
+            the next finer level on the way up, not `dim`.
+        audio_dim: width of an audio token.
+        heads: attention heads.
+        final: the net's last audio module, which returns no audio tokens.
+    """
+
+    def __init__(
+        self, dim: int, inner_dim: int, audio_dim: int, heads: int, groups: int, final: bool = False, ops: Any = nn
+    ):
+        super().__init__()
+        self.norm = ops.GroupNorm(groups, dim, eps=1e-6)
+        self.proj_in = ops.Conv2d(dim, inner_dim, 1)
+        self.transformer_blocks = nn.ModuleList([_JointBlock(inner_dim, audio_dim, heads, final, ops)])
+        self.proj_out = ops.Conv2d(inner_dim, dim, 1)
+
+    def feel(self, emotion: Tensor, dtype: torch.dtype) -> Feeling:
+        """emotion: [B] or [B * F] int labels, or [B, 10] or [B * F, 10] floating class weights."""
+        return self.transformer_blocks[0].feel(emotion, dtype)
+
+    def listen(self, audio: Tensor, feeling: Feeling) -> Heard:
+        """audio: [B * F, tokens, audio_dim]."""
+        return self.transformer_blocks[0].listen(audio, feeling)
+
+    def forward(self, x: Tensor, audio: Tensor | Heard, feeling: Feeling) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            x: [B * F, C, h, w].
+            audio: [B * F, tokens, audio_dim], or what `listen` made of it.
+            feeling: from `feel`.
+
+        Returns:
+            Frames and audio tokens, each with the module's contribution added.
+        """
+        heard = audio if isinstance(audio, Heard) else self.listen(audio, feeling)
+        hidden = to_tokens(self.proj_in(group_normed(self.norm, x)))
+        hidden, out_audio = self.transformer_blocks[0](hidden, heard, feeling, x.dtype)
+        x = residual(x, self.proj_out(to_maps(hidden, *x.shape[2:])), self.norm)
+        return x, None if out_audio is None else heard.entering + out_audio

@@ -1,0 +1,1 @@
+"""How networks are run: number formats, threads, host memory, compilation, graphs."""

@@ -1,0 +1,1 @@
+"""Videos: clips of finished frames, read and written as streams, joined."""
