@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from . import host
 from .clips import ClipToImages, ConcatClips, ImagesToClip, InspectClip
 from .emotion import DetectAudioEmotion, EditEmotion
+from .host.folders import register_models_folder
 from .load import LoadMEMO
 from .memory import BlendMemoryStates, InspectMemoryState, LoadMemoryState, SaveMemoryState
 from .portrait import CropPortrait, EncodeReference, PasteBack
@@ -16,7 +16,7 @@ from .voice import EncodeAudio, Example
 
 class MemoExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        host.register_models_folder()
+        register_models_folder()
         return [
             TalkingVideo,
             LoadMEMO,

@@ -17,7 +17,10 @@ from ..memo_core.errors import ComposeError, SamplingError
 from ..memo_core.inputs.reference import Reference
 from ..memo_core.release import WINDOW
 from ..memo_core.video.clips import Clip, ImageClip, Sound
-from . import host
+from .host.folders import lost_videos, temporary_video, video_of
+from .host.media import audio_of, preview, sound_of, to_image
+from .host.placement import HostPipeline, refuse_without_room
+from .host.progress import Progress, stop_if_interrupted
 from .wires import CATEGORY, MemoClip, MemoModel, MemoReference, one_of
 
 AnyClip = Clip | ImageClip
@@ -46,12 +49,12 @@ class ClipToImages(io.ComfyNode):
     @classmethod
     def execute(cls, clip: AnyClip) -> io.NodeOutput:
         height, width = clip.size
-        host.refuse_without_room(12 * clip.num_frames * height * width, f"{clip.num_frames} frames of {width}x{height}")
+        refuse_without_room(12 * clip.num_frames * height * width, f"{clip.num_frames} frames of {width}x{height}")
         images = torch.empty(clip.num_frames, height, width, 3)
         for number, frame in enumerate(watched(clip.frames())):
             images[number] = torch.from_numpy(frame) / 255
         sound = clip.own_sound or Sound(torch.zeros(1, max(1, round(16000 * clip.seconds))), 16000)
-        return io.NodeOutput(images, host.audio_of(sound), float(clip.fps))
+        return io.NodeOutput(images, audio_of(sound), float(clip.fps))
 
 
 class ImagesToClip(io.ComfyNode):
@@ -91,7 +94,7 @@ class ImagesToClip(io.ComfyNode):
             denser = max(1.0, len(images) / max(1, clip.num_frames))
             start, fps, about, sound = clip.start * denser, clip.fps * denser, clip.about, clip.sound
         if audio is not None:
-            start, sound = 0, host.sound_of(audio)
+            start, sound = 0, sound_of(audio)
         return io.NodeOutput(image_clip("images", images, fps, round(start), sound, about))
 
 
@@ -159,7 +162,7 @@ class ConcatClips(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> int:
-        return host.lost_videos()
+        return lost_videos()
 
     @classmethod
     def execute(
@@ -190,9 +193,9 @@ class ConcatClips(io.ComfyNode):
         ]
         if len(audio) > 1:
             raise SamplingError(f"audio is a list of {len(audio)} recordings; one for the whole video is expected")
-        sound = host.sound_of(audio[0]) if audio and audio[0] is not None else None
+        sound = sound_of(audio[0]) if audio and audio[0] is not None else None
         path = write_video(parts, names, sound, fps[0], cross_fade[0], sizes[0], cls.hidden.unique_id)
-        return io.NodeOutput(host.video_of(path))
+        return io.NodeOutput(video_of(path))
 
 
 class InspectClip(io.ComfyNode):
@@ -225,9 +228,7 @@ class InspectClip(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, clip: AnyClip | Tensor, reference: Reference, model: host.HostPipeline | None = None
-    ) -> io.NodeOutput:
+    def execute(cls, clip: AnyClip | Tensor, reference: Reference, model: HostPipeline | None = None) -> io.NodeOutput:
         from ..memo_core.judging.drawings.quality import draw_quality
         from ..memo_core.judging.quality import measure
 
@@ -235,10 +236,10 @@ class InspectClip(io.ComfyNode):
             clip = image_clip("clip", clip)
         analyzer = None if model is None else model.face_analyzer
         found = measure(watched(clip.frames()), reference.pixels, analyzer, reference.face_embedding, fps=clip.fps)
-        picture = host.to_image(draw_quality(found))
+        picture = to_image(draw_quality(found))
         likeness = found.likeness if found.identity is None else found.identity
         means = (float(np.mean(curve)) for curve in (likeness, found.colour, found.sharpness, found.motion))
-        return io.NodeOutput(found.summary(), picture, *means, ui=host.preview(picture, cls))
+        return io.NodeOutput(found.summary(), picture, *means, ui=preview(picture, cls))
 
 
 def image_clip(
@@ -260,7 +261,7 @@ def watched(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """The frames; stops when the user does."""
     for number, frame in enumerate(frames):
         if number % WINDOW == 0:
-            host.stop_if_interrupted()
+            stop_if_interrupted()
         yield frame
 
 
@@ -290,7 +291,7 @@ def write_video(
     total = sum(frames_at(part, fps) for part in parts)
     rate = sound.sample_rate if sound is not None else next((p.sound.sample_rate for p in parts if p.sound), None)
     about = next((dict(part.about) for part in parts if part.about), {})
-    bar = host.Progress(node_id, total)
+    bar = Progress(node_id, total)
 
     def frames_of(part: AnyClip) -> Iterator[np.ndarray]:
         for frame in paced(watched(part.frames()), part, fps):
@@ -300,7 +301,7 @@ def write_video(
             yield np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
 
     even = (width + width % 2, height + height % 2)
-    with VideoWriter(host.temporary_video(), *even, fps, rate, about) as writer:
+    with VideoWriter(temporary_video(), *even, fps, rate, about) as writer:
         if sound is not None:
             writer.write_audio(sound.waveform)
         elif rate is not None:

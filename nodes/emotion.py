@@ -14,7 +14,8 @@ from ..memo_core.inputs.emotion_lines import parse_emotion_lines
 from ..memo_core.inputs.speech import count_frames
 from ..memo_core.release import EMOTIONS, WINDOW
 from ..memo_core.video.clips import Sound
-from . import host
+from .host.media import preview, sound_of, to_image
+from .host.placement import HostPipeline
 from .wires import CATEGORY, MemoAudio, MemoEmotion, MemoModel, Voice
 
 FPS = 30  # of a track made from plain AUDIO; sampling fits it to the video's rate
@@ -61,11 +62,11 @@ class DetectAudioEmotion(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: host.HostPipeline, audio: Mapping | Voice, sensitivity: float, smoothing: float
+        cls, model: HostPipeline, audio: Mapping | Voice, sensitivity: float, smoothing: float
     ) -> io.NodeOutput:
         track, speech = detect(model, audio, sensitivity, smoothing)
         picture = draw(track, speech)
-        return io.NodeOutput(track, track.describe(), picture, ui=host.preview(picture, cls))
+        return io.NodeOutput(track, track.describe(), picture, ui=preview(picture, cls))
 
 
 class EditEmotion(io.ComfyNode):
@@ -110,11 +111,11 @@ class EditEmotion(io.ComfyNode):
     def execute(cls, emotion: EmotionTrack, lines: str, audio: Mapping | Voice | None = None) -> io.NodeOutput:
         track = emotion.edited(lines)
         picture = draw(track, None if audio is None else speech_of(audio))
-        return io.NodeOutput(track, track.describe(), picture, ui=host.preview(picture, cls))
+        return io.NodeOutput(track, track.describe(), picture, ui=preview(picture, cls))
 
 
 def detect(
-    model: host.HostPipeline, audio: Mapping | Voice, sensitivity: float = 1.0, smoothing: float = 0.0
+    model: HostPipeline, audio: Mapping | Voice, sensitivity: float = 1.0, smoothing: float = 0.0
 ) -> tuple[EmotionTrack, Sound]:
     """See DetectAudioEmotion; also what was listened to."""
     speech = speech_of(audio)
@@ -129,7 +130,7 @@ def detect(
 
 def speech_of(audio: Mapping | Voice) -> Sound:
     """The voice in AUDIO or MEMO_AUDIO."""
-    return audio.speech if isinstance(audio, Voice) else host.sound_of(audio)
+    return audio.speech if isinstance(audio, Voice) else sound_of(audio)
 
 
 def draw(track: EmotionTrack, speech: Sound | None) -> Tensor:
@@ -137,5 +138,5 @@ def draw(track: EmotionTrack, speech: Sound | None) -> Tensor:
     from ..memo_core.judging.drawings.emotion import draw_emotion
 
     if speech is None:
-        return host.to_image(draw_emotion(track))
-    return host.to_image(draw_emotion(track, speech.waveform, speech.sample_rate))
+        return to_image(draw_emotion(track))
+    return to_image(draw_emotion(track, speech.waveform, speech.sample_rate))

@@ -6,7 +6,8 @@ from comfy_api.v0_0_2 import io
 
 from ..memo_core.checks import shown
 from ..memo_core.errors import CheckpointError
-from . import host
+from .host.folders import checkpoints, lora_file, loras
+from .host.placement import ATTENTION, DTYPES, HostPipeline
 from .wires import CATEGORY, MemoModel, one_of
 
 NO_LORA = "none"
@@ -24,19 +25,19 @@ class LoadMEMO(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=list(host.checkpoints()),
+                    options=list(checkpoints()),
                     default="toon",
                     tooltip="A folder in models/memo, or 'toon': a small cartoon model that needs no download.",
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=["auto", *host.DTYPES],
+                    options=["auto", *DTYPES],
                     default="auto",
                     tooltip="Number format of the weights. auto takes what is fastest on this machine.",
                 ),
                 io.Combo.Input(
                     "attention",
-                    options=["auto", *host.ATTENTION],
+                    options=["auto", *ATTENTION],
                     default="auto",
                     tooltip="Attention kernel. auto lets PyTorch choose; math always works and is slowest. The video "
                     "is the same but for rounding: windows in the store stay.",
@@ -44,7 +45,7 @@ class LoadMEMO(io.ComfyNode):
                 # Optional and last: graphs from before there were adapters still load.
                 io.Combo.Input(
                     "lora",
-                    options=[NO_LORA, *host.loras()],
+                    options=[NO_LORA, *loras()],
                     default=NO_LORA,
                     optional=True,
                     tooltip="An adapter trained for MEMO, from models/loras, merged into the weights. Those of Stable "
@@ -67,19 +68,19 @@ class LoadMEMO(io.ComfyNode):
     def validate_inputs(
         cls, checkpoint: str = "toon", dtype: str = "auto", attention: str = "auto", lora: str = NO_LORA
     ) -> bool | str:
-        if lora != NO_LORA and lora not in host.loras():  # too many to list
+        if lora != NO_LORA and lora not in loras():  # too many to list
             return f"lora is {shown(lora)}, which is not in models/loras; after adding a file press R"
         return one_of(
-            checkpoint=(checkpoint, host.checkpoints()),
-            dtype=(dtype, ["auto", *host.DTYPES]),
-            attention=(attention, ["auto", *host.ATTENTION]),
+            checkpoint=(checkpoint, checkpoints()),
+            dtype=(dtype, ["auto", *DTYPES]),
+            attention=(attention, ["auto", *ATTENTION]),
         )
 
     @classmethod
     def fingerprint_inputs(cls, lora: str = NO_LORA, **_: object) -> str:
         """Another one when the adapter's file was replaced, as training does again and again."""
         try:
-            about = host.lora_file(lora).stat()
+            about = lora_file(lora).stat()
         except (OSError, CheckpointError):
             return lora
         return f"{about.st_mtime_ns} {about.st_size}"
@@ -88,8 +89,8 @@ class LoadMEMO(io.ComfyNode):
     def execute(
         cls, checkpoint: str, dtype: str, attention: str, lora: str = NO_LORA, lora_strength: float = 1.0
     ) -> io.NodeOutput:
-        folder = host.checkpoints().get(checkpoint)
+        folder = checkpoints().get(checkpoint)
         if folder is None:
-            raise CheckpointError(f"the checkpoint {checkpoint!r} is gone; there are {', '.join(host.checkpoints())}")
-        adapters = [] if lora == NO_LORA else [(host.lora_file(lora), lora_strength)]
-        return io.NodeOutput(host.HostPipeline.load(folder, dtype, attention, adapters))
+            raise CheckpointError(f"the checkpoint {checkpoint!r} is gone; there are {', '.join(checkpoints())}")
+        adapters = [] if lora == NO_LORA else [(lora_file(lora), lora_strength)]
+        return io.NodeOutput(HostPipeline.load(folder, dtype, attention, adapters))

@@ -10,7 +10,8 @@ from comfy_api.v0_0_2 import io
 from ..memo_core.checks import shown
 from ..memo_core.errors import MemoError
 from ..memo_core.memory.state import MemoryState
-from . import host
+from .host.folders import inside
+from .host.media import preview, to_image
 from .wires import CATEGORY, MemoMemory
 
 EMPTY = "empty"
@@ -173,8 +174,8 @@ class InspectMemoryState(io.ComfyNode):
     def execute(cls, memory: MemoryState) -> io.NodeOutput:
         from ..memo_core.judging.drawings.memory import draw_memory
 
-        picture = host.to_image(draw_memory(memory))
-        return io.NodeOutput(memory.inspect(), picture, ui=host.preview(picture, cls))
+        picture = to_image(draw_memory(memory))
+        return io.NodeOutput(memory.inspect(), picture, ui=preview(picture, cls))
 
 
 def saved_states() -> list[str]:
@@ -198,8 +199,8 @@ def saved_states() -> list[str]:
 def check_prefix(prefix: str) -> None:
     """MemoError unless files whose names begin so can lie inside output/."""
     root = folder_paths.get_output_directory()
-    host.inside(root, prefix)
-    host.inside(root, f"{prefix}_{1:05}_{SUFFIX}")  # which is longer
+    inside(root, prefix)
+    inside(root, f"{prefix}_{1:05}_{SUFFIX}")  # which is longer
 
 
 def state_file(name: str) -> Path:
@@ -211,4 +212,4 @@ def state_file(name: str) -> Path:
         raise MemoError(
             f"{shown(name)} is not a saved memory state; a name such as 'memo/memory_00001_.safetensors [output]' is"
         )
-    return host.inside(_ROOTS[root](), plain)
+    return inside(_ROOTS[root](), plain)

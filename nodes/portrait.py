@@ -9,8 +9,10 @@ from torch import Tensor
 from ..memo_core.errors import PortraitError
 from ..memo_core.video.clips import ImageClip, over_white
 from ..memo_core.video.compose import Box, centre_square, crop_square, face_square, paste_back
-from . import host
 from .clips import AnyClip, image_clip
+from .host.media import one_picture, opaque, preview
+from .host.placement import HostPipeline, refuse_without_room
+from .host.progress import stop_if_interrupted
 from .wires import CATEGORY, MemoBox, MemoClip, MemoModel, MemoReference, one_of
 
 LARGEST_FACE = -1
@@ -91,7 +93,7 @@ class EncodeReference(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: host.HostPipeline,
+        model: HostPipeline,
         image: Tensor,
         size: int,
         crop: str,
@@ -107,7 +109,7 @@ class EncodeReference(io.ComfyNode):
                 "to -1, or paint a face_mask"
             )
         reference = model.encode_reference(
-            host.one_picture(image, alpha_mask),
+            one_picture(image, alpha_mask),
             size=size or model.default_size,
             crop=crop,
             margin=margin,
@@ -116,7 +118,7 @@ class EncodeReference(io.ComfyNode):
             no_face="error" if chosen else "warn",
         )
         cut = (reference.pixels.permute(1, 2, 0) + 1)[None] / 2
-        return io.NodeOutput(reference, cut, ui=host.preview(cut, cls))
+        return io.NodeOutput(reference, cut, ui=preview(cut, cls))
 
 
 class CropPortrait(io.ComfyNode):
@@ -189,16 +191,16 @@ class CropPortrait(io.ComfyNode):
         center_x: float,
         center_y: float,
         scale: float,
-        model: host.HostPipeline | None = None,
+        model: HostPipeline | None = None,
         face_mask: Tensor | None = None,
         alpha_mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        image = host.opaque(image, alpha_mask)
+        image = opaque(image, alpha_mask)
         size = (image.shape[1], image.shape[2])
         face = one_mask(face_mask, image) if face_mask is not None else find_face(model, image, face_index)
         box = centre_square(size, center_x, center_y, scale) if face is None else face_square(size, face, margin)
         crop = crop_square(image, box)
-        return io.NodeOutput(crop, box, ui=host.preview(crop[:1], cls))
+        return io.NodeOutput(crop, box, ui=preview(crop[:1], cls))
 
 
 class PasteBack(io.ComfyNode):
@@ -241,17 +243,17 @@ class PasteBack(io.ComfyNode):
         else:  # a clip's frames are opaque, but those that came back from elsewhere
             frames = clip.images if isinstance(clip, ImageClip) and clip.images.shape[3] == 4 else clip.frames()
         count = max(clip.num_frames, len(pictures))
-        host.refuse_without_room(12 * count * box.height * box.width, f"{count} frames of {box.width}x{box.height}")
+        refuse_without_room(12 * count * box.height * box.width, f"{count} frames of {box.width}x{box.height}")
         below = pictures if pictures.shape[3] == 3 else (over_white(frame[None])[0] for frame in pictures)
         images = torch.empty(count, box.height, box.width, 3)
         for number, frame in enumerate(paste_back(frames, below, box, feather)):
             if number % 16 == 0:
-                host.stop_if_interrupted()
+                stop_if_interrupted()
             images[number] = frame
         return io.NodeOutput(images)
 
 
-def find_face(model: host.HostPipeline | None, image: Tensor, face_index: int) -> tuple | None:
+def find_face(model: HostPipeline | None, image: Tensor, face_index: int) -> tuple | None:
     """The box of a face, by the checkpoint's face models; None where there are none, or no face and none was asked."""
     if model is None or model.face_analyzer is None:
         if face_index != LARGEST_FACE:

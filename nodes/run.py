@@ -19,12 +19,14 @@ from ..memo_core.sampling.job import Job
 from ..memo_core.sampling.plan import Plan
 from ..memo_core.sampling.store import WindowStore
 from ..memo_core.video.clips import Clip
-from . import host
+from .host.folders import window_store
+from .host.placement import HostPipeline, free_bytes
+from .host.progress import OutOfMemory, Progress, SpeedBook, logger, stop_if_interrupted
 from .wires import Voice
 
 
 def sample(
-    model: host.HostPipeline,
+    model: HostPipeline,
     reference: Reference,
     voice: Voice,
     emotion: EmotionTrack | None,
@@ -53,7 +55,7 @@ def sample(
     if duration:
         wanted = first + max(1, round(duration * track.fps))
         if wanted > last:
-            host.logger.info("the recording ends at %.2f s: the clip is as long as it lasts", last / track.fps)
+            logger.info("the recording ends at %.2f s: the clip is as long as it lasts", last / track.fps)
         last = min(last, wanted)
     recorded = track.num_padded_frames / track.fps
     if emotion is not None and abs(emotion.seconds - recorded) > WINDOW / min(track.fps, emotion.fps) + 0.1:
@@ -72,7 +74,7 @@ def sample(
         seed=seed,
         speed=speed,
     )
-    run = _Run(model, job, host.window_store(), stop_on_collapse, node_id)
+    run = _Run(model, job, window_store(), stop_on_collapse, node_id)
     try:
         clip, memory = model.collect(job, run.windows())
     finally:
@@ -85,11 +87,11 @@ class _Run:
     """One job on the host."""
 
     def __init__(
-        self, model: host.HostPipeline, job: Job, store: WindowStore | None, stop_on_collapse: bool, node_id: str | None
+        self, model: HostPipeline, job: Job, store: WindowStore | None, stop_on_collapse: bool, node_id: str | None
     ):
         self.model, self.job, self.store = model, job, store
-        self.stored = model.count_stored(job, store, host.stop_if_interrupted)
-        self.progress = host.Progress(node_id, job.windows * job.settings.steps)
+        self.stored = model.count_stored(job, store, stop_if_interrupted)
+        self.progress = Progress(node_id, job.windows * job.settings.steps)
         self.windows_done, self.sampled, self.spent = 0, 0, 0.0
         self.detector = None
         if stop_on_collapse:
@@ -99,7 +101,7 @@ class _Run:
         height, width = job.reference.pixels.shape[1:]
         how = f"{job.settings.guided} {job.settings.speed}"
         self.speed_key = f"{model.nets.digest} {model.nets.device} {height}x{width} {how}"
-        self.known_speed = host.SpeedBook().get(self.speed_key)
+        self.known_speed = SpeedBook().get(self.speed_key)
 
     def windows(self) -> Iterator[Window]:
         """Samples the job; after running out of memory once more, by a plan that takes less."""
@@ -118,14 +120,14 @@ class _Run:
                         return
                     rest = replace(rest, start=window.start + WINDOW, num_frames=frames, memory=window.memory)
                 return
-            except host.OutOfMemory:
+            except OutOfMemory:
                 smaller = None if plan is None else self.model.smaller_plan(self.job, plan)
                 if smaller is None and again:
                     raise
                 plan = smaller or plan
             # Out here the failed step's tensors are gone.
             how = "as before" if plan is None else plan.describe()
-            host.logger.warning("out of memory: once more, with nothing else loaded, %s", how)
+            logger.warning("out of memory: once more, with nothing else loaded, %s", how)
             again = True
 
     def _sample(self, job: Job, plan: Plan | None) -> Iterator[Window]:
@@ -137,19 +139,19 @@ class _Run:
             self.progress.update(base * steps + done, text)
 
         def should_stop() -> bool:
-            host.stop_if_interrupted()
+            stop_if_interrupted()
             return False
 
         began = time.monotonic()
         for window in self.model.sample_windows(
             job, store=self.store, on_progress=on_progress, should_stop=should_stop, plan=plan
         ):
-            host.stop_if_interrupted()
+            stop_if_interrupted()
             self.windows_done += 1
             if not window.stored:
                 self.sampled, self.spent = self.sampled + 1, self.spent + time.monotonic() - began
                 if self.sampled == 1 and self.windows_done < total and not self.known_speed:
-                    host.logger.info("about %s for the rest", _duration(self.spent * (total - self.windows_done)))
+                    logger.info("about %s for the rest", _duration(self.spent * (total - self.windows_done)))
             if not window.stored or self.windows_done == total:
                 self.progress.update(self.windows_done * steps, picture=window.frames[-1])
             yield window
@@ -157,13 +159,13 @@ class _Run:
 
     def remember_speed(self) -> None:
         if self.sampled:
-            host.SpeedBook().put(self.speed_key, self.spent / self.sampled / self.job.settings.steps)
+            SpeedBook().put(self.speed_key, self.spent / self.sampled / self.job.settings.steps)
 
     def _collapsed(self, window: Window) -> bool:
         reason = None if self.detector is None else self.detector.update(window.frames)
         if reason is not None:
             end = (window.start + window.latents.shape[1]) / self.job.audio.fps
-            host.logger.warning("stopped at %.2f s: %s", end, reason)
+            logger.warning("stopped at %.2f s: %s", end, reason)
         return reason is not None
 
     def _preflight(self) -> Plan | None:
@@ -179,7 +181,7 @@ class _Run:
         else:
             time_needed = f"about {_duration(speed * job.settings.steps * left)}"
         clip_bytes = 4 * 4 * job.num_frames * job.reference.latents[0, 0].numel()
-        ram, gb = host.free_bytes(torch.device("cpu")), 2**30
+        ram, gb = free_bytes(torch.device("cpu")), 2**30
         plan, on_device, fixed = None, "", 0
         if left:
             try:
@@ -189,11 +191,11 @@ class _Run:
             if device.type == "cpu":
                 fixed = plan.peak
             else:
-                on_device = f"VRAM {plan.peak / gb:.1f} GB needed, {host.free_bytes(device) / gb:.1f} free: "
+                on_device = f"VRAM {plan.peak / gb:.1f} GB needed, {free_bytes(device) / gb:.1f} free: "
                 on_device += f"{plan.describe()}; "
                 fixed = plan.on_host
         in_ram = clip_bytes + fixed
-        host.logger.info(
+        logger.info(
             "%.2f s: %d frames in %d windows, %d of them in the store%s; %s; %sRAM %.1f GB needed, %.1f free; faces "
             "found: %s",
             job.num_frames / job.audio.fps,

@@ -12,9 +12,11 @@ from ..memo_core.inputs.reference import Reference
 from ..memo_core.memory.state import MemoryState
 from ..memo_core.release import EMOTIONS
 from ..memo_core.sampling.settings import PRESETS
-from . import host
 from .clips import write_video
 from .emotion import detect
+from .host.folders import lost_videos, video_of
+from .host.media import one_picture, sound_of
+from .host.placement import HostPipeline
 from .portrait import alpha_mask_input
 from .run import sample
 from .voice import encode_voice
@@ -114,7 +116,7 @@ class SampleClip(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: host.HostPipeline,
+        model: HostPipeline,
         reference: Reference,
         audio: Voice,
         start: float,
@@ -182,12 +184,12 @@ class TalkingVideo(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> int:
-        return host.lost_videos()
+        return lost_videos()
 
     @classmethod
     def execute(
         cls,
-        model: host.HostPipeline,
+        model: HostPipeline,
         image: Tensor,
         audio: Mapping,
         emotion: str,
@@ -199,7 +201,7 @@ class TalkingVideo(io.ComfyNode):
         alpha_mask: Tensor | None = None,
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
-        portrait, sound = host.one_picture(image, alpha_mask), host.sound_of(audio)
+        portrait, sound = one_picture(image, alpha_mask), sound_of(audio)
         reference = model.encode_reference(portrait, size=model.default_size, crop="face")
         voice = encode_voice(model, sound, node_id=node_id)
         if emotion == "detect":
@@ -220,4 +222,4 @@ class TalkingVideo(io.ComfyNode):
             speed=speed,
             node_id=node_id,
         )
-        return io.NodeOutput(host.video_of(write_video([clip], node_id=node_id)), memory)
+        return io.NodeOutput(video_of(write_video([clip], node_id=node_id)), memory)

@@ -9,7 +9,9 @@ from comfy_api.v0_0_2 import io
 from ..memo_core.checkpoint.layout import VOCAL_SEPARATOR, assets, download_command
 from ..memo_core.errors import AudioError
 from ..memo_core.video.clips import Sound
-from . import host
+from .host.media import audio_of, sound_of, to_image
+from .host.placement import HostPipeline
+from .host.progress import Progress, stop_if_interrupted
 from .wires import CATEGORY, MemoAudio, MemoModel, Voice, one_of
 
 EXAMPLES = {"voice": "voice.wav", "song": "song.flac"}
@@ -49,8 +51,8 @@ class Example(io.ComfyNode):
         from ..memo_core.inputs.pictures import open_picture
         from ..memo_core.inputs.sound import load_audio
 
-        portrait = host.to_image(open_picture(assets() / "portrait.png"))
-        return io.NodeOutput(portrait, host.audio_of(Sound(*load_audio(assets() / EXAMPLES[speech]))))
+        portrait = to_image(open_picture(assets() / "portrait.png"))
+        return io.NodeOutput(portrait, audio_of(Sound(*load_audio(assets() / EXAMPLES[speech]))))
 
 
 class EncodeAudio(io.ComfyNode):
@@ -105,21 +107,21 @@ class EncodeAudio(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: host.HostPipeline,
+        model: HostPipeline,
         audio: Mapping,
         fps: float,
         context: str,
         separate_vocals: str,
         silence_gate: bool,
     ) -> io.NodeOutput:
-        sound = host.sound_of(audio)
+        sound = sound_of(audio)
         return io.NodeOutput(
             encode_voice(model, sound, fps, context, separate_vocals, silence_gate, cls.hidden.unique_id)
         )
 
 
 def encode_voice(
-    model: host.HostPipeline,
+    model: HostPipeline,
     sound: Sound,
     fps: float = 30,
     context: str = "local",
@@ -147,10 +149,10 @@ def encode_voice(
                 f"{download_command(model.nets.folder)} --only vocal_separator"
             )
         speech = Sound(*separate_vocals(sound.waveform, sound.sample_rate, model_file))
-    bar = host.Progress(node_id, 1000)
+    bar = Progress(node_id, 1000)
 
     def progress(done: int, total: int) -> None:
-        host.stop_if_interrupted()
+        stop_if_interrupted()
         bar.update(1000 * done // total)
 
     track = model.encode_audio(

@@ -12,12 +12,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from common import FIXTURES
 from hypothesis import settings
 from safetensors.torch import load_file
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
-
-FIXTURES = Path(__file__).parent / "fixtures"
 
 # An example's time says more about what else the machine does than about the code.
 settings.register_profile("memo", deadline=None)
@@ -74,8 +73,3 @@ def track(pipe: MemoPipeline, expected: dict[str, torch.Tensor]) -> AudioTrack:
 def emotions(pipe: MemoPipeline, expected: dict[str, torch.Tensor], track: AudioTrack) -> EmotionTrack:
     """What is heard in it: disgust, then fear."""
     return pipe.detect_emotion(expected["in.waveform"], 16000, track.num_padded_frames)
-
-
-def relative_l2(actual: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Relative L2 distance, the figure every comparison with the reference uses."""
-    return float((actual.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..release import EMOTION_LABELS
-from .layers import (
-    narrowed,
-)
+from .layers import narrowed
 
 Modulation = tuple[Tensor, Tensor]  # shift and scale, [S, C] each: one for every batch row, or for every frame
 

@@ -1,0 +1,1 @@
+"""All that the nodes ask of the ComfyUI host."""
