@@ -250,7 +250,7 @@ def test_a_killed_download_is_resumed_by_the_next_process(hub: Hub, tmp_path: Pa
     hub.sends_at_most, hub.stalls = 12 * 1024 * 1024, True
     script = textwrap.dedent("""
         import sys
-        from memo_core import download as module
+        from memo_core.checkpoint import download as module
         file = module.ReleaseFile("memo", "image_proj/weights", "image_proj/weights", 25 << 20)
         module.RELEASE_FILES = (file,)
         print(module.download(sys.argv[1]))
@@ -277,7 +277,7 @@ def test_a_killed_download_is_resumed_by_the_next_process(hub: Hub, tmp_path: Pa
 def test_progress_is_shown_on_a_terminal_unless_unwanted(hub: Hub, tmp_path: Path, shown: bool) -> None:
     script = textwrap.dedent("""
         import sys
-        from memo_core import download as module
+        from memo_core.checkpoint import download as module
         module.RELEASE_FILES = (module.ReleaseFile("memo", "image_proj/weights", "image_proj/weights", 100_000),)
         module.download(sys.argv[1], progress=sys.argv[2] == "True")
     """)
@@ -343,7 +343,7 @@ def test_without_network_the_error_comes_soon_and_tells_how_to_do_it_by_hand(hub
 
 
 def test_offline_mode_is_respected(hub: Hub, tmp_path: Path) -> None:
-    script = "import sys; from memo_core.download import download; download(sys.argv[1])"
+    script = "import sys; from memo_core.checkpoint.download import download; download(sys.argv[1])"
     environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True

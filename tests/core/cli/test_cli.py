@@ -234,7 +234,8 @@ def _interrupt_when(
     # The process says when it starts a window: then, and only then, it is interrupted from outside.
     program = f"""
 import signal, sys, time
-from memo_core import cli, sampling
+from memo_core import cli
+from memo_core.sampling import clip as sampling
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
 count = 0
 sample = sampling.sample_window

@@ -243,7 +243,7 @@ def test_partial_finish_after_an_exception_keeps_what_was_written(tmp_path: Path
 def test_ctrl_c_in_the_middle_of_encoding_leaves_every_frame_so_far_playable(tmp_path: Path) -> None:
     script = textwrap.dedent("""
         import signal, sys, numpy as np
-        from memo_core.video import VideoWriter
+        from memo_core.video.write import VideoWriter
         signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
         noise = np.random.default_rng(0).integers(0, 256, (40, 256, 256, 3), dtype=np.uint8)
         with VideoWriter(sys.argv[1], 256, 256, 30, 16000) as writer:
@@ -318,7 +318,7 @@ def test_unreadable_files_are_video_errors(tmp_path: Path) -> None:
 def test_eighteen_thousand_frames_cost_no_memory(tmp_path: Path) -> None:
     script = textwrap.dedent("""
         import resource, sys, numpy as np
-        from memo_core.video import VideoWriter
+        from memo_core.video.write import VideoWriter
         frames = np.repeat(np.arange(30, dtype=np.uint8), 32 * 32 * 3).reshape(30, 32, 32, 3) * 8
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
         with VideoWriter(sys.argv[1], 32, 32, 30, 16000) as writer:
@@ -500,7 +500,7 @@ def test_a_file_that_cannot_be_begun_is_an_error_twice_and_no_crash(tmp_path: Pa
         import numpy as np
         from memo_core.errors import VideoError
         from memo_core.files import Unfinished
-        from memo_core.video import VideoWriter
+        from memo_core.video.write import VideoWriter
         writer = VideoWriter(sys.argv[1], 64, 64, 30, 16000)
         os.remove(writer._unfinished.temporary)
         writer._file.close()
