@@ -1,5 +1,8 @@
 # `make demo`: a talking video from assets/ in demo.mp4, and a sheet of its frames in demo.png.
-# `make test`: the tests. Both set up .venv first, once; they need python3 (3.10 or later) and make.
+# `make test`: the tests.
+# `make lint`: ruff's rules, its format, and mypy's types.
+# `make docs`: the pages of docs/ in build/docs, with the public names' docstrings.
+# All set up .venv first, once; they need python3 (3.10 or later) and make.
 
 PYTHON ?= python3
 # Only where .venv has no torch yet. Name another build here, e.g. make demo TORCH="torch==2.13.0 --index-url <index>".
@@ -9,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test clean
+.PHONY: demo test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.for-demo
@@ -19,8 +22,21 @@ demo: $(VENV)/.for-demo
 test: $(VENV)/.for-test
 	$(BIN)/python -m pytest -q
 
+lint: $(VENV)/.for-test build/lint/comfyui_memo
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: $(VENV)/.for-docs
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) build *.egg-info demo*.mp4 demo*.png demo*.safetensors node.zip
+
+# The checkout under a name that Python takes: in one called comfyui-memo a type checker finds no package.
+build/lint/comfyui_memo:
+	mkdir -p $(@D)
+	ln -sfn ../.. $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -41,4 +57,8 @@ $(VENV)/.for-demo: pyproject.toml | $(VENV)/.torch
 
 $(VENV)/.for-test: pyproject.toml | $(VENV)/.torch
 	$(PIP) -e '.[test]'
+	touch $@ $(VENV)/.for-demo
+
+$(VENV)/.for-docs: pyproject.toml | $(VENV)/.torch
+	$(PIP) -e '.[docs]'
 	touch $@ $(VENV)/.for-demo

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from memo_core.kernels import triton as kernels
+from memo_core.kernels.triton import gate, groups, norm, residual, tools
 
 TARGETS = (80, 86, 89, 90, 120)
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KB that a program may have
@@ -38,27 +38,27 @@ def sources() -> list[tuple[str, Any, dict[str, str], dict[str, Any], Any, int]]
         pointers = {"x": _FULL, "y": _HALF, "shift": _HALF, "scale": _HALF, "total": _FULL, "out": _HALF, "eps": "fp32"}
         for add, modulated in ((False, False), (True, False), (True, True)):
             constants = {"x_c": 1, **sizes, "ADD": add, "MODULATED": modulated}
-            found.append((f"norm{' of a sum' * add}{', modulated' * modulated}", kernels._norm_kernel,
-                          pointers | counts, constants, kernels._rows, 1))  # fmt: skip
+            found.append((f"norm{' of a sum' * add}{', modulated' * modulated}", norm.norm_kernel,
+                          pointers | counts, constants, norm.row_variants, 1))  # fmt: skip
         counts = dict.fromkeys(("pixels", "each", "x_r", "x_p", "x_c", "shift_s"), "i32")
         shifted = {"SHIFTED": True, **sizes}
-        found.append(("group statistics", kernels._group_statistics_kernel,
+        found.append(("group statistics", groups.group_statistics_kernel,
                       {"x": _FULL, "shift": _HALF, "mean": _FULL, "spread": _FULL} | counts,
-                      shifted | {"CHUNK": kernels._PIXELS}, kernels._pixels, 1))  # fmt: skip
+                      shifted | {"CHUNK": groups.PIXELS}, groups.pixel_variants, 1))  # fmt: skip
         pointers = {"x": _FULL, "shift": _HALF, "weight": _HALF, "bias": _HALF, "found": _FULL, "out": _HALF}
-        found.append(("group norm", kernels._group_norm_kernel, pointers | counts,
-                      shifted | {"G": 32, "D": width // 32, "SILU": True}, kernels._pixels, 1))  # fmt: skip
+        found.append(("group norm", groups.group_norm_kernel, pointers | counts,
+                      shifted | {"G": 32, "D": width // 32, "SILU": True}, groups.pixel_variants, 1))  # fmt: skip
         joined = {"C": width, "G": 32, "D": width // 32, "DP": triton.next_power_of_2(width // 32), "CHUNK": 128}
         pointers = {"mean": _FULL, "spread": _FULL, "found": _FULL, "pixels": "i32", "chunks": "i32", "eps": "fp32"}
-        found.append(("group statistics joined", kernels._join_statistics_kernel, pointers,
+        found.append(("group statistics joined", groups.join_statistics_kernel, pointers,
                       joined | {"BLOCK": 32}, lambda _: [(None, 4)], 1))  # fmt: skip
         pointers = {"x": _HALF, "weight": _HALF, "bias": _HALF, "out": _HALF, "rows": "i32", "x_m": "i32"}
-        found.append(("gated product", kernels._geglu_linear_kernel, pointers,
-                      {"C": width, "N": 4 * width, "COLUMNS": 64, "DEPTH": 32}, kernels._tiles, 3))  # fmt: skip
-    found.append(("gate", kernels._geglu_kernel, {"x": _HALF, "out": _HALF, "total": "i32"}, {"C": 1280},
-                  kernels._flat, 1))  # fmt: skip
-    found.append(("sum", kernels._add_kernel, {"x": _FULL, "y": _HALF, "out": _FULL, "total": "i32"}, {"C": 1},
-                  kernels._flat, 1))  # fmt: skip
+        found.append(("gated product", gate.geglu_linear_kernel, pointers,
+                      {"C": width, "N": 4 * width, "COLUMNS": 64, "DEPTH": 32}, gate.product_variants, 3))  # fmt: skip
+    found.append(("gate", gate.geglu_kernel, {"x": _HALF, "out": _HALF, "total": "i32"}, {"C": 1280},
+                  tools.flat_variants, 1))  # fmt: skip
+    found.append(("sum", residual.add_kernel, {"x": _FULL, "y": _HALF, "out": _FULL, "total": "i32"}, {},
+                  tools.flat_variants, 1))  # fmt: skip
     return found
 
 

@@ -13,8 +13,9 @@ import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,11 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from memo_core import kernels
-from memo_core.budget import plan as budget
 from memo_core.budget.counting import _SHORT, GIB
 from memo_core.budget.plan import choose_plan
 from memo_core.budget.report import DRIVER, released
+from memo_core.kernels import shapes
+from memo_core.nets.conditions import Conditions
+from memo_core.nets.past import in_turn
 from memo_core.release import WINDOW
+from memo_core.running import precision
 from memo_core.sampling.settings import Settings
 
 SIZE, TERA, GIGA = 512, 1e12, 1e9
@@ -43,6 +47,8 @@ _KINDS = {
     "layer_norm": "norms", "native_layer_norm": "norms", "group_norm": "norms", "native_group_norm": "norms",
     "cat": "copies", "clone": "copies", "repeat": "copies", "copy_": "copies", "_to_copy": "casts", "to": "casts",
     "contiguous": "copies", "index": "copies", "upsample_nearest2d": "copies", "repeat_interleave": "copies",
+    "memory_attention": "memory kernels", "memory_sums": "memory kernels", "update_memory": "memory kernels",
+    "modulated_norm": "norms", "add_norm": "norms", "geglu_linear": "matrix products",
 }  # fmt: skip
 
 
@@ -167,74 +173,38 @@ class _Attention(TorchFunctionMode):
 
 @contextmanager
 def counted() -> Iterator[Costs]:
-    """Counts what is done inside, on tensors without data."""
-    with torch.inference_mode(), Costs() as costs, _Attention(costs), ExitStack() as stack:
-        for name, make in _stand_ins(costs).items():
-            if hasattr(kernels, name):
-                stack.enter_context(mock.patch.object(kernels, name, make))
-        yield costs
+    """Counts what is done inside, on tensors without data, as on a card that runs the project's kernels."""
+    with torch.inference_mode(), Costs() as costs, _Attention(costs), kernels.as_shapes():
+        counting = {name: _counting(costs, it) for name, it in vars(shapes).items() if inspect.isfunction(it)}
+        with mock.patch.multiple(shapes, **counting):
+            yield costs
 
 
-def _stand_ins(costs: Costs) -> dict[str, Callable[..., Any]]:
-    """The project's kernels, each as one that reads its inputs and writes its outputs."""
+def _counting(costs: Costs, allocate: Callable[..., Any]) -> Callable[..., Any]:
+    """One of the project's kernels as what reads its inputs, here all of them by position, and writes its outputs."""
+    name = allocate.__name__
 
-    def memory_attention(query: Tensor, key: Tensor, value: Tensor, memory: Any, decay: float = 0.9) -> Tensor:
-        out, products = query.new_empty(query.shape), 2 * query.numel() * 2 * key.shape[1]
-        past = 0 if memory is None else 2 * query.numel() * query.shape[-1]
-        costs.kernel("memory kernels", products + past, query, key, value, memory, out)
-        return out
-
-    def memory_sums(key: Tensor, value: Tensor, decay: float = 0.9) -> tuple[Tensor, Tensor]:
-        shape = (key.shape[0], *key.shape[2:])
-        made = key.new_empty(*shape, shape[-1]), key.new_empty(shape)
-        costs.kernel("memory kernels", 2 * key.numel() * key.shape[-1], key, value, made)
+    def kernel(*given: Any) -> Any:
+        made, operations, read = allocate(*given), 0, given
+        if name == "memory_attention":
+            query, key, _, memory = given
+            operations = 2 * query.numel() * (2 * key.shape[1] + (0 if memory is None else query.shape[-1]))
+        elif name in ("memory_sums", "update_memory"):
+            operations = 2 * given[-2].numel() * given[-2].shape[-1]
+        elif name == "geglu_linear":
+            operations = 2 * given[0].numel() * len(given[1])
+        elif name == "add" and given[0].stride() != given[1].stride():
+            costs.kernel("copies", 0, given[1], given[1])
+        elif name == "layer_norm":  # of these norms without the weights, which are little
+            read = given[:1]
+        elif name == "add_norm":
+            read = given[:2]
+        elif name == "group_norm":  # x is read twice; the shift is the last but one
+            read = given[0], given[0], given[-2]
+        costs.kernel(_KINDS.get(name, "pointwise"), operations, read, made)
         return made
 
-    def update_memory(memory: Any, factor: float, key: Tensor, value: Tensor, decay: float = 0.9) -> Any:
-        costs.kernel("memory kernels", 2 * key.numel() * key.shape[-1], key, value, memory, memory)
-        return memory
-
-    def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5, **more: Any) -> Tensor:
-        out = x.new_empty(x.shape, dtype=shift.dtype)
-        costs.kernel("norms", 0, x, shift, scale, out)
-        return out
-
-    def fuses(x: Tensor) -> bool:
-        return True
-
-    def geglu(x: Tensor) -> Tensor:
-        out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-        costs.kernel("pointwise", 0, x, out)
-        return out
-
-    def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out = x.new_empty(*x.shape[:-1], len(weight) // 2)
-        costs.kernel("matrix products", 2 * x.numel() * len(weight), x, weight, bias, out)
-        return out
-
-    def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, shift=None, silu=False) -> Tensor:
-        out = torch.empty_like(x, dtype=weight.dtype, memory_format=torch.channels_last)
-        costs.kernel("norms", 0, x, x, out, () if shift is None else shift)
-        return out
-
-    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        out = x.new_empty(x.shape, dtype=weight.dtype)
-        costs.kernel("norms", 0, x, out)
-        return out
-
-    def add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype, modulated=False) -> Any:
-        total, out = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=y.dtype)
-        costs.kernel("norms", 0, x, y, total, out)
-        return total, out
-
-    def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-        out = torch.empty_like(x, dtype=dtype)
-        if y.stride() != x.stride():
-            costs.kernel("copies", 0, y, y)
-        costs.kernel("pointwise", 0, x, y, out)
-        return out
-
-    return {name: value for name, value in locals().items() if inspect.isfunction(value)}
+    return kernel
 
 
 # --- The parts --------------------------------------------------------------------------------------------------------
@@ -260,26 +230,23 @@ def step(nets: Any, height: int, width: int) -> dict[str, dict[str, Any]]:
     face = numbers(batch, nets.image_proj.tokens, net.config.cross_attention_dim)
     with counted():
         past = nets.reference_net(numbers(batch * WINDOW, 4, *size), numbers(batch * WINDOW, *face.shape[1:]))
-        sums = [(kv, z) for kv, z in net.memory_sums(past, *size, WINDOW)]
-        given = net.prepare(
+        sums = [layer.carries.of_window(key, value) for layer, key, value in net.past(past, *size, WINDOW)]
+        conditions = Conditions(
             reference=[feature[:1][None] for feature in past],  # as the released rows go: two sets count alike
             face_tokens=face,
             audio_tokens=numbers(batch, WINDOW, nets.audio_proj.tokens, net.config.audio_attention_dim),
             emotion=torch.empty(batch, dtype=torch.long, device="meta"),
             frames=WINDOW,
         )
+        prepared = net.prepare(conditions)
         shifts = net.time_shifts(torch.zeros(1, device="meta"), dtype)
-    carried = getattr(getattr(budget, "precision", None), "carried", lambda dtype: dtype)(dtype)
-    latents = numbers(1, 4, WINDOW, *size).to(carried)
-    if getattr(kernels, "fuses", None) is not None:
-        latents = latents.contiguous()
+    latents = numbers(1, 4, WINDOW, *size).to(precision.carried(dtype))
     found: dict[str, dict[str, Any]] = {}
     stack: list[tuple[str, int, dict[str, int]]] = []
     kinds, handles = _parts_of(net), []
-    if hasattr(kernels, "fuses"):  # as `optimise` has it by default where they run
-        for module in net.modules():
-            if hasattr(module, "fuse"):
-                module.fuse()
+    for module in net.modules():  # as `optimise` has it by default where the kernels run
+        if hasattr(module, "fuse"):
+            module.fuse()
     with counted() as costs:
         for module in net.modules():
             part = kinds.get(type(module).__name__)
@@ -296,7 +263,7 @@ def step(nets: Any, height: int, width: int) -> dict[str, dict[str, Any]]:
                         row["bytes"][kind] += count - moved_before.get(kind, 0)
 
                 handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-        net(latents, shifts, given, sums)
+        net(latents, shifts, prepared, in_turn(sums))
     for handle in handles:
         handle.remove()
     whole = _row(costs)
@@ -330,8 +297,8 @@ def window(height: int = SIZE, width: int = SIZE) -> dict[str, dict[str, Any]]:
         past = nets.reference_net(numbers(nets.reference_net, 2 * WINDOW, 4, *size), face)
     rows["Reference Net on a past window"] = _row(costs)
     with counted() as costs:
-        for _ in nets.diffusion_net.memory_sums(past, *size, WINDOW):
-            pass
+        for layer, key, value in nets.diffusion_net.past(past, *size, WINDOW):
+            layer.carries.of_window(key, value)
     rows["memory sums of it"] = _row(costs)
     for name, half, run, shape in (
         ("VAE decode, 16 frames", nets.vae.decoder, nets.vae.decode, (1, 4, *size)),
@@ -372,21 +339,23 @@ def plans() -> dict[str, dict[str, str]]:
 def looks(windows: int = 40) -> dict[str, float]:
     """Windows that the Reference Net looks at for each new one, on average after the first eight."""
     from memo_core import MemoryState
-    from memo_core.memory.cache import SumsCache
+    from memo_core.memory.cache import MemoryCache
+    from memo_core.nets.past import LinearSums
 
     found, face = {}, torch.zeros(1, 512)
     for dtype in (torch.float32, torch.bfloat16):
-        state, cache, looked, each = MemoryState.empty(), SumsCache(), [], []
+        state, cache, looked, each = MemoryState.empty(), MemoryCache(), [], []
+        layer = SimpleNamespace(carries=LinearSums())
 
-        def of_entry(entry: Any, into: Any = None, looked: list = looked) -> list[tuple[Tensor, Tensor]]:
+        def past_of(entry: Any, looked: list = looked) -> list[tuple[Any, Tensor, Tensor]]:
             looked.append(entry.digest)
-            return [next(into)[0] if into is not None else (torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1))]
+            return [(layer, torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1))]
 
         for number in range(windows + 8):
             latents = torch.randn(WINDOW, 4, 2, 2, generator=torch.Generator().manual_seed(number)).to(dtype)
             state = state.push(latents, face, "model", "reference")
             looked.clear()
-            cache.sums(state, "", of_entry)
+            cache.memory_of(state, "", past_of)
             each.append(len(looked))
         found[str(dtype).removeprefix("torch.")] = sum(each[8:]) / windows
     return found

@@ -233,7 +233,8 @@ class Bench:
 
     def option(self, name: str) -> dict[str, Any]:
         """The same windows by networks that compute in another way: the first, which may have to compile, and the
-        second, against networks without options."""
+        second, against networks without options.
+        """
         from memo_core.running.options import Options, optimise
 
         nets, plain = self._build(), self._plain
@@ -408,7 +409,8 @@ def command(part: str, args: argparse.Namespace) -> list[str]:
 
 def apart(part: str, args: argparse.Namespace, seconds: float, path: Path) -> None:
     """Measures a part in another process, which is ended after so many seconds, and writes down if it did not end well;
-    what it has written by then stays."""
+    what it has written by then stays.
+    """
     process = subprocess.Popen(
         command(part, args),
         cwd=Path(__file__).resolve().parents[1],

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from memo_core import MemoPipeline
 from memo_core.checkpoint.networks import Networks
 from memo_core.kernels import fused, naive
-from memo_core.memory.cache import SumsCache
+from memo_core.memory.cache import MemoryCache
+from memo_core.nets.conditions import Conditions
+from memo_core.nets.past import Memory
 from memo_core.release import DECAY, WINDOW
 from memo_core.running import precision
 from memo_core.sampling.clip import Window
-from memo_core.sampling.conditions import Sampler
+from memo_core.sampling.conditions import Conditioner
 from memo_core.sampling.job import Job
 from memo_core.sampling.settings import PRESETS
 from memo_core.sampling.window import sample_window
@@ -80,7 +82,7 @@ def watched(nets: Networks, parts: Parts) -> Iterator[None]:
     }
     with ExitStack() as stack:
         stack.enter_context(parts.watching(modules))
-        stack.enter_context(_calls(net, "memory_sums", released.MEMORY_INPUTS, parts, generator=True))
+        stack.enter_context(_calls(net, "past", released.MEMORY_INPUTS, parts, generator=True))
         for method in ("prepare", "time_shifts"):
             stack.enter_context(_calls(net, method, CONDITIONS, parts))
         yield
@@ -115,7 +117,8 @@ def _calls(module: nn.Module, method: str, name: str, parts: Parts, generator: b
 
 def windows_of(nets: Networks, job: Job, how: str, parts: Parts | None = None) -> Iterator[Tensor]:
     """Latents [4, F, h, w] of a job's windows, by the released schedule or by memo_core with nothing kept from before;
-    the latter with the preset that `how` names."""
+    the latter with the preset that `how` names.
+    """
     if how == RELEASED:
         for window in released.sample_released(nets, job, unmeasured if parts is None else parts):
             yield window.latents
@@ -431,7 +434,8 @@ def over_windows(nets: Networks, size: int, counts: list[int], **settings: Any) 
 
 def over_pixels(nets: Networks, sizes: list[int], warm_up: bool, **settings: Any) -> Iterator[dict[str, Any]]:
     """Seconds of one window by its side in pixels, so far; with `warm_up` each size is sampled once before, for what a
-    device finds out about it the first time."""
+    device finds out about it the first time.
+    """
     found: dict[str, Any] = {}
     for size in sizes:
         pipe = MemoPipeline(nets)
@@ -465,7 +469,7 @@ def over_portraits(
 
         @torch.no_grad()
         def run() -> None:
-            latents = sample_window(nets, noise, given, jobs[0].settings)
+            latents = sample_window(nets, noise, *given, jobs[0].settings)
             if latents.shape != noise.shape:
                 raise ValueError(f"{count} portraits gave latents {list(latents.shape)}")
 
@@ -475,27 +479,27 @@ def over_portraits(
         yield found
 
 
-def _conditions(nets: Networks, job: Job) -> Any:
-    sampler = Sampler(nets, job.reference, job.settings, SumsCache())
-    return sampler.conditions(job.inputs(0, job.entering(nets)))
+def _conditions(nets: Networks, job: Job) -> tuple[Conditions, list[Memory]]:
+    conditioner = Conditioner(nets, job.reference, job.settings, MemoryCache())
+    inputs = job.inputs(0, job.entering(nets))
+    return conditioner.conditions(inputs), list(conditioner.memory(inputs.memory))
 
 
-def _joined(conditions: list[Any]) -> Any:
-    """Conditions of several portraits in one batch: first all unconditional rows, then all conditional ones."""
+def _joined(given: list[tuple[Conditions, list[Memory]]]) -> tuple[Conditions, list[Memory]]:
+    """Conditions and memory of several portraits in one batch: first all unconditional rows, then all conditional
+    ones."""
 
     def rows(tensors: list[Tensor]) -> Tensor:
         halves = [tensor.chunk(2) for tensor in tensors]
         return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
 
-    memory = []
-    for pairs in zip(*(list(given.memory) for given in conditions)):
-        pairs = [pair() if callable(pair) else pair for pair in pairs]
-        memory.append(tuple(rows(list(part)) for part in zip(*pairs)))
-    return replace(
+    conditions = [each for each, _ in given]
+    memory = [tuple(rows(list(part)) for part in zip(*pairs)) for pairs in zip(*(memory for _, memory in given))]
+    joined = replace(
         conditions[0],
-        reference=[torch.cat(features) for features in zip(*(given.reference for given in conditions))],
-        memory=memory,
-        face_tokens=rows([given.face_tokens for given in conditions]),
-        audio_tokens=rows([given.audio_tokens for given in conditions]),
-        emotion=rows([given.emotion for given in conditions]),
+        reference=[torch.cat(features) for features in zip(*(each.reference for each in conditions))],
+        face_tokens=rows([each.face_tokens for each in conditions]),
+        audio_tokens=rows([each.audio_tokens for each in conditions]),
+        emotion=rows([each.emotion for each in conditions]),
     )
+    return joined, memory

@@ -13,7 +13,8 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from memo_core import MemoPipeline
+from memo_core.nets.past import LinearSums, Memory
 from memo_core.running import precision
 from memo_core.sampling.job import Job
 from training.toon import evaluate
@@ -59,14 +61,23 @@ def sums(pipe: MemoPipeline, full: MemoPipeline) -> None:
     net = pipe.nets.diffusion_net
     wide = copy.deepcopy(net).float()
 
-    def memory_sums(self, past: list[Tensor], *args, into=None) -> Iterator[tuple[Tensor, Tensor]]:
-        if len(args) > 4:
-            *args, into = args
-        widened = None if into is None else (((kv.float(), z.float()), factor) for (kv, z), factor in into)
-        for kv, z in wide.memory_sums([feature.float() for feature in past], *args, widened):
-            yield kv.bfloat16(), z.bfloat16()
+    def past(self, features: list[Tensor], *args: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        for _, key, value in wide.past([feature.float() for feature in features], *args):
+            yield SimpleNamespace(carries=_SumsInFull()), key, value
 
-    net.memory_sums = MethodType(memory_sums, net)
+    net.past = MethodType(past, net)
+
+
+class _SumsInFull(LinearSums):
+    """Computes in the format of keys and values, float32, and keeps bfloat16."""
+
+    def of_window(self, key: Tensor, value: Tensor) -> Memory:
+        kv, z = super().of_window(key, value)
+        return kv.bfloat16(), z.bfloat16()
+
+    def update(self, memory: Memory, factor: float, key: Tensor, value: Tensor) -> Memory:
+        kv, z = super().update((memory[0].float(), memory[1].float()), factor, key, value)
+        return kv.bfloat16(), z.bfloat16()
 
 
 def everything_but_weights(pipe: MemoPipeline, full: MemoPipeline) -> None:

@@ -433,7 +433,8 @@ class _DiffusionNet:
 
     def _memory_sums(self, layer: nn.Module, past: Tensor, frames: int) -> tuple[Tensor, Tensor]:
         """The memory of a layer: kv [B * N * H, D, D] and z [B * N * H, 1, D]; past [B * F, N, C] is projected, used
-        or not."""
+        or not.
+        """
         past = _by_location(past, frames)
         query, key, value = (_heads_in_batch(to(past), layer.heads) for to in (layer.to_q, layer.to_k, layer.to_v))
         del query  # nothing reads it

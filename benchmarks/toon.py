@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memo_core import MemoPipeline, MemoryState
+from memo_core import MemoPipeline
 from memo_core.checkpoint.digest import base_digest
 from memo_core.inputs.emotion import EmotionTrack
 from memo_core.release import WINDOW
 from training import engine, presets, run
 from training.config import Stage
-from training.nets import Nets
 from training.toon import heads
 from training.toon.judge import Judge, correlation_and_lag, read_emotion, ssim
 from training.toon.voices import RATE, sample_voice, speak
@@ -108,9 +107,7 @@ def _stage(variant: Variant, config: Stage, out: Path, start: Path, args: argpar
     # Drawn data has no bad samples, and a filter would drop other ones for each variant.
     config = replace(config, loss=replace(config.loss, robust_threshold=math.inf))
     config = replace(config, engine=replace(config.engine, save_every=100, keep=1, sample_every=10**6))
-    nets = Nets.from_pretrained(start)
-    variant.change(nets.diffusion_net)
-    return engine.train(config, args.data, out, nets, start)
+    return engine.train(config, args.data, out, variant.nets(start, config.seed), start)
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
@@ -119,7 +116,6 @@ def _stage(variant: Variant, config: Stage, out: Path, start: Path, args: argpar
 def sample(variant: Variant, weights: Path, case: Case, args: argparse.Namespace, seed: int) -> tuple[Tensor, Tensor]:
     """uint8 frames [F, 3, H, W] of a case, and the emotion labels [F] that they were told (9: none)."""
     pipe = MemoPipeline.from_pretrained(weights)
-    variant.change(pipe.nets.diffusion_net)
     audio = pipe.encode_audio(case.waveform, RATE, fps=heads.FPS)
     heard: EmotionTrack | None = pipe.detect_emotion(case.waveform, RATE, audio.num_padded_frames)
     if variant.emotion == "static":
@@ -132,7 +128,6 @@ def sample(variant: Variant, weights: Path, case: Case, args: argparse.Namespace
         ref,
         audio,
         heard,
-        MemoryState.empty(horizon=variant.horizon),
         steps=args.sampling_steps,
         guidance_scale=args.guidance,
         seed=seed,
@@ -216,7 +211,8 @@ def collect(args: argparse.Namespace) -> dict:
 
 def table(result: dict) -> str:
     """Markdown: mean and spread (standard deviation over the videos) of every measure, and below, what each variant
-    changes, as the mean and spread of the differences between videos of the same face, voice and noise."""
+    changes, as the mean and spread of the differences between videos of the same face, voice and noise.
+    """
     rows = result["measured"]
 
     def line(name: str, values: dict[str, list[float]], digits: int = 2) -> str:

@@ -14,9 +14,10 @@ _REPR.maxlevel = 3
 
 def whole(value: Any, low: int = 0, high: int = 2**53) -> int | None:
     """The whole number from `low` to `high` that a value is, or None."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+    if not isinstance(value, Integral) or isinstance(value, bool):
         return None
-    return int(value)
+    found = int(value)
+    return found if low <= found <= high else None
 
 
 def number(value: Any, low: float = -math.inf, high: float = math.inf) -> float | None:

@@ -98,8 +98,10 @@ def attention_runs(device: torch.device, dtype: torch.dtype, names: tuple[str, .
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a device, counting what torch keeps for itself; of the machine for the CPU. None where nobody
-    says."""
+    """Free memory of a device in bytes, counting what torch keeps for itself; of the machine for the CPU.
+
+    None where nobody says.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device.index)[0]  # torch 2.4 wants a number here, or None for the current one
@@ -123,8 +125,10 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Gives memory that torch keeps for itself back to the device: pieces of another size than the next ones count as
-    free, but cannot be used for them."""
-    module = getattr(torch, device.type, None)
-    if hasattr(module, "empty_cache") and (device.type != "cuda" or torch.cuda.is_initialized()):
-        module.empty_cache()
+    """Gives memory that torch keeps for itself back to the device.
+
+    Pieces of another size than the next ones count as free, but cannot be used for them.
+    """
+    empty = getattr(getattr(torch, device.type, None), "empty_cache", None)
+    if empty is not None and (device.type != "cuda" or torch.cuda.is_initialized()):
+        empty()

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO
 
+fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:  # Windows, where a file that someone has open cannot be removed in the first place
@@ -33,7 +35,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """
     try:
         name = os.fspath(path)
-        file = open(name, "rb", opener=_open_without_waiting)
+        file = open(name, "rb", opener=_open_without_waiting)  # noqa: SIM115  # the caller closes it
     except (TypeError, ValueError) as error:  # no path; a NUL or a lone surrogate in it
         raise OSError(errno.EINVAL, f"this is no file name ({error})", repr(path)) from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -82,10 +84,8 @@ class Unfinished:
             os.close(number)  # what has it open to write keeps it there
         else:
             self._lock = number
-            try:
+            with suppress(OSError):  # a file system without locks: there nobody can lock it to remove it, either
                 fcntl.flock(number, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks: there nobody can lock it to remove it, either
-                pass
         os.rename(unlocked, self.temporary)
 
     def finish(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -106,10 +106,8 @@ class Unfinished:
     def discard(self) -> None:
         """Removes the temporary file; nothing appears under the final name."""
         self._unlock()
-        try:
+        with suppress(OSError):  # someone else has it open
             self.temporary.unlink(missing_ok=True)
-        except OSError:  # someone else has it open
-            pass
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -146,8 +144,10 @@ def remove_abandoned(path: str | os.PathLike[str]) -> list[Path]:
 
 @lru_cache(maxsize=1024)
 def _unfinished_in(folder: str) -> tuple[str, ...]:
-    """Names of the temporary files that lay in a folder when this process first looked: later ones are not left by
-    earlier runs, and a folder of thousands of files is not listed for each."""
+    """Names of the temporary files that lay in a folder when this process first looked.
+
+    Later ones are not left by earlier runs, and a folder of thousands of files is not listed for each.
+    """
     try:
         return tuple(entry.name for entry in os.scandir(folder) if entry.name.endswith(".part"))
     except OSError:

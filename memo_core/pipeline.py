@@ -25,9 +25,8 @@ from .inputs.emotion import SECONDS_AT_ONCE, EmotionTrack, detect_emotion
 from .inputs.portrait import PortraitImage, prepare_portrait
 from .inputs.reference import Reference
 from .inputs.speech import AudioTrack, encode_audio, seconds_at_once
-from .memory.cache import SumsCache
+from .memory.cache import MemoryCache
 from .memory.state import MemoryState
-from .release import WINDOW
 from .running import offload
 from .running.options import Options
 from .sampling.clip import Window, count_stored, sample_windows
@@ -53,7 +52,7 @@ class MemoPipeline:
 
     def __init__(self, nets: Networks):
         self.nets = nets
-        self._sums = SumsCache()
+        self._memory = MemoryCache()
 
     @classmethod
     def from_pretrained(
@@ -86,7 +85,7 @@ class MemoPipeline:
         self,
         waveform: Tensor | np.ndarray,
         sample_rate: int,
-        fps: float = 30,
+        fps: float | None = None,
         context: float | str | None = "auto",
         **more: Any,
     ) -> AudioTrack:
@@ -94,13 +93,20 @@ class MemoPipeline:
 
         Args:
             waveform: [T] or [channels, T], any rate.
+            fps: frames a second of the video; None: what the checkpoint was trained at.
             context: None encodes the whole recording at once, as released; "local" makes every feature depend on the
                 sound around it alone; a number encodes chunks with that many seconds of context on either side; "auto"
                 is None up to 60 s and chunks above.
         """
         self._listen(seconds_at_once(waveform, sample_rate, context))
         return encode_audio(
-            waveform, sample_rate, self.nets.speech_encoder, fps=fps, context=context, window_frames=WINDOW, **more
+            waveform,
+            sample_rate,
+            self.nets.speech_encoder,
+            fps=self._fps(fps),
+            context=context,
+            window_frames=self.nets.window,
+            **more,
         )
 
     def detect_emotion(
@@ -108,7 +114,7 @@ class MemoPipeline:
         waveform: Tensor | np.ndarray,
         sample_rate: int,
         num_padded_frames: int,
-        fps: float = 30,
+        fps: float | None = None,
         sensitivity: float = 1.0,
         smoothing: float = 0.0,
     ) -> EmotionTrack:
@@ -120,10 +126,13 @@ class MemoPipeline:
             self.nets.emotion_encoder,
             self.nets.emotion_head,
             num_padded_frames,
-            fps,
+            self._fps(fps),
             sensitivity,
             smoothing,
         )
+
+    def _fps(self, fps: float | None) -> float:
+        return self.nets.fps if fps is None else fps
 
     def _listeners(self) -> list[nn.Module]:
         nets = (self.nets.speech_encoder, self.nets.emotion_encoder, self.nets.emotion_head)
@@ -271,7 +280,8 @@ class MemoPipeline:
         plan: Plan | None,
     ) -> Iterator[Window]:
         """Where the plan is this pipeline's own and the device runs out of memory all the same: once more from that
-        window on, by a plan that takes less."""
+        window on, by a plan that takes less.
+        """
         job = job.checked(self.nets)
         rest, made, steps = job, [], job.windows * job.settings.steps
 
@@ -288,7 +298,7 @@ class MemoPipeline:
                 for window in sample_windows(
                     self.nets,
                     rest,
-                    cache=self._sums,
+                    cache=self._memory,
                     store=store,
                     decode_stored=self.decode,
                     on_progress=None if on_progress is None else progress,
@@ -308,7 +318,7 @@ class MemoPipeline:
                     raise
             # Out here the failed step's tensors are gone.
             logger.warning("out of memory: once more from frame %d on, %s", rest.start, smaller.describe())
-            self._sums.clear()
+            self._memory.clear()
             devices.empty_cache(self.nets.device)
             how = smaller
 
@@ -324,7 +334,7 @@ class MemoPipeline:
         if room is None:
             return None
         height, width = job.reference.pixels.shape[1:]
-        return choose_plan(self.nets, height, width, job.settings, room + self._sums.device_bytes)
+        return choose_plan(self.nets, height, width, job.settings, room + self._memory.device_bytes)
 
     def smaller_plan(self, job: Job, than: Plan) -> Plan | None:
         """The next plan that takes less; None after the last."""
@@ -343,7 +353,7 @@ class MemoPipeline:
             SamplingError: it does not fit; names the largest size that does.
         """
         height, width = self.default_size if size is None else size
-        check_room(self.nets, height, width, Settings(**settings), kept=self._sums.nbytes)
+        check_room(self.nets, height, width, Settings(**settings), kept=self._memory.nbytes)
 
     def sample_clip(
         self,

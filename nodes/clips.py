@@ -88,7 +88,8 @@ class ImagesToClip(io.ComfyNode):
     def execute(
         cls, images: Tensor, fps: float, clip: AnyClip | None = None, audio: Mapping | None = None
     ) -> io.NodeOutput:
-        start, about, sound = 0.0, {}, None
+        start, sound = 0.0, None
+        about: Mapping[str, Any] = {}
         if clip is not None:
             # More images than the clip has frames were interpolated: they last as long as it did.
             denser = max(1.0, len(images) / max(1, clip.num_frames))
@@ -174,22 +175,23 @@ class ConcatClips(io.ComfyNode):
         audio: Sequence[Mapping] = (),
         **slots: list[AnyClip | Tensor],
     ) -> io.NodeOutput:
-        parts, names = [], []
+        joined: list[AnyClip | Tensor] = []
+        names = []
         for name in [*(f"clip_{number}" for number in range(1, SLOTS + 1)), "clips"]:
-            given = clips if name == "clips" else slots.get(name) or ()
-            for number, part in enumerate(given, 1):
+            here = clips if name == "clips" else slots.get(name) or ()
+            for number, part in enumerate(here, 1):
                 if part is None:
                     continue
-                parts.append(part)
-                names.append(name if len(given) == 1 else f"{name}[{number}]")
-        if not parts:
+                joined.append(part)
+                names.append(name if len(here) == 1 else f"{name}[{number}]")
+        if not joined:
             raise SamplingError("there is nothing to join: connect at least one clip or images to Concat Clips")
         if not 0 <= fps[0] < math.inf:  # of a wire: the host looks at widgets only
             raise SamplingError(f"fps is {fps[0]!r}; it must be frames per second, or 0 for the clips' own")
         # Plain images come at the video's speed.
-        speed = fps[0] or next((part.fps for part in parts if not isinstance(part, Tensor)), FPS)
+        speed = fps[0] or next((part.fps for part in joined if not isinstance(part, Tensor)), FPS)
         parts = [
-            image_clip(name, part, speed) if isinstance(part, Tensor) else part for name, part in zip(names, parts)
+            image_clip(name, part, speed) if isinstance(part, Tensor) else part for name, part in zip(names, joined)
         ]
         if len(audio) > 1:
             raise SamplingError(f"audio is a list of {len(audio)} recordings; one for the whole video is expected")
@@ -339,7 +341,7 @@ def paced(frames: Iterator[np.ndarray], part: AnyClip, fps: float) -> Iterator[n
     if part.fps == fps:
         yield from frames
         return
-    current, number = None, -1
+    number = -1
     for wanted in range(frames_at(part, fps)):
         due = min(int((wanted + 0.5) * part.fps / fps), part.num_frames - 1)
         while number < due:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..memo_core.errors import PortraitError
 from ..memo_core.video.clips import ImageClip, over_white
-from ..memo_core.video.compose import Box, centre_square, crop_square, face_square, paste_back
+from ..memo_core.video.compose import Box, Frame, centre_square, crop_square, face_square, paste_back
 from .clips import AnyClip, image_clip
 from .host.media import one_picture, opaque, preview
 from .host.placement import HostPipeline, refuse_without_room
@@ -237,6 +239,7 @@ class PasteBack(io.ComfyNode):
     @classmethod
     def execute(cls, clip: AnyClip | Tensor, picture: Tensor, box: Box, feather: float) -> io.NodeOutput:
         pictures = image_clip("picture", picture).images
+        frames: Iterable[Frame] | Tensor
         if isinstance(clip, Tensor):
             clip = image_clip("clip", clip)
             frames = clip.images

@@ -87,7 +87,7 @@ class SampleClip(io.ComfyNode):
                     min=0.0,
                     max=36000.0,
                     step=0.01,
-                    tooltip="Seconds; 0 is to the end. Clips of whole windows (multiples of 8 s at 30 fps) join to "
+                    tooltip="Seconds; 0 is to the end. Clips of whole windows (multiples of 1.6 s at 30 fps) join to "
                     "exactly the video that one clip would be.",
                 ),
                 *_sampling_inputs(),

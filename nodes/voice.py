@@ -140,7 +140,7 @@ def encode_voice(
         )
     speech = sound
     if separation == "spectral":
-        speech = Sound(*separate_vocals_spectral(sound.waveform, sound.sample_rate))
+        speech = Sound(separate_vocals_spectral(sound.waveform, sound.sample_rate)[0], sound.sample_rate)
     elif separation != "off":
         model_file = model.nets.folder / VOCAL_SEPARATOR
         if not model_file.is_file():

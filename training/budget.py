@@ -79,7 +79,8 @@ class Cost:
     @property
     def total(self) -> int:
         """Bytes of device memory, at the greater of two moments: in the backward pass, or in the optimiser's step,
-        which holds all gradients (and needs nothing besides: it is fused)."""
+        which holds all gradients (and needs nothing besides: it is fused).
+        """
         gradients = self.step.gradients if self.stage.optimizer.accumulate > 1 else self.step.peak_gradients
         backward = self.step.peak - self.step.peak_gradients + gradients
         held = self.step.weights + self.moments + self.average + RESERVE
@@ -236,7 +237,8 @@ def count(config: Stage, sizes: Sizes = RELEASED, size: int = 512) -> Cost:
 
 def moments(numbers: int, bits: int) -> int:
     """Bytes of Adam's two moments of a tensor: float32, or a byte and a scale per 256 (bitsandbytes; not for tensors
-    below 4096 numbers)."""
+    below 4096 numbers).
+    """
     return 8 * numbers if bits == 32 or numbers < 4096 else 2 * (numbers + 4 * -(-numbers // 256))
 
 

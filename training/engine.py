@@ -23,10 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from memo_core.checkpoint.digest import weights_digest
 from memo_core.checks import shown
 from memo_core.files import replace_whole
-from memo_core.nets.diffusion_net import DiffusionNet
-from memo_core.nets.layers import ResnetBlock
-from memo_core.nets.multimodal import AudioModule
-from memo_core.nets.spatial import SpatialTransformer
 
 from . import batches, lora, losses, run
 from .config import ConfigError, Stage, flatten, from_json, to_json
@@ -410,20 +406,14 @@ def gather_outside_forward(model: nn.Module) -> None:
     """Lets FSDP2, which gathers a module's weights for its forward alone, gather them for its other methods, too.
 
     Args:
-        model: of which FSDP2 may shard, each by itself, any `DiffusionNet`, `ResnetBlock`, `SpatialTransformer`,
-            `AudioModule` and `MemoryModule`; those that are not sharded by themselves stay as they are.
+        model: of which FSDP2 may shard, each by itself, the Diffusion Net, residual blocks and the modules beside them;
+            those that are not sharded by themselves stay as they are.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    called = {DiffusionNet: "predict", ResnetBlock: "shift", SpatialTransformer: "prepare", AudioModule: "feel"}
-    modules = list(model.modules())
-    for module in modules:
-        for kind, method in called.items():
-            if isinstance(module, kind):
-                register_fsdp_forward_method(module, method)
-    # The others listen within their forward, whose weights this would let go of too early.
-    first = next(module for module in modules if isinstance(module, AudioModule))
-    register_fsdp_forward_method(first, "listen")
+    for module in list(model.modules()):
+        for method in getattr(module, "outside_forward", ()):
+            register_fsdp_forward_method(module, method)
 
 
 def begun(folder: Path) -> tuple[Stage, dict[str, Any]]:
@@ -461,7 +451,8 @@ class _Figures:
 
     def taken(self) -> dict[str, float]:
         """Mean loss of the samples kept (NaN: none), share of them, the last gradient's norm, and steps skipped because
-        theirs was not finite."""
+        theirs was not finite.
+        """
         figures = {
             "loss": self.loss / self.kept if self.kept else math.nan,
             "gradient_norm": self.norm,

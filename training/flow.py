@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from memo_core.nets.memory_module import Memory, MemoryModule
-from memo_core.release import DECAY, WINDOW
+from memo_core.memory import recurrence
+from memo_core.nets.conditions import Conditions
+from memo_core.nets.past import Memory, MemoryOfModule
+from memo_core.nets.temporal import TemporalModule
 
 from . import losses
 from .batches import Batch
@@ -48,12 +50,8 @@ class FlowModel(nn.Module):
         if batch.audio is not None:
             audio_tokens = nets.audio_proj(batch.audio[order]) * ~batch.no_audio[order].view(-1, 1, 1, 1)
             emotion = batch.emotion[order]
-            parts = memory_sums(nets, batch.past[order], tokens, batch.past_windows[order])
             # Each module sums in its own forward, where FSDP2 has gathered its weights; again, where it recomputes.
-            if getattr(nets, "recomputes", False):
-                memory = [sums for sums, layers in parts for _ in range(layers)]
-            else:
-                memory = [layer for sums, layers in parts for layer in _summed_once(sums, layers)]
+            memory = list(memory_of_modules(nets, batch.past[order], tokens, batch.past_windows[order]))
 
         clean, sigma = batch.latents[order], batch.sigma[order]
         level = sigma.view(count, 1, frames, 1, 1)
@@ -61,11 +59,14 @@ class FlowModel(nn.Module):
         predicted = nets.diffusion_net.predict(
             noisy,
             sigma.flatten() * 1000,
-            reference=reference,
-            memory=memory,
-            face_tokens=tokens,
-            audio_tokens=audio_tokens,
-            emotion=emotion,
+            Conditions(
+                reference=reference,
+                face_tokens=tokens,
+                audio_tokens=audio_tokens,
+                emotion=emotion,
+                frames=frames,
+            ),
+            memory,
         )
         focus = 1 + (self.loss.focus_weight - 1) * batch.focus[order].view(count, 1, 1, height, width)
         loss, error = losses.flow_errors(predicted.float(), velocity, level, focus, self.loss)
@@ -75,53 +76,55 @@ class FlowModel(nn.Module):
 
 
 def memory_of(nets: Nets, past: Tensor, face_tokens: Tensor, windows: Tensor | None = None) -> list[Memory]:
-    """Memory of past windows, decayed and summed as `memo_core.memory` does, one (kv, z) per memory layer.
+    """Memory of past windows, as sampling makes it of a state, one pair per temporal layer.
 
     Args:
-        past: [B, P * 16, 4, h, w] latents, oldest first.
+        nets: the networks.
+        past: [B, P * F, 4, h, w] latents, oldest first; F is the networks' window.
         face_tokens: [B, tokens, C].
         windows: [B] how many of the last windows count, 0 to P; None: all.
     """
-    return [memory for sums, _ in memory_sums(nets, past, face_tokens, windows) for memory in sums()]
+    return [memory for module in memory_of_modules(nets, past, face_tokens, windows) for memory in module()]
 
 
-def memory_sums(
+def memory_of_modules(
     nets: Nets, past: Tensor, face_tokens: Tensor, windows: Tensor | None = None
-) -> Iterator[tuple[Callable[[], list[Memory]], int]]:
-    """`memory_of`, still to be summed: for each memory module a function that does so, and its number of layers.
+) -> Iterator[MemoryOfModule]:
+    """`memory_of`, still to be computed: for each temporal module a function that does so.
 
     At released sizes the sums of a sample are gigabytes, and what the backward pass needs of them is more: a module
-    that computes its activations again can compute its sums again with them.
+    that computes its activations again computes its memory again with them.
     """
     batch, frames, _, height, width = past.shape
-    with torch.no_grad():  # the past is given: only what the memory layers make of it is learned
+    with torch.no_grad():  # the past is given: only what the temporal layers make of it is learned
         rows = face_tokens.detach().repeat_interleave(frames, dim=0)
         features = nets.reference_net(past.flatten(0, 1), rows)
-    for (block, index, level), feature in zip(nets.diffusion_net.layers(), features):
-        module = block.memory_module(index)
+    for (level, index, resolution), feature in zip(nets.diffusion_net.layers(), features, strict=True):
+        module = level.temporal(index)
         if module is None:
             continue
         if feature.device.type == "cpu":  # where group norm crashes in backward if its input alone needs no gradient
             feature.requires_grad_(torch.is_grad_enabled())
-        size = (-(-height // 2**level), -(-width // 2**level))
-        yield partial(_sums, module, feature.unflatten(0, (batch, frames)), size, windows), module.num_memory_layers
+        size = (-(-height // 2**resolution), -(-width // 2**resolution))
+        window = nets.diffusion_net.config.window
+        yield partial(_memory_of_module, module, feature.unflatten(0, (batch, frames)), size, window, windows)
 
 
-def _summed_once(sums: Callable[[], list[Memory]], layers: int) -> list[Callable[[], Memory]]:
-    """For each layer of a memory module a function giving its pair; the first one called sums for all."""
-    once = cache(sums)
-    return [partial(lambda layer: once()[layer], layer) for layer in range(layers)]
-
-
-def _sums(module: MemoryModule, features: Tensor, size: tuple[int, int], windows: Tensor | None) -> list[Memory]:
+def _memory_of_module(
+    module: TemporalModule, features: Tensor, size: tuple[int, int], window: int, windows: Tensor | None
+) -> list[Memory]:
     memory: list[Memory] = []
-    count = features.shape[1] // WINDOW
+    count = features.shape[1] // window
     for number in range(count):
-        sums = list(module.sums(features[:, number * WINDOW :][:, :WINDOW].flatten(0, 1), *size, WINDOW))
+        part = features[:, number * window :][:, :window].flatten(0, 1)
+        past = module.past(part, *size, window)
+        layers = [(layer.carries, layer.carries.of_window(key, value)) for layer, key, value in past]
         if windows is not None:
-            counts = (windows >= count - number).to(sums[0][0].dtype).view(-1, 1, 1, 1)
-            sums = [(kv * counts[..., None], z * counts) for kv, z in sums]
+            counts = (windows >= count - number).to(layers[0][1][0].dtype).view(-1, 1, 1, 1)
+            layers = [(carries, (kv * counts[..., None], z * counts)) for carries, (kv, z) in layers]
         if memory:
-            sums = [(kv * DECAY**WINDOW + a, z * DECAY**WINDOW + b) for (kv, z), (a, b) in zip(memory, sums)]
-        memory = sums
+            added = zip(layers, memory, strict=True)
+            memory = [carries.add(before, recurrence.faded(window), new) for (carries, new), before in added]
+        else:
+            memory = [new for _, new in layers]
     return memory

@@ -15,20 +15,22 @@ from torch import Tensor, nn
 
 from memo_core.checkpoint.lora import Adapter, Factors, read
 from memo_core.errors import MemoError
+from memo_core.nets.module import LayerModule
 
 _QKV = r"to_(q|k|v|out\.0)"
 # Groups of layers by name, as patterns of the full names in a module that has the four networks as attributes.
 TARGETS = {
-    "attention": rf"diffusion_net\..+\.attentions\.\d+\..+\.attn[12]\.{_QKV}",  # portrait and face tokens
-    "audio": rf"diffusion_net\..+\.audio_modules\..+\.(audio_)?attn[12]\.({_QKV}|add_[qkv]_proj|to_add_out)"
-    r"|audio_proj\.proj[123]",
+    "attention": "",  # portrait and face tokens
+    "audio": r"audio_proj\.proj[123]",
     "emotion": r"diffusion_net\..+\.adaLN_modulation\.1",
-    "memory": rf"diffusion_net\..+\.motion_modules\..+\.attention_blocks\.\d+\.{_QKV}",
+    "memory": "",
     "reference": rf"reference_net\..+\.attn[12]\.{_QKV}",
     "face": r"image_proj\.proj",
     "feed_forward": r"(reference|diffusion)_net\..+\.(audio_)?ff\.net\.(0\.proj|2)",
     "projections": r"(reference|diffusion)_net\..+\.proj_(in|out)",  # into and out of every transformer, also 1x1 conv
 }
+# And what the Diffusion Net's layer modules of a part say of themselves.
+_OF_PART = {"attention": "spatial", "audio": "audio", "memory": "memory"}
 _NAME = "default"  # peft's, of the only adapter
 
 
@@ -41,14 +43,20 @@ def layers(nets: nn.Module, targets: Sequence[str]) -> list[str]:
     unknown = [target for target in targets if target not in TARGETS]
     if unknown or not targets:
         raise MemoError(f"LoRA targets are {list(targets)}; allowed are one or more of {', '.join(TARGETS)}")
-    found = {target: [name for name, _ in nets.named_modules() if _matches(name, target)] for target in targets}
+    found = {target: _names(nets, target) for target in targets}
     if empty := [target for target in targets if not found[target]]:
         raise MemoError(f"these networks have no layers of LoRA target {', '.join(empty)}: leave it out")
     return sorted({name for names in found.values() for name in names})
 
 
-def _matches(name: str, target: str) -> bool:
-    return re.fullmatch(TARGETS[target], name) is not None
+def _names(nets: nn.Module, target: str) -> list[str]:
+    pattern, part = re.compile(TARGETS[target]), _OF_PART.get(target)
+    names = [name for name, _ in nets.named_modules() if name and pattern.fullmatch(name)]
+    for prefix, module in nets.named_modules():
+        if isinstance(module, LayerModule) and module.part == part:
+            inside = (name for name, _ in module.named_modules() if re.fullmatch(module.adapted, name) and name)
+            names += [f"{prefix}.{name}" for name in inside]
+    return names
 
 
 def add(
@@ -116,7 +124,7 @@ def save(
     for name, layer in _adapted(nets):
         down, up = (state[f"{name}.lora_{letter}.{_NAME}.weight"].detach().cpu().clone() for letter in "AB")
         modules[name] = Factors(down, up, float(layer.scaling[_NAME] * layer.r[_NAME]))
-    targets = tuple(target for target in TARGETS if any(_matches(name, target) for name in modules))
+    targets = tuple(target for target in TARGETS if modules.keys() & set(_names(nets, target)))
     adapter = Adapter(
         modules=modules, base=base_digest, targets=targets, settings=settings, name=os.path.basename(path)
     )

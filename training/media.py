@@ -186,7 +186,8 @@ def cut(
     image: NDArray[np.uint8], box: list[float] | tuple[float, ...], size: int, fill: int | None = None
 ) -> NDArray[np.uint8]:
     """The square `box` (left, top, right, bottom) of an image as uint8 [size, size, 3]; beyond the image its edge
-    repeats, or there is gray `fill`."""
+    repeats, or there is gray `fill`.
+    """
     left, top, right, bottom = box
     height, width = image.shape[:2]
     x0, y0, x1, y1 = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)

@@ -19,12 +19,9 @@ from memo_core.errors import CheckpointError
 from memo_core.inputs.speech import NEIGHBOURS
 from memo_core.nets.config import NetConfig, require_layers
 from memo_core.nets.diffusion_net import DiffusionNet
-from memo_core.nets.layers import ResnetBlock
-from memo_core.nets.memory_module import MemoryModule
-from memo_core.nets.multimodal import AudioModule
+from memo_core.nets.module import LayerModule
 from memo_core.nets.projections import AudioProjection, ImageProjection
-from memo_core.nets.reference_net import ReferenceNet, _Transformer
-from memo_core.nets.spatial import SpatialTransformer
+from memo_core.nets.reference_net import ReferenceNet
 from memo_core.nets.weights import WEIGHTS, check_fit, load_strict, on_meta, read_json, read_tensors
 
 from .config import PARTS
@@ -164,9 +161,10 @@ class Nets(nn.Module):
         parts["reference"] += self.reference_net.parameters()
         parts["face"] += self.image_proj.parameters()
         parts["audio"] += self.audio_proj.parameters()
-        kinds = {".audio_modules.": "audio", ".motion_modules.": "memory", ".attentions.": "spatial"}
-        for name, parameter in self.diffusion_net.named_parameters():
-            parts[next((part for kind, part in kinds.items() if kind in name), "backbone")].append(parameter)
+        modules = self.diffusion_net.layer_modules()
+        own = {id(parameter): module.part for module in modules for parameter in module.parameters()}
+        for parameter in self.diffusion_net.parameters():
+            parts[own.get(id(parameter), "backbone")].append(parameter)
         return parts
 
 
@@ -178,10 +176,12 @@ def silence_new_modules(nets: nn.Module) -> list[str]:
         Names of these parameters.
     """
     silent = []
-    for name, parameter in nets.diffusion_net.named_parameters():
-        if ".proj_out." in name and (".audio_modules." in name or ".motion_modules." in name):
-            nn.init.zeros_(parameter)
-            silent.append(f"diffusion_net.{name}")
+    for prefix, module in nets.diffusion_net.named_modules():
+        if isinstance(module, LayerModule) and module.begins_silent:
+            for name, parameter in module.named_parameters():
+                if "proj_out" in name.split("."):
+                    nn.init.zeros_(parameter)
+                    silent.append(f"diffusion_net.{prefix}.{name}")
     return silent
 
 
@@ -206,25 +206,12 @@ def begin_from_nothing(nets: Nets) -> None:
 
 
 def checkpoint_gradients(nets: nn.Module) -> None:
-    """Keeps no activations inside residual blocks and attention modules; the backward pass computes them again.
-
-    A memory module may then be given a function that sums its memory (`flow.memory_sums`), and compute that again, too.
-    Unlike a `LazyMemory`, which gives one layer's pair, that function gives the list of all its layers' pairs.
+    """Keeps no activations inside residual blocks and the modules beside them; the backward pass computes them again,
+    and with them what temporal modules remember (`flow.memory_of_modules`).
     """
     for module in nets.modules():
-        if isinstance(module, (ResnetBlock, SpatialTransformer, AudioModule, _Transformer)):
+        if getattr(module, "recomputed", False):
             module.forward = functools.partial(_recomputed, module.forward)
-        elif isinstance(module, MemoryModule):
-            module.forward = functools.partial(_recomputed, functools.partial(_with_sums, module.forward))
-    nets.recomputes = True
-
-
-def _with_sums(forward: Any, x: Tensor, memory: Any, frames: int) -> Tensor:
-    """A memory module's `forward`, whose `memory` may also hold, in every layer's place, a function for the whole list.
-
-    The first is called and gives (kv, z) of all layers; each of a list of `LazyMemory` would give its own layer's.
-    """
-    return forward(x, memory[0]() if memory and callable(memory[0]) else memory, frames)
 
 
 def _recomputed(forward: Any, *inputs: Any) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memo_core.sampling.conditions import Conditions
+from memo_core.nets.conditions import Conditions
+from memo_core.nets.past import Memory
 from memo_core.sampling.settings import Settings
 from memo_core.sampling.vae import decode_latents
 from memo_core.sampling.window import sample_window
@@ -41,7 +42,8 @@ def picture(nets: Nets, data: TrainingSet, encoders: Path) -> Tensor:
     for batch in _samples(data):
         batch = batch.to(device)
         noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(7)).to(device)
-        sampled = sample_window(nets, noise, _conditions(nets, batch), Settings(steps=STEPS, guidance_scale=1.0))[0]
+        conditions, memory = _conditions(nets, batch)
+        sampled = sample_window(nets, noise, conditions, memory, Settings(steps=STEPS, guidance_scale=1.0))[0]
         shown = torch.linspace(0, sampled.shape[1] - 1, min(SHOWN, sampled.shape[1])).round().long()
         row = torch.cat([batch.portrait[0][:, None], batch.latents[0][:, shown], sampled[:, shown]], dim=1)
         pictures.append(decode_latents(_vae(encoders), row.cpu()))
@@ -55,13 +57,14 @@ def _samples(data: TrainingSet) -> list[Batch]:
     return [collate([undropped[number]]) for number in range(data.config.engine.samples)]
 
 
-def _conditions(nets: Nets, batch: Batch) -> Conditions:
+def _conditions(nets: Nets, batch: Batch) -> tuple[Conditions, list[Memory] | None]:
     tokens = nets.image_proj(batch.face_embedding)
     windows = batch.audio is not None
-    return Conditions(
+    conditions = Conditions(
         reference=nets.reference_net(batch.portrait, tokens),
-        memory=memory_of(nets, batch.past, tokens, batch.past_windows) if windows else None,
         face_tokens=tokens,
         audio_tokens=nets.audio_proj(batch.audio) if windows else None,
         emotion=batch.emotion if windows else None,
+        frames=batch.latents.shape[2],
     )
+    return conditions, memory_of(nets, batch.past, tokens, batch.past_windows) if windows else None

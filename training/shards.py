@@ -282,7 +282,8 @@ class ShardWriter:
 
     def remove(self, keys: set[str]) -> None:
         """Takes samples out. Shards that hold none of them stay as they are; the others are written anew, under a name
-        that is not in use, and deleted when the index names the new ones."""
+        that is not in use, and deleted when the index names the new ones.
+        """
         self.close()
         shards = []
         for shard in self._index["shards"]:

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import kernels
 from ..checkpoint.networks import Networks
 from ..memory.sums import FP8
-from ..nets.diffusion_net import WindowConditions
+from ..nets.conditions import Conditions, Prepared
 from ..nets.layers import attention_fused, attention_is_fused
+from ..nets.past import Memory, in_turn
+from ..nets.temporal import TemporalAttention
 from ..release import WINDOW
 from ..running import precision
 from ..sampling.settings import Settings
 from ..sampling.vae import few_frames
+
+if TYPE_CHECKING:
+    from ..encoders.autoencoder import AutoencoderKL
 
 GIB = 2**30
 # Work space of cuBLAS and cuDNN beside the copies counted by `LiveBytes`, and fragmentation; with Triton also 256 MiB
@@ -77,9 +82,9 @@ class LiveBytes(TorchDispatchMode):
                 self._see(value.untyped_storage(), args)
         if short is not None and not args[0].is_contiguous():
             self.peak = max(self.peak, self.now + args[0].nbytes)
-        if func in _CONVOLUTIONS and result.itemsize == 2:
-            if not result.is_contiguous(memory_format=torch.channels_last):
-                self.peak = max(self.peak, self.now + args[0].nbytes + result.nbytes)
+        rearranged = func in _CONVOLUTIONS and result.itemsize == 2
+        if rearranged and not result.is_contiguous(memory_format=torch.channels_last):
+            self.peak = max(self.peak, self.now + args[0].nbytes + result.nbytes)
         return result
 
     def _see(self, storage: torch.UntypedStorage, args: tuple[Any, ...]) -> None:
@@ -98,8 +103,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _Attention(TorchFunctionMode):
-    """Attention as a fused kernel does it, of which nothing but the output is ever made; or as torch does without, in
-    float32."""
+    """Attention as a fused kernel does it, of which nothing but the output is ever made.
+
+    Or as torch does without, in float32.
+    """
 
     def __init__(self, fused: bool):
         super().__init__()
@@ -151,10 +158,12 @@ def tensor_bytes(*values: Any) -> int:
 def without_data(nets: Networks) -> Networks:
     """The networks that sample, on the meta device: every module as it is, the weights but their shapes."""
     names = ("reference_net", "diffusion_net", "image_proj", "audio_proj", "vae")
-    return replace(nets, device=torch.device("meta"), **{name: _without_data(getattr(nets, name)) for name in names})
+    empty: dict[str, Any] = {name: _without_data(getattr(nets, name)) for name in names}
+    return replace(nets, device=torch.device("meta"), **empty)
 
 
 def _without_data(module: nn.Module) -> nn.Module:
+    memo: dict[int, Tensor]
     memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()}
     memo |= {id(buffer): buffer.to("meta") for buffer in module.buffers()}
     return copy.deepcopy(module, memo)
@@ -245,7 +254,8 @@ def needs(nets: Networks, height: int, width: int, settings: Settings, host_move
 
 
 def _count(nets: Networks, height: int, width: int, batch: int, how: tuple[bool, bool]) -> _Counted:
-    net, size, dtype = nets.diffusion_net, (height // 8, width // 8), nets.diffusion_net.conv_in.weight.dtype
+    net, size, window = nets.diffusion_net, (height // 8, width // 8), nets.window
+    dtype = net.conv_in.weight.dtype
 
     def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -256,26 +266,31 @@ def _count(nets: Networks, height: int, width: int, batch: int, how: tuple[bool,
     def read(rows: int) -> list[Tensor]:
         return nets.reference_net(numbers(rows, 4, *size), face_tokens(rows))
 
-    def step(given: WindowConditions, memory: list[tuple[Tensor, Tensor]]) -> Tensor:
-        return net(latents, shifts, given, memory)
+    def step(prepared: Prepared, memory: list[Memory]) -> Tensor:
+        return net(latents, shifts, prepared, in_turn(memory))
 
-    reading, past = peak_of(lambda: read(batch * WINDOW), *how)
-    summing, shapes = peak_of(lambda: [(kv.shape, z.shape) for kv, z in net.memory_sums(past, *size, WINDOW)], *how)
+    def of_window(layer: TemporalAttention, key: Tensor, value: Tensor) -> tuple[torch.Size, torch.Size]:
+        kv, z = layer.carries.of_window(key, value)
+        return kv.shape, z.shape
+
+    reading, past = peak_of(lambda: read(batch * window), *how)
+    summing, shapes = peak_of(lambda: [of_window(*layer) for layer in net.past(past, *size, window)], *how)
     sums = [(numbers(*kv), numbers(*z)) for kv, z in shapes]
     portrait = [feature[:batch].clone() for feature in past]
-    given = net.prepare(
+    conditions = Conditions(
         reference=[feature[None] for feature in portrait],
         face_tokens=face_tokens(batch),
-        audio_tokens=numbers(batch, WINDOW, nets.audio_proj.tokens, net.config.audio_attention_dim),
+        audio_tokens=numbers(batch, window, nets.audio_proj.tokens, net.config.audio_attention_dim),
         emotion=torch.empty(batch, dtype=torch.long, device="meta"),
-        frames=WINDOW,
+        frames=window,
     )
-    latents = numbers(1, 4, WINDOW, *size).to(precision.carried(dtype))
+    prepared = net.prepare(conditions)
+    latents = numbers(1, 4, window, *size).to(precision.carried(dtype))
     shifts = net.time_shifts(torch.zeros(1, device="meta"), dtype)
-    whole = peak_of(lambda: step(given, sums), *how)[0]
+    whole = peak_of(lambda: step(prepared, sums), *how)[0]
     by_row = whole
     if batch == 2:
-        by_row = peak_of(lambda: step(given.half(1), [(kv[:1], z[:1]) for kv, z in sums]), *how)[0]
+        by_row = peak_of(lambda: step(prepared.half(1), [(kv[:1], z[:1]) for kv, z in sums]), *how)[0]
     need = Needs(
         reference_net=module_bytes(nets.reference_net),
         diffusion_net=module_bytes(net),
@@ -285,7 +300,7 @@ def _count(nets: Networks, height: int, width: int, batch: int, how: tuple[bool,
         features=tensor_bytes(past),
         reading=reading,
         summing=summing,
-        conditions=tensor_bytes(portrait, given),
+        conditions=tensor_bytes(portrait, prepared),
         step=whole,
         step_by_row=by_row,
         **_count_vae(nets.vae, *size, how[0]),
@@ -294,8 +309,8 @@ def _count(nets: Networks, height: int, width: int, batch: int, how: tuple[bool,
     return _Counted(needs=need, sums=kept)
 
 
-def _count_vae(vae: nn.Module, h: int, w: int, fused: bool) -> dict[str, int]:
-    def numbers(half: nn.Module, *shape: int) -> Tensor:
+def _count_vae(vae: AutoencoderKL, h: int, w: int, fused: bool) -> dict[str, int]:
+    def numbers(half: Any, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=half.conv_in.weight.dtype, device="meta")
 
     code, frame = numbers(vae.decoder, 1, 4, h, w), numbers(vae.encoder, 1, 3, 8 * h, 8 * w)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from ..checkpoint.networks import Networks
 from ..devices import free_bytes
 
-# --- What there is ----------------------------------------------------------------------------------------------------
-
 
 def available_bytes(nets: Networks) -> int | None:
-    """What sampling may have on the networks' device: what is free, and what their weights there take already. None for
-    the CPU, where there is no other place to wait."""
+    """What sampling may have on the networks' device: what is free, and what their weights there take already.
+
+    None for the CPU, where there is no other place to wait.
+    """
     free = free_bytes(nets.device)
     if nets.device.type == "cpu" or free is None:
         return None

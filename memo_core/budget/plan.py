@@ -173,7 +173,8 @@ def _choices(
     layers = len(need.layers)
     weights = {"reference_net_stays": False} if streamed is None else {"streamed": streamed}
     # A host that streams weights does so at every step: the last resort.
-    places = [{}] + [
+    places: list[dict[str, Any]] = [{}]
+    places += [
         {"sums_on_device": count, "row_by_row": row_by_row, **keep}
         for keep in ((weights,) if streamed is None else ({}, weights))
         for row_by_row in ways

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,13 +18,9 @@ from .plan import choose_plan, least_plan, plan_of
 DRIVER = GIB // 2  # what the driver and torch's context take of a card
 
 
-# --- memo info --budget -----------------------------------------------------------------------------------------------
-
-
 def released(dtype: torch.dtype = torch.bfloat16) -> Networks:
     """The networks that sample, at the released size and without data: nothing needs to have been downloaded."""
-    from diffusers import AutoencoderKL
-
+    from ..encoders.autoencoder import AutoencoderKL
     from ..inputs.speech import NEIGHBOURS
     from ..nets.config import NetConfig
     from ..nets.diffusion_net import DiffusionNet
@@ -37,14 +34,14 @@ def released(dtype: torch.dtype = torch.bfloat16) -> Networks:
             block_out_channels=(128, 256, 512, 512),
             layers_per_block=2,
         )
-        modules = {
+        modules: dict[str, Any] = {
             "reference_net": ReferenceNet(NetConfig()),
             "diffusion_net": DiffusionNet(NetConfig()),
             "image_proj": ImageProjection(),
             "audio_proj": AudioProjection((2 * NEIGHBOURS + 1) * 12 * 768),
             "vae": vae,
         }
-    listeners = dict.fromkeys(("speech_encoder", "emotion_encoder", "emotion_head"))
+    listeners: dict[str, Any] = dict.fromkeys(("speech_encoder", "emotion_encoder", "emotion_head"))
     return Networks(
         **{name: precision.set_weights(name, module, dtype).requires_grad_(False) for name, module in modules.items()},
         **listeners,
@@ -74,8 +71,8 @@ def table(nets: Networks, height: int, width: int, budgets: Sequence[tuple[str, 
     ]
     for name, settings in ways.items():
         whole = plan_of(needs(nets, height, width, settings))
-        parts = (whole.weights, whole.sums, whole.features, whole.working, whole.peak)
-        lines.append(name.ljust(22) + "".join(f"{p / GIB:>{w}.1f}" for p, w in zip(parts, (9, 7, 10, 9, 7))))
+        columns = zip((whole.weights, whole.sums, whole.features, whole.working, whole.peak), (9, 7, 10, 9, 7))
+        lines.append(name.ljust(22) + "".join(f"{part / GIB:>{wide}.1f}" for part, wide in columns))
     for title, room in budgets:
         lines += ["", f"{title + f' ({room / GIB:.1f} GB)':<31}{'sums':>7}{'host RAM':>10}{'':9}{'peak':>7}"]
         for name, settings in ways.items():

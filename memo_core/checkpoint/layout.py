@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..checks import shown
 from ..errors import CheckpointError
-from ..nets.weights import WEIGHTS
+from ..nets.reading import WEIGHTS
 
 EMBEDDED = ("toon",)  # checkpoints that ship with the program, loaded by name
 EMOTION_HEAD = "misc/audio_emotion_classifier"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from ..checks import number, shown
 from ..errors import CheckpointError
 from ..files import short_hash
-from ..nets.config import NetConfig, require_layers, settings_like
+from ..nets.config import require_layers
 from ..nets.diffusion_net import DiffusionNet
 from ..nets.projections import AudioProjection, ImageProjection
 from ..nets.reference_net import ReferenceNet
-from ..nets.weights import WEIGHTS, check_fit, load_strict, on_meta, read_json, read_tensors
+from ..nets.weights import WEIGHTS, check_fit, load_strict, on_meta, read_tensors
 from ..running import offload, precision
 from ..running.options import Options, optimise
 from . import lora as adapters
@@ -25,24 +24,7 @@ from .digest import net_digest
 from .layout import EMOTION_HEAD, find
 from .networks import Networks
 from .rename import current_vae_keys
-
-# What the VAE's pictures depend on, with the values of diffusers' AutoencoderKL.
-_VAE_SETTINGS = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ("DownEncoderBlock2D",),
-    "up_block_types": ("UpDecoderBlock2D",),
-    "block_out_channels": (64,),
-    "layers_per_block": 1,
-    "act_fn": "silu",
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "scaling_factor": 0.18215,
-    "force_upcast": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
+from .settings import read_net_config, read_sample_size, read_vae_settings
 
 
 def load(
@@ -71,8 +53,7 @@ def load(
         CheckpointError: files or keys are missing, extra or misshapen, or a setting is not supported; an adapter
             cannot be read or does not fit; an option does not fit the device or the layer classes.
     """
-    from diffusers import AutoencoderKL
-
+    from ..encoders.autoencoder import AutoencoderKL
     from ..encoders.emotion2vec import Emotion2Vec
     from ..encoders.emotion_head import EmotionHead
     from ..encoders.speech import SpeechEncoder
@@ -110,9 +91,9 @@ def load(
         return {key: tensor.shape for key, tensor in weights.items()}
 
     # All that takes no time before what does.
-    sample_size = _sample_size(folder / "diffusion_net" / "config.json")
-    vae_settings = _vae_settings(folder / "vae" / "config.json")
-    reference_config, diffusion_config = (_net_config(folder / name) for name in ("reference_net", "diffusion_net"))
+    sample_size = read_sample_size(folder / "diffusion_net" / "config.json")
+    vae_settings = read_vae_settings(folder / "vae" / "config.json")
+    reference_config, diffusion_config = (read_net_config(folder / name) for name in ("reference_net", "diffusion_net"))
     reference_net = net("reference_net", lambda _: ReferenceNet(reference_config, ops), reference_config.layers(False))
     diffusion_net = net("diffusion_net", lambda _: DiffusionNet(diffusion_config, ops), diffusion_config.layers(True))
     image_proj = net("image_proj", lambda weights: ImageProjection.from_shapes(shapes(weights), ops))
@@ -156,30 +137,3 @@ def _check_place(device: torch.device | str, dtype: torch.dtype) -> tuple[torch.
     if dtype not in floats:
         raise CheckpointError(f"dtype must be one of {', '.join(map(str, floats))}, received {shown(dtype)}")
     return place, dtype
-
-
-def _net_config(folder: Path) -> NetConfig:
-    path = folder / "config.json"
-    settings = read_json(path)
-    try:
-        config = NetConfig.from_json(settings)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}/{error}") from error
-    if (config.in_channels, config.out_channels) != (4, 4):
-        raise CheckpointError(f"{path}: latents have 4 channels, not {config.in_channels} and {config.out_channels}")
-    return config
-
-
-def _sample_size(path: Path) -> int:
-    settings = {name: value for name, value in read_json(path).items() if value}  # none, or none worth the name
-    return settings_like(settings, {"sample_size": 64}, path)["sample_size"]
-
-
-def _vae_settings(path: Path) -> dict[str, Any]:
-    settings = settings_like(read_json(path), _VAE_SETTINGS, path)
-    channels = [settings[name] for name in ("in_channels", "latent_channels", "out_channels")]
-    if channels != [3, 4, 3]:
-        raise CheckpointError(f"{path}: pictures have 3 channels and latents 4, received {channels}")
-    if not settings["scaling_factor"]:
-        raise CheckpointError(f"{path}: scaling_factor must be above 0, received 0")
-    return settings

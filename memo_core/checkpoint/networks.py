@@ -16,8 +16,7 @@ from ..running.options import Options
 from . import layout
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
+    from ..encoders.autoencoder import AutoencoderKL
     from ..encoders.emotion2vec import Emotion2Vec
     from ..encoders.emotion_head import EmotionHead
     from ..encoders.speech import SpeechEncoder
@@ -41,6 +40,16 @@ class Networks:
     sample_size: int  # latent height and width of training
     adapters: tuple[tuple[str, str, float], ...] = ()  # name, digest, strength of what `lora.apply` merged
     options: Options | None = None  # what `optimise` did; None: nothing
+
+    @property
+    def window(self) -> int:
+        """Frames that are denoised together."""
+        return self.diffusion_net.config.window
+
+    @property
+    def fps(self) -> int:
+        """Frames a second that they were trained at."""
+        return self.diffusion_net.config.fps
 
     @property
     def in_fp8(self) -> bool:

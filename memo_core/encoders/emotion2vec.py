@@ -9,8 +9,6 @@ from __future__ import annotations
 import ast
 import copy
 import math
-import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +19,9 @@ from torch import Tensor, nn
 from ..checks import shown
 from ..errors import CheckpointError
 from ..files import replace_whole
-from ..nets.config import DEEPEST, LARGEST, require_layers, settings_like
-from ..nets.weights import built, read_tensors, read_text
-
-# What is not written in a configuration, in the released form (emotion2vec base).
-_DEFAULTS = {
-    "depth": 8,
-    "num_heads": 12,
-    "norm_eps": 1e-5,
-    "encoder_dropout": 0.1,
-    "post_mlp_drop": 0.1,
-    "attention_dropout": 0.1,
-    "activation_dropout": 0.0,
-    "dropout_input": 0.0,
-    "embed_dim": 768,
-    "mlp_ratio": 4.0,
-}
-_AUDIO_DEFAULTS = {
-    "prenet_depth": 4,
-    "prenet_dropout": 0.1,
-    "num_extra_tokens": 10,
-    "alibi_scale": 1.0,
-    "num_alibi_heads": 12,
-    "feature_encoder_spec": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
-    "conv_pos_width": 95,
-    "conv_pos_groups": 16,
-    "conv_pos_depth": 5,
-}
-# Variants of data2vec 2.0 that no released emotion2vec uses: refused rather than misread.
-_ONLY = {"layer_norm_first": False, "norm_affine": True}
-_AUDIO_ONLY = {
-    "use_alibi_encoder": True,
-    "learned_alibi": False,
-    "learned_alibi_scale_per_head": True,
-    "learned_alibi_scale_per_layer": False,
-    "extractor_mode": "layer_norm",
-    "conv_pos_pre_ln": False,
-}
-_MOST_NODES = 10_000  # values of a config.yaml; released ones have a hundred
-# Entries of a model.pt that features do not need: the averaged teacher, the decoder and the heads of pre-training, and
-# the classifier that the "plus" models carry.
-_UNUSED = ("_ema", "modality_encoders.AUDIO.decoder.", "shared_decoder.", "recon_proj.", "cls_proj.", "proj.")
+from ..nets.config import DEEPEST, LARGEST, require_layers
+from ..nets.weights import built, read_tensors
+from .files import emotion_settings, emotion_weights, read_emotion_config
 
 
 class Emotion2Vec(nn.Module):
@@ -79,29 +39,7 @@ class Emotion2Vec(nn.Module):
 
     def __init__(self, config: dict[str, Any], num_tensors: int = 100 * DEEPEST):
         super().__init__()
-        conf = config.get("model_conf", config)
-        modalities = conf.get("modalities") or {} if isinstance(conf, dict) else None
-        audio = modalities.get("audio") or {} if isinstance(modalities, dict) else None
-        if not isinstance(audio, dict):
-            raise CheckpointError(f"emotion2vec: its settings are no dictionaries by name: {shown(conf)}")
-        for name, allowed in _ONLY.items():
-            if conf.get(name, allowed) != allowed:
-                raise CheckpointError(
-                    f"emotion2vec: {name} = {shown(conf[name])} is not supported, only {allowed!r} is"
-                )
-        for name, allowed in _AUDIO_ONLY.items():
-            if audio.get(name, allowed) != allowed:
-                raise CheckpointError(
-                    f"emotion2vec: {name} = {shown(audio[name])} is not supported, only {allowed!r} is"
-                )
-        conf = {**_ONLY, **conf, **settings_like(conf, _DEFAULTS, "emotion2vec")}
-        audio = {**_AUDIO_ONLY, **audio, **settings_like(audio, _AUDIO_DEFAULTS, "emotion2vec")}
-        if conf["embed_dim"] % conf["num_heads"]:
-            raise CheckpointError(f"emotion2vec: num_heads {conf['num_heads']} does not divide {conf['embed_dim']}")
-        if audio["num_alibi_heads"] > conf["num_heads"]:
-            raise CheckpointError(
-                f"emotion2vec: num_alibi_heads {audio['num_alibi_heads']} exceeds num_heads {conf['num_heads']}"
-            )
+        conf, audio = emotion_settings(config)
         require_layers(conf["depth"] + audio["prenet_depth"] + audio["conv_pos_depth"], num_tensors, "emotion2vec")
         self.config = {"model": "Emotion2vec", "model_conf": copy.deepcopy(conf | {"modalities": {"audio": audio}})}
         self.modality_encoders = nn.ModuleDict({"AUDIO": _AudioEncoder(conf, audio)})
@@ -147,22 +85,14 @@ class Emotion2Vec(nn.Module):
     ) -> Emotion2Vec:
         """Reads model.pt and config.yaml of a released emotion2vec.
 
-        The tensors may lie under "state_dict", "model_state_dict" and "model", in this order of nesting, and their
-        names may begin with a prefix that config.yaml's `scope_map` names, "d2v_model." or "module.". Decoder, teacher
-        and classification head are skipped.
+        Tensors are found where `files.emotion_weights` looks; decoder, teacher and classification head are skipped.
 
         Raises CheckpointError when a file is absent or anything else in it does not fit.
         """
         folder = Path(folder)
-        config = _read_config(folder / "config.yaml")
+        config = read_emotion_config(folder / "config.yaml")
         path = folder / "model.pt"
-        tensors: Any = read_tensors(path)
-        for key in ("state_dict", "model_state_dict", "model"):
-            if isinstance(tensors.get(key), dict):
-                tensors = tensors[key]
-        prefixes = tuple(_prefixes(config))
-        tensors = {_strip(name, prefixes): value for name, value in tensors.items() if isinstance(name, str)}
-        tensors = {name: value for name, value in tensors.items() if not name.startswith(_UNUSED)}
+        tensors = emotion_weights(read_tensors(path), config)
         return built(lambda: cls(config, len(tensors)), tensors, path, dtype, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -365,59 +295,3 @@ def _parse_layers(text: str) -> list[tuple[int, int, int]]:
             f"emotion2vec: feature_encoder_spec {shown(text)} is not a list of (channels, kernel, stride)"
         ) from error
     return layers
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    import yaml
-
-    text = read_text(path)
-    try:
-        loader = _loader()(text)
-        node = loader.get_single_node()
-        if node is None or _expanded(node, {}) > _MOST_NODES:
-            raise ValueError(f"it is empty, or has more than {_MOST_NODES} values")
-        config = loader.construct_document(node)
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {str(error)[:500]}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_conf"), dict):
-        raise CheckpointError(f"{path} has no model_conf section")
-    return config
-
-
-@lru_cache
-def _loader() -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """As YAML 1.2, and FunASR's files, have numbers: PyYAML takes 1e-05 for a text."""
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
-    return Loader
-
-
-def _expanded(node: Any, known: dict[int, int]) -> int:
-    """How many values a YAML node stands for, with every alias written out: ten lines of aliases can be billions."""
-    if id(node) not in known:
-        known[id(node)] = _MOST_NODES + 1  # should it hold itself
-        parts = node.value if isinstance(node.value, list) else []
-        parts = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
-        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
-    return known[id(node)]
-
-
-def _prefixes(config: dict[str, Any]) -> list[str]:
-    """Prefixes that may precede every name: `scope_map` lists pairs (prefix in the file, prefix here or "none")."""
-    scope = config.get("scope_map") or []
-    if not isinstance(scope, (str, list)):
-        raise CheckpointError(f"emotion2vec: scope_map = {shown(scope)} must be a list of prefixes")
-    scope = scope.split(",") if isinstance(scope, str) else scope
-    named = [str(name) for name, here in zip(scope[::2], scope[1::2]) if str(here).lower() == "none"]
-    return [name for name in named if name.lower() != "none"] + ["d2v_model.", "module."]
-
-
-def _strip(name: str, prefixes: tuple[str, ...]) -> str:
-    for prefix in prefixes:
-        name = name.removeprefix(prefix)
-    return name

@@ -14,6 +14,7 @@ from ..files import replace_whole
 from ..nets.config import require_layers
 from ..nets.weights import WEIGHTS, built, read_tensors
 from ..tensorfile import save_tensors
+from .files import head_sizes
 
 
 class EmotionHead(nn.Module):
@@ -68,12 +69,9 @@ class EmotionHead(nn.Module):
         path = Path(folder) / WEIGHTS
         tensors = read_tensors(path)
         shapes = {name: value.shape for name, value in tensors.items()}
-        depth = len(shapes) // 2
-        first, last = shapes.get("layers.fc1.weight"), shapes.get(f"layers.fc{depth}.weight")
-        if first is None or last is None or len(first) != 2 or len(last) != 2:
-            raise CheckpointError(f"{path} is not an emotion head: it holds {sorted(shapes)[:10]}")
+        feature_dim, hidden_dim, classes, depth = head_sizes(shapes, path)
         require_layers(depth, 100, path)
-        return built(lambda: cls(first[1], first[0], last[0], depth), tensors, path, dtype, device)
+        return built(lambda: cls(feature_dim, hidden_dim, classes, depth), tensors, path, dtype, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the released layout into `folder`; `dtype` (for example torch.float16) only changes the file."""

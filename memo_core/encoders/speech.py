@@ -1,60 +1,31 @@
 """The speech encoder: wav2vec 2.0 whose convolutional features are stretched to the video's frame rate.
 
-The layers are those of the transformers library (Baevski et al. 2020, arXiv 2006.11477); the interpolation between the
-convolutions and the transformer, one feature per video frame, is MEMO's (section 3.1, after EMO).
+The layers are wav2vec 2.0's (Baevski et al. 2020, arXiv 2006.11477), with the numbers and names of transformers'
+Wav2Vec2Model; the interpolation between the convolutions and the transformer, one feature per video frame, is MEMO's
+(section 3.1, after EMO).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from ..checks import shown
 from ..errors import CheckpointError
 from ..files import replace_whole
-from ..nets.config import LARGEST, require_layers, settings_like
-from ..nets.weights import built, read_json, read_tensors
+from ..nets.config import LARGEST, require_layers
+from ..nets.weights import built, load_strict, read_tensors
+from ..release import SAMPLE_RATE
 from ..tensorfile import save_tensors
+from .files import SPEECH_SETTINGS, find_speech, speech_weights
 
-SAMPLE_RATE = 16000
-
-# What hidden states depend on, with wav2vec 2.0 base's values. Nothing else of a configuration reaches transformers,
-# which would, for one, fetch and run the attention that a file names.
-_SETTINGS = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "hidden_dropout": 0.1,
-    "activation_dropout": 0.1,
-    "attention_dropout": 0.1,
-    "feat_proj_dropout": 0.0,
-    "final_dropout": 0.1,
-    "layerdrop": 0.1,
-    "layer_norm_eps": 1e-5,
-    "feat_extract_norm": "group",
-    "feat_extract_activation": "gelu",
-    "conv_dim": (512,) * 7,
-    "conv_stride": (5, 2, 2, 2, 2, 2, 2),
-    "conv_kernel": (10, 3, 3, 3, 3, 2, 2),
-    "conv_bias": False,
-    "num_conv_pos_embeddings": 128,
-    "num_conv_pos_embedding_groups": 16,
-    "do_stable_layer_norm": False,
-    "add_adapter": False,
-    "mask_time_prob": 0.05,
-    "mask_feature_prob": 0.0,
-}
-# Entries of published wav2vec 2.0 files that hidden states do not need: the CTC head, the pre-training
-# quantiser and its projections, and the embedding that stands for masked frames.
-_UNUSED = ("lm_head.", "quantizer.", "project_q.", "project_hid.", "masked_spec_embed")
+_ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 class SpeechEncoder(nn.Module):
@@ -63,50 +34,51 @@ class SpeechEncoder(nn.Module):
     LayerDrop and SpecAugment, which the configuration may name, are never applied; dropout is, in training mode.
 
     Args:
-        config: sizes; `do_stable_layer_norm` and `add_adapter` are not supported.
+        config: sizes, any of Wav2Vec2Config's settings by name; `do_stable_layer_norm` and `add_adapter` are not
+            supported.
         normalize: whether recordings are to be brought to zero mean and unit variance before `forward`
             (`do_normalize` of preprocessor_config.json).
+
+    Raises:
+        CheckpointError: for a setting that is not implemented.
     """
 
-    def __init__(self, config: Wav2Vec2Config, normalize: bool = True):
+    def __init__(self, config: Mapping[str, Any], normalize: bool = True):
         super().__init__()
-        for name in ("do_stable_layer_norm", "add_adapter"):
-            if getattr(config, name):
-                raise CheckpointError(f"speech encoder: {name} = True is not supported, only False is")
-        self.config = config
+        self.config = {**SPEECH_SETTINGS, **config}
         self.normalize = normalize
-        model = Wav2Vec2Model(config)
-        self.feature_extractor = model.feature_extractor
-        self.feature_projection = model.feature_projection
-        self.encoder = model.encoder
+        _check(self.config)
         if self.min_samples > LARGEST:
             raise CheckpointError(
                 f"speech encoder: its first feature takes {self.min_samples} samples, at most {LARGEST}"
             )
+        self.feature_extractor = _FeatureExtractor(self.config)
+        self.feature_projection = _FeatureProjection(self.config)
+        self.encoder = _Transformer(self.config)
 
     @property
     def num_layers(self) -> int:
         """L, the number of hidden states that `forward` returns per frame (released: 12)."""
-        return self.config.num_hidden_layers
+        return self.config["num_hidden_layers"]
 
     @property
     def hidden_dim(self) -> int:
         """C, the width of a hidden state (released: 768)."""
-        return self.config.hidden_size
+        return self.config["hidden_size"]
 
     @property
     def min_samples(self) -> int:
         """Samples that the convolutions need to make one feature (400 for the released sizes)."""
         samples = 1
-        for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride)):
+        for kernel, stride in zip(reversed(self.config["conv_kernel"]), reversed(self.config["conv_stride"])):
             samples = (samples - 1) * stride + kernel
         return samples
 
     def working_bytes(self, seconds: float) -> int:
         """What encoding so many seconds at once takes besides the weights, about: three maps of the first convolution,
         whose features are the most numerous (1.8 GiB each for 300 s at released sizes)."""
-        features = seconds * SAMPLE_RATE / self.config.conv_stride[0]
-        return int(3 * 4 * features * self.config.conv_dim[0])
+        features = seconds * SAMPLE_RATE / self.config["conv_stride"][0]
+        return int(3 * 4 * features * self.config["conv_dim"][0])
 
     def forward(self, waveform: Tensor, num_frames: int) -> Tensor:
         """Encodes recordings, one set of hidden states per video frame.
@@ -122,23 +94,20 @@ class SpeechEncoder(nn.Module):
         waveform = F.pad(waveform, (0, max(0, self.min_samples - waveform.shape[-1])))
         features = self.feature_extractor(waveform)  # [B, C, T']
         features = F.interpolate(features, size=num_frames, mode="linear", align_corners=True).transpose(1, 2)
-        hidden, _ = self.feature_projection(features)
-        hidden = hidden + self.encoder.pos_conv_embed(hidden)
-        hidden = self.encoder.dropout(self.encoder.layer_norm(hidden))
-        states = []
-        for layer in self.encoder.layers:
-            output = layer(hidden)
-            hidden = output[0] if isinstance(output, tuple) else output  # a tuple before transformers 5
-            states.append(hidden)
+        states = self.encoder(self.feature_projection(features))
         stacked = torch.stack(states, dim=2)
         return stacked[0] if len(stacked) == 1 else stacked
 
     @classmethod
-    def from_config(cls, config: Wav2Vec2Config | dict[str, Any], normalize: bool = True) -> SpeechEncoder:
-        """A fresh encoder; `config` holds any of Wav2Vec2Config's settings."""
-        if isinstance(config, dict):
-            config = Wav2Vec2Config(**config)
-        return cls(config, normalize)
+    def from_config(cls, config: Mapping[str, Any], normalize: bool = True) -> SpeechEncoder:
+        """A fresh encoder, with the transformers library's random weights; see the class for `config`."""
+        from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+        with torch.device("meta"):
+            encoder = cls(config, normalize)
+        weights = Wav2Vec2Model(Wav2Vec2Config(**config)).state_dict()
+        load_strict(encoder, speech_weights(weights), "a fresh Wav2Vec2Model")
+        return encoder.requires_grad_()
 
     @classmethod
     def from_pretrained(
@@ -150,35 +119,20 @@ class SpeechEncoder(nn.Module):
         Raises CheckpointError when a file is absent or anything in it does not fit.
         """
         folder = Path(folder)
-        config = read_json(folder / "config.json")
-        if config.get("model_type") != "wav2vec2":
-            raise CheckpointError(
-                f"{folder}/config.json: model_type {shown(config.get('model_type'))} is not 'wav2vec2'"
-            )
-        preprocessing = folder / "preprocessor_config.json"
-        settings = read_json(preprocessing) if preprocessing.is_file() else {}
-        if settings.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
-            raise CheckpointError(
-                f"{preprocessing}: sampling_rate {shown(settings['sampling_rate'])} is not {SAMPLE_RATE}"
-            )
-        path = folder / "model.safetensors"
-        if not path.is_file():
-            path = folder / "pytorch_model.bin"
-        if not path.is_file():
-            raise CheckpointError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
-        settings = settings_like(settings, {"do_normalize": True}, preprocessing)
-        config = settings_like(config, _SETTINGS, folder / "config.json")
-        tensors = {_rename(name): value for name, value in read_tensors(path).items() if not _unused(name)}
+        config, normalize, path = find_speech(folder)
+        tensors = speech_weights(read_tensors(path))
         require_layers(config["num_hidden_layers"], len(tensors), folder / "config.json")
-        config |= {name: list(value) for name, value in config.items() if isinstance(value, tuple)}
-        return built(lambda: cls.from_config(config, settings["do_normalize"]), tensors, path, dtype, device)
+        return built(lambda: cls(config, normalize), tensors, path, dtype, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes a folder that `from_pretrained` and transformers read; `dtype` only changes the file."""
+        from transformers import Wav2Vec2Config
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        given = {name: list(value) if isinstance(value, tuple) else value for name, value in self.config.items()}
         # No masking in training, so that transformers does not look for the embedding of masked frames.
-        config = Wav2Vec2Config.from_dict(self.config.to_dict() | {"mask_time_prob": 0.0})
+        config = Wav2Vec2Config(**(given | {"mask_time_prob": 0.0}))
         config.architectures = ["Wav2Vec2Model"]
         config.save_pretrained(folder)
         settings = {
@@ -196,12 +150,156 @@ class SpeechEncoder(nn.Module):
         save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def _unused(name: str) -> bool:
-    return name.removeprefix("wav2vec2.").startswith(_UNUSED)
+def _check(config: Mapping[str, Any]) -> None:
+    for name in ("do_stable_layer_norm", "add_adapter"):
+        if config[name]:
+            raise CheckpointError(f"speech encoder: {name} = True is not supported, only False is")
+    for name, allowed in (
+        ("hidden_act", tuple(_ACTIVATIONS)),
+        ("feat_extract_activation", tuple(_ACTIVATIONS)),
+        ("feat_extract_norm", ("group", "layer")),
+    ):
+        if config[name] not in allowed:
+            raise CheckpointError(f"speech encoder: {name} = {shown(config[name])}; allowed are {', '.join(allowed)}")
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise CheckpointError(
+            f"speech encoder: num_attention_heads {config['num_attention_heads']} does not divide "
+            f"{config['hidden_size']}"
+        )
+    lengths = [len(config[name]) for name in ("conv_dim", "conv_kernel", "conv_stride")]
+    if len(set(lengths)) > 1:
+        raise CheckpointError(f"speech encoder: conv_dim, conv_kernel and conv_stride have {lengths} layers")
 
 
-def _rename(name: str) -> str:
-    """Names in older files: a prefix before the bare model, and weight norm stored as weight_g and weight_v."""
-    name = name.removeprefix("wav2vec2.")
-    name = name.replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
-    return name.replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1")
+class _FeatureExtractor(nn.Module):
+    """Waveforms [B, T] -> local features [B, C, T']."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        self.conv_layers = nn.ModuleList(_Convolution(config, i) for i in range(len(config["conv_dim"])))
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        hidden = waveform[:, None]
+        for layer in self.conv_layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class _Convolution(nn.Module):
+    """One layer of them: normalised over time ("group", the first alone) or over channels ("layer", each)."""
+
+    def __init__(self, config: Mapping[str, Any], number: int):
+        super().__init__()
+        widths = (1, *config["conv_dim"])
+        self.conv = nn.Conv1d(
+            widths[number],
+            widths[number + 1],
+            config["conv_kernel"][number],
+            config["conv_stride"][number],
+            bias=config["conv_bias"],
+        )
+        self.layer_norm: nn.Module | None = None
+        if config["feat_extract_norm"] == "layer":
+            self.layer_norm = nn.LayerNorm(widths[number + 1])
+        elif number == 0:
+            self.layer_norm = nn.GroupNorm(widths[1], widths[1])
+        self.activation = _ACTIVATIONS[config["feat_extract_activation"]]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.conv(hidden)
+        if isinstance(self.layer_norm, nn.LayerNorm):
+            hidden = self.layer_norm(hidden.transpose(1, 2)).transpose(1, 2)
+        elif self.layer_norm is not None:
+            hidden = self.layer_norm(hidden)
+        return self.activation(hidden)
+
+
+class _FeatureProjection(nn.Module):
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(config["conv_dim"][-1], eps=config["layer_norm_eps"])
+        self.projection = nn.Linear(config["conv_dim"][-1], config["hidden_size"])
+        self.dropout = nn.Dropout(config["feat_proj_dropout"])
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.dropout(self.projection(self.layer_norm(features)))
+
+
+class _Transformer(nn.Module):
+    """[B, F, C] -> the output of every layer, each [B, F, C]; places in time come from a convolution."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        self.pos_conv_embed = _Positions(config)
+        self.layer_norm = nn.LayerNorm(config["hidden_size"], eps=config["layer_norm_eps"])
+        self.dropout = nn.Dropout(config["hidden_dropout"])
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config["num_hidden_layers"]))
+
+    def forward(self, hidden: Tensor) -> list[Tensor]:
+        hidden = self.dropout(self.layer_norm(hidden + self.pos_conv_embed(hidden)))
+        states = []
+        for layer in self.layers:
+            hidden = layer(hidden)
+            states.append(hidden)
+        return states
+
+
+class _Positions(nn.Module):
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        width, kernel = config["hidden_size"], config["num_conv_pos_embeddings"]
+        groups = config["num_conv_pos_embedding_groups"]
+        convolution = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
+        self.conv = nn.utils.parametrizations.weight_norm(convolution, dim=2)
+        self.activation = _ACTIVATIONS[config["feat_extract_activation"]]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        placed = self.conv(hidden.transpose(1, 2))[..., : hidden.shape[1]]  # an even kernel makes one more
+        return self.activation(placed).transpose(1, 2)
+
+
+class _Layer(nn.Module):
+    """Transformer block with the norms after the sums."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        width = config["hidden_size"]
+        self.attention = _Attention(width, config["num_attention_heads"], config["attention_dropout"])
+        self.dropout = nn.Dropout(config["hidden_dropout"])
+        self.layer_norm = nn.LayerNorm(width, eps=config["layer_norm_eps"])
+        self.feed_forward = _FeedForward(config)
+        self.final_layer_norm = nn.LayerNorm(width, eps=config["layer_norm_eps"])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.layer_norm(hidden + self.dropout(self.attention(hidden)))
+        return self.final_layer_norm(hidden + self.feed_forward(hidden))
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        query, key, value = (
+            project(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        self.intermediate_dropout = nn.Dropout(config["activation_dropout"])
+        self.intermediate_dense = nn.Linear(config["hidden_size"], config["intermediate_size"])
+        self.activation = _ACTIVATIONS[config["hidden_act"]]
+        self.output_dense = nn.Linear(config["intermediate_size"], config["hidden_size"])
+        self.output_dropout = nn.Dropout(config["hidden_dropout"])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.intermediate_dropout(self.activation(self.intermediate_dense(hidden)))
+        return self.output_dropout(self.output_dense(hidden))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ class Quality:
 
     @property
     def num_frames(self) -> int:
+        """How many frames were measured."""
         return len(self.colour)
 
     def curves(self) -> list[tuple[Curve, NDArray[np.float32]]]:
@@ -97,45 +98,68 @@ class Curve:
     low_is_bad: bool = True
 
     def worst(self, values: NDArray[np.float32]) -> int:
+        """The index of the worst of values [F]."""
         if self.name == "sharpness":  # too much is as bad as too little
             return int(np.abs(np.log(np.maximum(values, 1e-6))).argmax())
         return int(values.argmin() if self.low_is_bad else values.argmax())
 
-    def verdict(self, values: NDArray[np.float32], fps: float) -> tuple[str, bool]:
-        """In words, and whether it is good."""
+    def verdict(self, values: NDArray[np.float32], fps: float) -> Verdict:
+        """In words, and whether it is good, of values [F]."""
         start, end = ends(values, fps, self.skip)
-        if self.name == "colour":
-            if end > start + 3 and end > 5:
-                return "colours drift", False
-            return ("colours are off throughout", False) if values.mean() > 12 else ("holds", True)
-        if self.name == "sharpness":
-            if end < 0.6 * start:
-                return "gets blurred", False
-            if end > 1.7 * start:
-                return "gets noisy or too sharp", False
-            if values.mean() < 0.1:
-                return "blurred throughout", False
-            if values.mean() > 3:
-                return "noisy or too sharp throughout", False
-            # What an autoencoder brings back is softer than what went in: said, but no fault of the clip.
-            return ("holds, softer than the portrait" if values.mean() < 0.5 else "holds"), True
-        if self.name == "motion":
-            rest = values[self.skip :]
-            if not len(rest):
-                return "one frame", True
-            if rest.mean() < 0.02:
-                return "stands still", False
-            if rest.max() > max(12 * float(np.median(rest)), 12):
-                return "jumps", False
-            return "moves", True
-        if end < start - 0.15:
-            return ("likeness fades", False) if self.name == "likeness" else ("becomes another person", False)
-        if self.name == "likeness" and values.mean() < 0.4:
-            return "unlike the portrait", False
-        if self.name == "identity" and values.mean() < 0.3:
-            return "hardly the same person", False
-        return "holds", True
+        return _VERDICTS[self.name](values[self.skip :], start, end)
 
+
+Verdict = tuple[str, bool]  # in words, and whether it is good
+
+
+def _colour(values: NDArray[np.float32], start: float, end: float) -> Verdict:
+    if end > start + 3 and end > 5:
+        return "colours drift", False
+    return ("colours are off throughout", False) if values.mean() > 12 else ("holds", True)
+
+
+def _sharpness(values: NDArray[np.float32], start: float, end: float) -> Verdict:
+    if end < 0.6 * start:
+        return "gets blurred", False
+    if end > 1.7 * start:
+        return "gets noisy or too sharp", False
+    if values.mean() < 0.1:
+        return "blurred throughout", False
+    if values.mean() > 3:
+        return "noisy or too sharp throughout", False
+    # What an autoencoder brings back is softer than what went in: said, but no fault of the clip.
+    return ("holds, softer than the portrait" if values.mean() < 0.5 else "holds"), True
+
+
+def _motion(values: NDArray[np.float32], start: float, end: float) -> Verdict:
+    if not len(values):
+        return "one frame", True
+    if values.mean() < 0.02:
+        return "stands still", False
+    if values.max() > max(12 * float(np.median(values)), 12):
+        return "jumps", False
+    return "moves", True
+
+
+def _likeness(values: NDArray[np.float32], start: float, end: float) -> Verdict:
+    if end < start - 0.15:
+        return "likeness fades", False
+    return ("unlike the portrait", False) if values.mean() < 0.4 else ("holds", True)
+
+
+def _identity(values: NDArray[np.float32], start: float, end: float) -> Verdict:
+    if end < start - 0.15:
+        return "becomes another person", False
+    return ("hardly the same person", False) if values.mean() < 0.3 else ("holds", True)
+
+
+_VERDICTS: dict[str, Callable[[NDArray[np.float32], float, float], Verdict]] = {
+    "colour": _colour,
+    "sharpness": _sharpness,
+    "motion": _motion,
+    "likeness": _likeness,
+    "identity": _identity,
+}
 
 CURVES = (
     Curve("colour", "Colour", "Delta E to the portrait, 0 is equal", "#d65d42", None, 10, low_is_bad=False),
@@ -177,10 +201,12 @@ def measure(
         raise ComposeError(f"fps is {fps}; allowed is a positive number")
     portrait = _check_portrait(portrait)
     identity = _Identity.create(face_analyzer, face_embedding)
-    target, last, size = None, None, None
+    target: _Target | None = None
+    size: tuple[int, ...] = ()
+    last: Tensor | None = None
     columns: dict[str, list[Tensor]] = {"colour": [], "sharpness": [], "motion": [], "likeness": []}
     for batch in _batches(frames):
-        if size is None:
+        if target is None:
             size = tuple(batch.shape[2:])
             target = _Target(_fit(portrait, *size))
         if tuple(batch.shape[2:]) != size:
@@ -193,7 +219,7 @@ def measure(
         columns["likeness"].append(target.likeness(batch))
         if identity is not None:
             identity.look(batch)
-    if size is None:
+    if target is None:
         raise ComposeError("there are no frames to measure")
     arrays = {name: torch.cat(parts).cpu().numpy() for name, parts in columns.items()}
     return Quality(**arrays, identity=None if identity is None else identity.curve(), fps=float(fps))
@@ -316,7 +342,9 @@ class _Identity:
 
     def __init__(self, analyzer: FaceAnalyzer, embedding: NDArray[np.float64]) -> None:
         self._analyzer, self._embedding = analyzer, embedding / np.linalg.norm(embedding)
-        self._count, self._at, self._cosines = 0, [], []
+        self._count = 0
+        self._at: list[int] = []
+        self._cosines: list[float] = []
         self._last: Tensor | None = None
 
     @classmethod
@@ -344,7 +372,7 @@ class _Identity:
         self._cosines.append(cosine)
 
     def curve(self) -> NDArray[np.float32]:
-        if self._at[-1] != self._count - 1:
+        if self._last is not None and self._at[-1] != self._count - 1:
             self._examine(self._last, self._count - 1)
         return np.interp(np.arange(self._count), self._at, self._cosines).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""Memory-guided linear attention and the emotion's layer norm: `naive` states them, `triton` and `fused` are fast.
+"""Memory-guided linear attention, norms and gates: `naive` states them, `triton` and `fused` are fast.
 
 Tensors on CUDA go to Triton where it can be imported and compiles for the card, all others to `fused`.
 MEMO_KERNELS=torch in the environment, read when this package is imported, turns Triton off.
@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import devices
-from ..release import DECAY
 from . import fused, shapes
+from .naive import Memory
 
 __all__ = [
     "add",
@@ -37,7 +38,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_triton = None
+_triton: Any = None
 if os.environ.get("MEMO_KERNELS") != "torch" and torch.backends.cuda.is_built():
     try:
         from . import triton as _triton
@@ -68,7 +69,7 @@ def _runs(index: int) -> bool:  # the compiler takes no cached function for a co
 
 
 # As torch.compiler.assume_constant_result, which would import the compiler: tracing asks it, and does not trace it.
-_runs._dynamo_marked_constant = True
+_runs.__dict__["_dynamo_marked_constant"] = True
 
 
 def runs_on(device: torch.device) -> bool:
@@ -83,8 +84,7 @@ _counting: ContextVar[bool] = ContextVar("counting", default=False)
 
 @contextmanager
 def as_shapes() -> Iterator[None]:
-    """Inside, tensors without data go through the kernels as on a card that runs them: only what they allocate is
-    made."""
+    """Inside, tensors without data go through the kernels as on a card: only what those allocate is made."""
     token = _counting.set(True)
     try:
         yield
@@ -104,23 +104,19 @@ def _kernels_of_windows(x: Tensor) -> ModuleType:
     return _kernels(x, _triton is None or _triton.supports(x))
 
 
-def memory_attention(
-    query: Tensor, key: Tensor, value: Tensor, memory: tuple[Tensor, Tensor] | None, decay: float = DECAY
-) -> Tensor:
+def memory_attention(query: Tensor, key: Tensor, value: Tensor, memory: Memory | None) -> Tensor:
     """As `naive.memory_attention`."""
-    return _kernels_of_windows(query).memory_attention(query, key, value, memory, decay)
+    return _kernels_of_windows(query).memory_attention(query, key, value, memory)
 
 
-def memory_sums(key: Tensor, value: Tensor, decay: float = DECAY) -> tuple[Tensor, Tensor]:
+def memory_sums(key: Tensor, value: Tensor) -> Memory:
     """As `naive.memory_sums`."""
-    return _kernels_of_windows(key).memory_sums(key, value, decay)
+    return _kernels_of_windows(key).memory_sums(key, value)
 
 
-def update_memory(
-    memory: tuple[Tensor, Tensor], factor: float, key: Tensor, value: Tensor, decay: float = DECAY
-) -> tuple[Tensor, Tensor]:
+def update_memory(memory: Memory, factor: float, key: Tensor, value: Tensor) -> Memory:
     """As `naive.update_memory`."""
-    return _kernels_of_windows(key).update_memory(memory, factor, key, value, decay)
+    return _kernels_of_windows(key).update_memory(memory, factor, key, value)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
@@ -129,8 +125,11 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether what follows runs as kernels of its own for x: without gradients or autocast, uncompiled, where Triton
-    runs. Elsewhere torch's own operators do it, and the compiler fuses better by itself."""
+    """Whether what follows runs as kernels of its own for x.
+
+    It does without gradients or autocast, uncompiled, where Triton runs. Elsewhere torch's own operators do it, and the
+    compiler fuses better by itself.
+    """
     plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled() or torch.compiler.is_compiling())
     return plain and _kernels(x) is not fused
 

@@ -1,7 +1,8 @@
 """The kernels written as in the paper: the ground truth that every other version is compared with.
 
 Shapes: B batch rows, F frames, N spatial locations, H heads, D head dim. Queries, keys and values are [B, F, N, H, D];
-each location attends over time only. A memory is the pair (kv [B, N, H, D, D], z [B, N, H, D]).
+each location attends over time only. A memory is the pair (kv [B, N, H, D, D], z [B, N, H, D]). Formulas are those of
+one location and head, with gamma the decay per frame and phi a softmax: over D for queries, over the frames for keys.
 """
 
 from __future__ import annotations
@@ -12,56 +13,62 @@ from torch import Tensor
 
 from ..release import DECAY
 
+Memory = tuple[Tensor, Tensor]
 MIN_NORMALISER = 1e-10
 
 
-def memory_sums(key: Tensor, value: Tensor, decay: float = DECAY) -> tuple[Tensor, Tensor]:
-    """Sums that one window of past frames contributes to the memory (MEMO section 3.2, equations 3 and 4).
+def memory_sums(key: Tensor, value: Tensor) -> Memory:
+    """Sums that one window of past frames contributes to the memory (MEMO section 3.2, equations 2 and 3).
+
+        kv = sum over j of gamma^(2 (F - j)) phi(K)_j V_j^T        z = sum over j of gamma^(F - j) phi(K)_j
+
+    As released: frame j = 1, ..., F weighs gamma^(its age), the newest 1, and the weight multiplies key and value both,
+    so that it enters kv squared.
 
     Args:
         key, value: [B, F, N, H, D] projections of the past frames, oldest first, before the softmax.
-        decay: weight of a frame per frame of age; the newest frame weighs 1. As released, it multiplies key and value
-            both, so that a frame of age a enters kv with decay^(2a) and z with decay^a.
 
     Returns:
         kv [B, N, H, D, D] and z [B, N, H, D].
     """
     frames = key.shape[1]
     age = torch.arange(frames - 1, -1, -1, device=key.device, dtype=torch.float32)
-    weight = (decay**age).to(key.dtype).view(1, frames, 1, 1, 1)
+    weight = (DECAY**age).to(key.dtype).view(1, frames, 1, 1, 1)
     key = torch.softmax(key, dim=1) * weight
     kv = torch.einsum("bfnhd,bfnhe->bnhde", key, value * weight)
     return kv, key.sum(dim=1)
 
 
-def update_memory(
-    memory: tuple[Tensor, Tensor], factor: float, key: Tensor, value: Tensor, decay: float = DECAY
-) -> tuple[Tensor, Tensor]:
-    """Carries a memory on by one window, in place: M <- factor M + sums (MEMO section 3.2, equations 3 and 4).
+def update_memory(memory: Memory, factor: float, key: Tensor, value: Tensor) -> Memory:
+    """Carries a memory on by one window, in place (MEMO section 3.2, equations 2 and 3).
+
+        M <- gamma^F M + sums        of both parts, M_KV = kv and M_K = z
 
     Args:
         memory: (kv, z), overwritten.
-        factor: what the memory fades by meanwhile: `decay` to the window's number of frames, as released.
-        key, value, decay: as for `memory_sums`.
+        factor: what the memory fades by meanwhile: gamma^F, as released.
+        key, value: as for `memory_sums`.
 
     Returns:
         `memory`.
     """
-    for part, window in zip(memory, memory_sums(key, value, decay)):
+    for part, window in zip(memory, memory_sums(key, value)):
         part.mul_(factor).add_(window)
     return memory
 
 
-def memory_attention(
-    query: Tensor, key: Tensor, value: Tensor, memory: tuple[Tensor, Tensor] | None, decay: float = DECAY
-) -> Tensor:
-    """Linear attention of a window over itself and over the memory (MEMO section 3.2, equation 2).
+def memory_attention(query: Tensor, key: Tensor, value: Tensor, memory: Memory | None) -> Tensor:
+    """Linear attention of a window over itself and over the memory (MEMO section 3.2, equation 4).
+
+        out_i = phi(Q)_i^T (H_KV + gamma M_KV) / phi(Q)_i^T (H_K + gamma M_K)
+        H_KV = sum over j of phi(K)_j V_j^T        H_K = sum over j of phi(K)_j
+
+    As released: the memory fades once more, and phi(Q) is scaled by D^-0.5, which cancels except where the denominator
+    falls to `MIN_NORMALISER`, the least that is divided by.
 
     Args:
         query, key, value: [B, F, N, H, D] projections of the window's frames, before any softmax.
-        memory: (kv, z) as `memory_sums` gives it, those of several windows decayed and added; None for the window
-            alone.
-        decay: weight of the memory against the window.
+        memory: (kv, z) of all windows before, as `memory_sums` and `update_memory` give it; None for the window alone.
 
     Returns:
         [B, F, N, H, D].
@@ -71,8 +78,8 @@ def memory_attention(
     kv = torch.einsum("bfnhd,bfnhe->bnhde", key, value)
     z = key.sum(dim=1)
     if memory is not None:
-        kv = kv + decay * memory[0]
-        z = z + decay * memory[1]
+        kv = kv + DECAY * memory[0]
+        z = z + DECAY * memory[1]
     numerator = torch.einsum("bfnhd,bnhde->bfnhe", query, kv)
     denominator = torch.einsum("bfnhd,bnhd->bfnh", query, z).clamp_min(MIN_NORMALISER)
     return numerator / denominator.unsqueeze(-1)
@@ -81,13 +88,15 @@ def memory_attention(
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
     """Layer norm whose shift and scale come from outside (MEMO section 3.3, emotion-adaptive layer norm).
 
+        (1 + scale) (x - mean(x)) / sqrt(variance(x) + eps) + shift        mean and variance over C
+
     Args:
         x: [R, N, C].
         shift, scale: [S, C], S a divisor of R; row r of x takes row r // (R // S).
         eps: added to the variance.
 
     Returns:
-        [R, N, C]: normalised over C, times (1 + scale), plus shift.
+        [R, N, C].
     """
     shift, scale = (part.repeat_interleave(x.shape[0] // part.shape[0], dim=0)[:, None] for part in (shift, scale))
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
@@ -117,8 +126,11 @@ def group_norm(
 
     Args:
         x: [R, C, h, w], in the number format of the weights or a finer one.
+        groups: a divisor of C.
         weight, bias: [C].
+        eps: added to the variance.
         shift: [S, C], S a divisor of R; row r of x takes row r // (R // S).
+        silu: whether SiLU follows.
 
     Returns:
         [R, C, h, w] in the number format of the weights.
@@ -139,11 +151,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 def add_norm(
     x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, modulated: bool
 ) -> tuple[Tensor, Tensor]:
-    """A residual sum and its norm: x + y in `dtype`, and of that `modulated_norm(..., shift, scale)`, or with
-    `modulated` False the layer norm of weight scale[0] and bias shift[0], in the number format of y.
+    """A residual sum and its norm.
 
     Args:
         x, y: [R, N, C].
+        shift, scale: [S, C], as for `modulated_norm`.
+        eps: added to the variance.
+        dtype: number format of the sum.
+        modulated: whether the norm is `modulated_norm`, or the layer norm of weight scale[0] and bias shift[0].
+
+    Returns:
+        x + y in `dtype`, and its norm in the number format of y.
     """
     total = x.to(dtype) + y.to(dtype)
     if modulated:

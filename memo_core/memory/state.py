@@ -9,12 +9,9 @@ left out.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +19,13 @@ from torch import Tensor
 from ..checks import number, shown, whole
 from ..errors import MemoryStateError
 from ..inputs.reference import tensors_digest
-from ..release import DECAY, WINDOW
+from ..release import WINDOW
 from ..running.precision import HALF
-from ..tensorfile import UNREADABLE, open_tensors, save_tensors
+from . import file, recurrence
 
-FORMAT = "memo-memory-state"
-VERSIONS = {"1": ("F32",), "2": ("F32", "BF16", "F16")}  # number formats that a file of each may hold
 KEEP = 6 * WINDOW  # frames kept at least
 ROOM = 4 * (KEEP + WINDOW)  # bytes of all frames' latents, per number of one: what does not fit makes only KEEP stay
 MOST_WINDOWS = 12  # likewise; the oldest of fourteen is forgotten by its weight, one after the other
-MAX_FILE_BYTES = 256 * 2**20
 _FORGOTTEN = 1e-9  # weight below which an entry is dropped
 _MAX_WEIGHT = 1e3  # a window just seen weighs 1
 _ALL_FADED = 1000  # frames after which no weight is left above _FORGOTTEN
@@ -135,6 +129,7 @@ class MemoryState:
 
     @property
     def is_empty(self) -> bool:
+        """Whether it remembers nothing."""
         return not self.entries
 
     @property
@@ -216,7 +211,7 @@ class MemoryState:
         return replace(self, entries=self._faded(round(frames)) if frames < _ALL_FADED else ())
 
     def _faded(self, frames: int) -> tuple[MemoryEntry, ...]:
-        return _weighted((entry, entry.weight * DECAY**frames) for entry in self.entries)
+        return _weighted((entry, entry.weight * recurrence.faded(frames)) for entry in self.entries)
 
     @staticmethod
     def blend(a: MemoryState, b: MemoryState, weight: float) -> MemoryState:
@@ -264,30 +259,14 @@ class MemoryState:
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, atomically."""
-        half = any(entry.latents.dtype in HALF for entry in self.entries)
-        header = {
-            "format": FORMAT,
-            "version": "2" if half else "1",  # which programs from before there was a second one read, too
-            "state": json.dumps(
-                {
-                    "horizon": self.horizon,
-                    "windows": self.windows,
-                    "model": self.model,
-                    "reference": self.reference,
-                    "weights": [entry.weight for entry in self.entries],
-                    "digest": self.digest,
-                }
-            ),
-        }
-        tensors = {}
-        for i, entry in enumerate(self.entries):
-            tensors[f"latents.{i}"] = entry.latents
-            tensors[f"face_embedding.{i}"] = entry.face_embedding.clone()  # entries may share one tensor, files may not
-        try:
-            save_tensors(tensors, _path(path), header)
-        except UNREADABLE as error:
-            raise MemoryStateError(f"cannot write the memory state to {path}: {error}") from error
+        """Writes one safetensors file, atomically.
+
+        Raises:
+            MemoryStateError: it cannot be written.
+        """
+        entries = [(entry.latents, entry.face_embedding, entry.weight) for entry in self.entries]
+        about = {"horizon": self.horizon, "windows": self.windows, "model": self.model, "reference": self.reference}
+        file.write(path, entries, about, self.digest)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MemoryState:
@@ -296,68 +275,19 @@ class MemoryState:
         Raises:
             MemoryStateError: no such file, not a memory state, of a later version, too large or damaged.
         """
-        path = _path(path)
-        try:
-            with open_tensors(path, MAX_FILE_BYTES) as file:
-                return cls._read(file)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise MemoryStateError(f"no memory state at {path}") from error
-        except UNREADABLE as error:
-            raise MemoryStateError(f"{path} is not a readable memory state: {error}") from error
-        except MemoryStateError as error:
-            raise MemoryStateError(f"{path} {error}") from error
-
-    @classmethod
-    def _read(cls, file: Any) -> MemoryState:
-        """From an open file; what is wrong with it, in words that follow its name."""
-        header = file.metadata() or {}
-        if header.get("format") != FORMAT:
-            raise MemoryStateError("is a safetensors file, but not a memory state")
-        kinds = VERSIONS.get(str(header.get("version")))
-        if kinds is None:
-            version = str(header.get("version"))[:40]
-            raise MemoryStateError(f"has version {version}, this program reads versions {', '.join(VERSIONS)}")
-        try:
-            state = json.loads(header.get("state", "null"))
-        except (ValueError, RecursionError) as error:
-            raise MemoryStateError(f"is damaged: its header is no JSON ({type(error).__name__})") from error
-        names = {"horizon", "windows", "model", "reference", "weights", "digest"}
-        if not isinstance(state, dict) or not names <= set(state) or not isinstance(state["weights"], list):
-            raise MemoryStateError(f"is damaged: its header should give {', '.join(sorted(names))}")
-        # Everything about the tensors before any of them.
-        count, found = len(state["weights"]), set(file.keys())
-        wanted = [name for i in range(count) for name in (f"latents.{i}", f"face_embedding.{i}")]
-        if count > len(found) or set(wanted) != found:
-            raise MemoryStateError(
-                f"is damaged: its header gives {count} windows, which does not fit its {len(found)} tensors "
-                f"{shown(sorted(found))}"
-            )
-        for name in wanted:
-            kind, allowed = file.get_slice(name).get_dtype(), kinds if name.startswith("latents") else ("F32",)
-            if kind not in allowed:
-                raise MemoryStateError(f"is damaged: {name} holds {kind}, it should hold {' or '.join(allowed)}")
-        try:
-            entries = tuple(
-                MemoryEntry(file.get_tensor(f"latents.{i}"), file.get_tensor(f"face_embedding.{i}"), weight)
-                for i, weight in enumerate(state["weights"])
-            )
-            if any(entry.weight <= _FORGOTTEN for entry in entries):
-                raise MemoryStateError(f"a window weighs {_FORGOTTEN} or less")
-            loaded = cls(entries, state["horizon"], state["windows"], state["model"], state["reference"])
-        except MemoryStateError as error:
-            raise MemoryStateError(f"is damaged: {error}") from error
-        if loaded.digest != state["digest"]:
-            raise MemoryStateError(
-                f"is damaged: its contents have digest {loaded.digest}, its header says {shown(state['digest'])}"
-            )
-        return loaded
-
-
-def _path(path: str | os.PathLike[str]) -> Path:
-    try:
-        return Path(path)
-    except TypeError:
-        raise MemoryStateError(f"a memory state's file is a path, received {shown(path)}") from None
+        with file.reading(path) as (entries, about, digest):
+            try:
+                made = tuple(MemoryEntry(*entry) for entry in entries)
+                if any(entry.weight <= _FORGOTTEN for entry in made):
+                    raise MemoryStateError(f"a window weighs {_FORGOTTEN} or less")
+                loaded = cls(made, about["horizon"], about["windows"], about["model"], about["reference"])
+            except MemoryStateError as error:
+                raise MemoryStateError(f"is damaged: {error}") from error
+            if loaded.digest != digest:
+                raise MemoryStateError(
+                    f"is damaged: its contents have digest {loaded.digest}, its header says {shown(digest)}"
+                )
+            return loaded
 
 
 def _weighted(entries: Iterable[tuple[MemoryEntry, float]]) -> tuple[MemoryEntry, ...]:

@@ -1,32 +1,42 @@
-"""One memory layer's sums, where they are kept and in which format."""
+"""What one temporal layer remembers, where it is kept and in which format."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..nets.past import LinearSums, Recurrence
 from ..running.host_memory import HostMemory, aligned
 
 FP8 = torch.float8_e4m3fn
 
 
-class LayerSums:
-    """The sums of one memory layer where they are kept; what computes with them gets them on the device, in full.
+class LayerMemory:
+    """What one temporal layer remembers (`nets.past.Memory`), kept; who computes with it gets it whole, on the device.
 
     Args:
-        kv, z: [B, N, H, D, D] and [B, N, H, D] on the device that computes; taken over, not copied.
+        kv, z: of a layer with MEMO's linear attention [B, N, H, D, D] and [B, N, H, D], on the device that computes;
+            taken over, not copied.
         dtype: None keeps kv as it is; float8_e4m3fn takes half the room of bf16 and rounds to 3 bits of mantissa, with
             a scale per batch row, location and head. z stays as it is.
         on_host: keep them in host memory, locked where the device is a CUDA device.
+        carries: how it goes on.
     """
 
-    def __init__(self, kv: Tensor, z: Tensor, dtype: torch.dtype | None = None, on_host: bool = False):
+    def __init__(
+        self,
+        kv: Tensor,
+        z: Tensor,
+        dtype: torch.dtype | None = None,
+        on_host: bool = False,
+        carries: Recurrence | None = None,
+    ):
         self.device, self.dtype = kv.device, kv.dtype
         self._stored = kv.dtype if dtype is None else dtype
         self._scale: Tensor | None = None
         self._home: tuple[HostMemory, list[Tensor]] | None = None
-        self.on_host = on_host
-        self.keep(kv, z)
+        self.on_host, self.carries = on_host, LinearSums() if carries is None else carries
+        self.store(kv, z)
 
     @property
     def whole(self) -> bool:
@@ -35,14 +45,15 @@ class LayerSums:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of what is kept."""
         return self.kv.nbytes + self.z.nbytes
 
-    def bring(self, rows: slice = slice(None), into: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def fetch(self, rows: slice = slice(None), into: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """kv and z of these batch rows on the device, in full; with `into`, as they are kept, to be given to `restore`.
         They are the kept tensors themselves if `whole`.
 
         Args:
-            into: bytes on the device for what comes from the host, as many as `room` says; None makes them.
+            into: bytes on the device for what comes from the host, as many as `buffer_bytes` says; None makes them.
         """
         kv, z = self.kv[rows], self.z[rows]
         if into is None:
@@ -54,7 +65,8 @@ class LayerSums:
         kv, z = (view.copy_(part, non_blocking=True) for view, part in zip(views, (kv, z)))
         return kv, z
 
-    def room(self, rows: slice) -> int:
+    def buffer_bytes(self, rows: slice) -> int:
+        """Bytes of a buffer for these rows as they are kept."""
         return aligned(self.kv[rows].nbytes) + self.z[rows].nbytes
 
     def restore(self, kv: Tensor, z: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -62,14 +74,16 @@ class LayerSums:
         return (kv, z) if self._scale is None else (kv.to(self.dtype).mul_(self._scale[rows]), z)
 
     def fade(self, factor: float) -> None:
-        self.keep(*(part.mul_(factor) for part in self.bring()))
+        """As if frames had passed and nothing been added."""
+        self.store(*self.carries.fade(self.fetch(), factor))
 
     def move(self, on_host: bool) -> None:
+        """To host memory, or back to the device."""
         if on_host != self.on_host:
             self.on_host = on_host
             self._settle(self.kv, self.z)
 
-    def keep(self, kv: Tensor, z: Tensor) -> None:
+    def store(self, kv: Tensor, z: Tensor) -> None:
         """Takes over new sums, computed on the device: wherever they are kept, they are the same bits."""
         if self._stored == FP8:
             largest = torch.linalg.vector_norm(kv, float("inf"), dim=(-2, -1), keepdim=True)
@@ -82,6 +96,6 @@ class LayerSums:
         if not self.on_host:
             self.kv, self.z, self._home = kv.to(self.device), z.to(self.device), None
             return
-        if self._home is None:
+        if self._home is None or [view.shape for view in self._home[1]] != [kv.shape, z.shape]:
             self._home = HostMemory.for_((kv, z), self.device)
         self.kv, self.z = (home.copy_(part) for home, part in zip(self._home[1], (kv, z)))

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checks import number, shown, whole
 from ..errors import CheckpointError
+from ..release import FPS, WINDOW
 
 LARGEST = 2**16  # width, number of heads, kernel, ...: far beyond any network, and nothing to build on the meta device
 LONGEST = 64  # list, as of widths by level
@@ -88,8 +89,48 @@ _ONLY = {
 _ONLY_MOTION = {
     "attention_block_types": "Temporal_Self",
     "temporal_attention_dim_div": 1,
-    "temporal_position_encoding": False,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """Which kind of layer module stands at a level.
+
+    Attributes:
+        name: in `nets.kinds`.
+        frames: past frames that a temporal module looks at, where its kind has a choice; 0: as its kind has it.
+    """
+
+    name: str
+    frames: int = 0
+
+
+def _kinds(config: Mapping[str, Any], name: str, default: str, levels: int) -> tuple[LayerKind, ...]:
+    """The kinds of layer modules in a setting: one for all levels, or a list of one each; a kind is its name, or an
+    object with the name under `kind` and its `frames`.
+    """
+    given = config.get(name, default)
+    each = list(given) if isinstance(given, (list, tuple)) else [given] * levels
+    if len(each) != levels:
+        raise CheckpointError(f"config.json: {name} has {len(each)} kinds for {levels} levels")
+    kinds = []
+    for kind in each:
+        kind = {"kind": kind} if isinstance(kind, str) else kind
+        if not isinstance(kind, dict) or kind.keys() - {"kind", "frames"} or not isinstance(kind.get("kind"), str):
+            raise CheckpointError(
+                f"config.json: {name} = {shown(given)} must be the name of a kind, or an object of kind and frames, or "
+                "a list of one for each level"
+            )
+        read = settings_like(kind, {"kind": default, "frames": 0}, f"config.json: {name}")
+        kinds.append(LayerKind(read["kind"], read["frames"]))
+    return tuple(kinds)
+
+
+def _noise_levels(levels: tuple[float, ...]) -> tuple[float, ...]:
+    falling = all(a > b for a, b in zip(levels, levels[1:]))
+    if len(levels) < 2 or levels[0] > 1 or levels[-1] != 0 or not falling:
+        raise CheckpointError(f"config.json: noise_levels = {shown(list(levels))} must fall from at most 1 to 0")
+    return levels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,10 +148,17 @@ class NetConfig:
     norm_eps: float = 1e-5
     # Diffusion Net only
     audio_attention_dim: int = 768
-    memory: tuple[bool, ...] = (True, True, True, True)
+    memory: tuple[bool, ...] = (True, True, True, True)  # which levels have temporal modules; the middle always has one
     memory_heads: int = 8
-    memory_blocks: int = 1  # transformer blocks in a memory module
-    memory_layers_per_block: int = 2  # memory attention layers in one of them
+    memory_blocks: int = 1  # transformer blocks in a temporal module
+    memory_layers_per_block: int = 2  # temporal layers in one of them
+    temporal: tuple[LayerKind, ...] = (LayerKind("memory"),) * 4  # kind of temporal module, per level
+    audio: tuple[LayerKind, ...] = (LayerKind("multimodal"),) * 4  # kind of audio module, per level
+    positions: int = 0  # frames of the longest window whose places temporal layers know; 0: they know none
+    window: int = WINDOW  # frames denoised together
+    fps: int = FPS  # frames a second that it was trained at
+    noise_levels: tuple[float, ...] = ()  # from 1 down to 0 that it samples at; (): the released schedule
+    guidance_embedded: bool = False  # it has learnt its guidance: the conditional row is all that is computed
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> NetConfig:
@@ -135,6 +183,10 @@ class NetConfig:
                 "norm_num_groups": 32,
                 "norm_eps": 1e-5,
                 "audio_attention_dim": 768,
+                "window_frames": WINDOW,
+                "fps": FPS,
+                "noise_levels": (1.0,),
+                "guidance_embedded": False,
             },
             "config.json",
         )
@@ -158,9 +210,21 @@ class NetConfig:
                 raise CheckpointError(f"config.json: motion_module_kwargs.{name} = {shown(values)} must be {allowed!r}")
         motion = settings_like(
             motion,
-            {"num_attention_heads": 8, "num_transformer_block": 1, "attention_block_types": ("Temporal_Self",) * 2},
+            {
+                "num_attention_heads": 8,
+                "num_transformer_block": 1,
+                "attention_block_types": ("Temporal_Self",) * 2,
+                "temporal_position_encoding": False,
+                "temporal_position_encoding_max_len": 24,
+            },
             "config.json: motion_module_kwargs",
         )
+        positions = motion["temporal_position_encoding_max_len"] if motion["temporal_position_encoding"] else 0
+        if 0 < positions < read["window_frames"]:
+            raise CheckpointError(
+                f"config.json: motion_module_kwargs.temporal_position_encoding_max_len = {positions} is less than the "
+                f"{read['window_frames']} frames of a window"
+            )
         everywhere = {"motion_module_resolutions": tuple(2**i for i in range(levels))}
         resolutions = settings_like(config, everywhere, "config.json")
         if config.get("motion_module_resolutions") == []:  # a net without memory
@@ -180,6 +244,13 @@ class NetConfig:
             memory_heads=motion["num_attention_heads"],
             memory_blocks=motion["num_transformer_block"],
             memory_layers_per_block=len(motion["attention_block_types"]),
+            temporal=_kinds(config, "temporal_modules", "memory", levels),
+            audio=_kinds(config, "audio_modules", "multimodal", levels),
+            positions=positions,
+            window=read["window_frames"],
+            fps=read["fps"],
+            noise_levels=_noise_levels(read["noise_levels"]) if config.get("noise_levels") is not None else (),
+            guidance_embedded=read["guidance_embedded"],
         )
         for i, width in enumerate(channels):
             parts = [("norm_num_groups", made.norm_num_groups)]

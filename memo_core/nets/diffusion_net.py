@@ -2,313 +2,150 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
+from .conditions import Conditions, LayerInputs, Prepared
 from .config import NetConfig
-from .layers import (
-    Downsample,
-    ResnetBlock,
-    TimestepEmbedding,
-    Upsample,
-    as_laid_out,
-    in_full,
-    narrowed,
-    norm_is_kernel,
-    widened,
-)
-from .memory_module import LazyMemory, Memory, MemoryModule
-from .multimodal import AudioModule, Feeling, Heard
-from .reference_net import down_widths, up_widths
-from .spatial import SpatialConditions, SpatialTransformer
+from .kinds import AUDIO, TEMPORAL, kind_named
+from .layers import ResnetBlock, in_full, norm_is_kernel
+from .module import LayerModule
+from .past import MemoryOfModule
+from .spatial import SpatialTransformer
+from .temporal import TemporalAttention, TemporalModule
+from .unet import Level, UNet, of_every_row
 
 
-class _Block(nn.Module):
-    """One resolution level. Each layer is a residual block, then, where the level has them, spatial attention,
-    multi-modal attention and the memory module."""
-
-    def __init__(
-        self,
-        widths: list[tuple[int, int]],
-        audio_widths: list[int],
-        config: NetConfig,
-        attention: bool,
-        memory: bool,
-        downsample: bool = False,
-        upsample: bool = False,
-        final: bool = False,
-        ops: Any = nn,
-    ):
-        super().__init__()
-        time_dim, groups = config.block_out_channels[0] * 4, config.norm_num_groups
-        dim, last = widths[-1][1], len(widths) - 1
-        self.resnets = nn.ModuleList(ResnetBlock(a, b, time_dim, groups, config.norm_eps, ops) for a, b in widths)
-        if attention:
-            self.attentions = nn.ModuleList(SpatialTransformer(dim, config, ops) for _ in widths)
-            self.audio_modules = nn.ModuleList(
-                AudioModule(dim, inner, config.audio_attention_dim, config.heads, groups, final and i == last, ops)
-                for i, inner in enumerate(audio_widths)
-            )
-        if memory:
-            self.motion_modules = nn.ModuleList(_memory_module(dim, config, ops) for _ in widths)
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(dim, ops)])
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample(dim, ops)])
-
-    def memory_module(self, i: int) -> MemoryModule | None:
-        return self.motion_modules[i] if hasattr(self, "motion_modules") else None
-
-    def layer(
-        self,
-        i: int,
-        x: Tensor,
-        audio: Tensor | Heard | None,
-        shift: Tensor,
-        given: LayerConditions,
-        memory: list[LazyMemory] | None,
-        frames: int,
-        carried: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | Heard | None]:
-        x = self.resnets[i](x, shift, carried)
-        if given.spatial is not None:
-            x = _of_every_row(x, len(given.spatial.face[0]) * frames)
-            x = self.attentions[i](x, given.spatial)
-        if given.feeling is not None:
-            x, audio = self.audio_modules[i](x, audio, given.feeling)
-        if memory is not None:
-            x = self.motion_modules[i](x, memory or None, frames)
-        return x, audio
-
-
-class _MidBlock(_Block):
-    """As a level with one layer, and a second residual block after it."""
-
-    def __init__(self, dim: int, config: NetConfig, ops: Any):
-        super().__init__([(dim, dim)], [dim], config, attention=True, memory=True, ops=ops)
-        self.resnets.append(
-            ResnetBlock(dim, dim, config.block_out_channels[0] * 4, config.norm_num_groups, config.norm_eps, ops)
-        )
-
-
-def _memory_module(dim: int, config: NetConfig, ops: Any) -> MemoryModule:
-    return MemoryModule(
-        dim, config.memory_heads, config.memory_blocks, config.memory_layers_per_block, config.norm_num_groups, ops
-    )
-
-
-class LayerConditions(NamedTuple):
-    """What one layer reads besides frames, memory and time; None where it has no such module or leaves it out."""
-
-    spatial: SpatialConditions | None
-    feeling: Feeling | None
-
-
-class WindowConditions(NamedTuple):
-    """Everything that `DiffusionNet.prepare` computes from a window's conditions; no step changes it.
-
-    Attributes:
-        layers: in execution order.
-        audio: what the first audio module heard; None without sound.
-        frames: F.
+class _Level(Level):
+    """One resolution. Beside each residual block, in this order and where the level has them: spatial attention, an
+    audio module, a temporal module.
     """
 
-    layers: list[LayerConditions]
-    audio: Heard | None
-    frames: int
+    def spatial(self, i: int) -> SpatialTransformer | None:
+        return self.attentions[i] if hasattr(self, "attentions") else None
 
-    def half(self, number: int) -> WindowConditions:
-        """Those of the batch's first half (0), which sees no reference, or of its second (1), which does; views."""
+    def audio(self, i: int) -> Any:
+        return self.audio_modules[i] if hasattr(self, "audio_modules") else None
 
-        def mine(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-            return tuple(tensor.chunk(2)[number] for tensor in tensors)
-
-        layers = []
-        for spatial, feeling in self.layers:
-            if spatial is not None:
-                reference = spatial.reference if number else tuple(kv[:0] for kv in spatial.reference)
-                spatial = SpatialConditions(reference, mine(spatial.face))
-            if feeling is not None:
-                feeling = Feeling(*(mine(modulation) for modulation in feeling))
-            layers.append(LayerConditions(spatial, feeling))
-        return WindowConditions(layers, None if self.audio is None else Heard(*mine(self.audio)), self.frames)
+    def temporal(self, i: int) -> TemporalModule | None:
+        return self.motion_modules[i] if hasattr(self, "motion_modules") else None
 
 
-def _of_every_row(x: Tensor, rows: int) -> Tensor:
-    """Rows that were computed once, because they do not differ yet, for all: [R, C, h, w] -> [rows, C, h, w]."""
-    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))  # in memory as x is
-
-
-class DiffusionNet(nn.Module):
+class DiffusionNet(UNet):
     """Predicts the rectified-flow velocity of a window of frames.
 
     Args:
-        config: sizes.
+        config: sizes, and the kinds of layers.
         ops: namespace of layer classes.
     """
 
+    outside_forward = ("predict",)  # as `LayerModule` declares it
+
     def __init__(self, config: NetConfig, ops: Any = nn):
-        super().__init__()
-        self.config = config
-        channels, last = config.block_out_channels, len(config.block_out_channels) - 1
-        self.conv_in = ops.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], ops)
-        self.down_blocks = nn.ModuleList(
-            _Block(
-                widths,
-                [a for a, _ in widths],
-                config,
-                config.attention[i],
-                config.memory[i],
-                downsample=i < last,
-                ops=ops,
-            )
-            for i, widths in enumerate(down_widths(config))
-        )
-        self.mid_block = _MidBlock(channels[-1], config, ops)
-        self.up_blocks = nn.ModuleList()
-        for i, widths in enumerate(up_widths(config)):
-            level = last - i
-            audio_widths = [channels[max(level - 1, 0)]] * len(widths)
-            self.up_blocks.append(
-                _Block(
-                    widths,
-                    audio_widths,
-                    config,
-                    config.attention[level],
-                    config.memory[level],
-                    upsample=i < last,
-                    final=i == last,
-                    ops=ops,
-                )
-            )
+        channels = config.block_out_channels
+
+        def level(place: str, resolution: int, widths: Sequence[tuple[int, int]], resample: str) -> Level:
+            if place == "mid":  # one layer, and a residual block after it
+                dim = widths[0][1]
+                mid = _Level(widths[:1], config, lambda: _beside(config, resolution, [dim], [dim], ops), ops=ops)
+                mid.resnets.append(ResnetBlock(dim, dim, channels[0] * 4, config.norm_num_groups, config.norm_eps, ops))
+                return mid
+            dims = [dim for _, dim in widths]
+            inner = [a for a, _ in widths] if place == "down" else [channels[max(resolution - 1, 0)]] * len(widths)
+            final = place == "up" and resolution == 0
+
+            def beside() -> dict[str, nn.ModuleList]:
+                there = config.attention[resolution], config.memory[resolution]
+                return _beside(config, resolution, dims, inner, ops, final, *there)
+
+            return _Level(widths, config, beside, resample, ops)
+
+        super().__init__(config, level, ops)
         self.conv_norm_out = ops.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_out = ops.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def layers(self) -> Iterator[tuple[_Block, int, int]]:
-        """(block, index of the layer in it, level) in execution order: down, middle, up."""
-        last = len(self.down_blocks) - 1
-        for level, block in enumerate(self.down_blocks):
-            yield from ((block, i, level) for i in range(len(block.resnets)))
-        yield self.mid_block, 0, last
-        for i, block in enumerate(self.up_blocks):
-            yield from ((block, j, last - i) for j in range(len(block.resnets)))
+    def layer_modules(self) -> Iterator[LayerModule]:
+        """Everything beside the residual blocks."""
+        return (module for module in self.modules() if isinstance(module, LayerModule))
 
-    def memory_sums(
-        self,
-        past: list[Tensor],
-        height: int,
-        width: int,
-        frames: int,
-        rows: Tensor | None = None,
-        into: Iterator[tuple[Memory, float]] | None = None,
-    ) -> Iterator[Memory]:
-        """What a window of past frames adds to the memory, one memory layer after the other in execution order.
+    def temporal_modules(self) -> Iterator[TemporalModule]:
+        """In execution order."""
+        return (module for level, i, _ in self.layers() if (module := level.temporal(i)) is not None)
+
+    @property
+    def past_frames(self) -> int | None:
+        """How many past frames its layers look at, at most; None: all."""
+        needed: list[int] = []
+        for module in self.temporal_modules():
+            for block in module.temporal_transformer.transformer_blocks:
+                for attention in block.attention_blocks:
+                    if attention.carries.frames is None:
+                        return None
+                    needed.append(attention.carries.frames)
+        return max(needed, default=0)
+
+    def past(
+        self, features: list[Tensor], height: int, width: int, frames: int, rows: Tensor | None = None
+    ) -> Iterator[tuple[TemporalAttention, Tensor, Tensor]]:
+        """Each temporal layer with its keys and values of a window of past frames, in execution order.
+
+        What becomes of them is `TemporalAttention.carries`' affair.
 
         Args:
-            past: Reference Net features of the past frames, [B * F, N, C] per layer, frames oldest first.
+            features: Reference Net features of the past frames, [B * F, N, C] per layer, frames oldest first.
             height, width: latent size; level i of the net works at ceil(size / 2^i).
             frames: F.
-            rows: [B * F] numbers of rows of `past`, where some frames are alike and `past` holds each only once.
-            into: per memory layer a memory and a factor: it is multiplied by that and added to, in place, and yielded.
+            rows: [B * F] numbers of rows of `features`, where some frames are alike and each is there only once.
 
         Yields:
-            (kv [B, N, H, D, D], z [B, N, H, D]) per memory layer. Memory of several windows is the sum of theirs, each
-            decayed by 0.9^frames per later window (`memory.MemoryState` keeps the weights).
+            (layer, key, value), [B, F, N, H, D] each.
         """
-        for (block, i, level), feature in zip(self.layers(), past):
-            module = block.memory_module(i)
+        for (level, i, resolution), feature in zip(self.layers(), features, strict=True):
+            module = level.temporal(i)
             if module is not None:
-                h, w = -(-height // 2**level), -(-width // 2**level)
-                yield from module.sums(feature, h, w, frames, rows, into)
+                h, w = -(-height // 2**resolution), -(-width // 2**resolution)
+                yield from module.past(feature, h, w, frames, rows)
 
-    def prepare(
-        self,
-        *,
-        reference: list[Tensor],
-        face_tokens: Tensor,
-        audio_tokens: Tensor | None,
-        emotion: Tensor | None,
-        frames: int,
-    ) -> WindowConditions:
-        """Computes what does not change between the steps of a window: keys and values of the portrait and of the face
-        tokens, the emotion's shifts and scales, what the first audio module makes of the sound. Arguments as for
-        `predict`."""
-        dtype = face_tokens.dtype
-        layers = []
-        for (block, i, _), feature in zip(self.layers(), reference):
-            spatial = feeling = None
-            if hasattr(block, "attentions"):
-                sets = feature if feature.ndim == 4 else feature[:, None]
-                spatial = block.attentions[i].prepare(sets, face_tokens)
-                if emotion is not None:
-                    feeling = block.audio_modules[i].feel(emotion, dtype)
-            layers.append(LayerConditions(spatial, feeling))
-        audio = None
-        if audio_tokens is not None:
-            first = next(n for n, given in enumerate(layers) if given.feeling is not None)
-            block, i, _ = list(self.layers())[first]
-            audio = block.audio_modules[i].listen(audio_tokens.flatten(0, 1), layers[first].feeling)
-        return WindowConditions(layers, audio, frames)
-
-    def time_shifts(self, timestep: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """What the time embedding [T] of timesteps 0 (clean) to 1000 (noise) adds in every residual block, [T, C]."""
-        time = self.time_embedding(timestep, dtype)
-        return [resnet.shift(time) for resnet in self._resnets()]
-
-    def _resnets(self) -> Iterator[ResnetBlock]:
-        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            yield from block.resnets
+    def prepare(self, conditions: Conditions) -> Prepared:
+        """Computes what does not change between the steps of a window: every module its own part."""
+        layers, audio, first = [], None, True
+        for index, (level, i, _) in enumerate(self.layers()):
+            spatial, audio_module = level.spatial(i), level.audio(i)
+            mine = LayerInputs(
+                None if spatial is None else spatial.prepare(conditions, index),
+                None if audio_module is None else audio_module.prepare(conditions, index),
+            )
+            layers.append(mine)
+            if first and mine.audio is not None and conditions.audio_tokens is not None:
+                first, audio = False, audio_module.begin(conditions.audio_tokens.flatten(0, 1), mine.audio)
+        return Prepared(layers, audio, conditions.frames, len(conditions.face_tokens))
 
     def predict(
         self,
         latents: Tensor,
         timestep: Tensor,
-        *,
-        reference: list[Tensor],
-        memory: list[LazyMemory] | None,
-        face_tokens: Tensor,
-        audio_tokens: Tensor | None,
-        emotion: Tensor | None,
+        conditions: Conditions,
+        memory: Sequence[MemoryOfModule] | None,
     ) -> Tensor:
         """One step, and all that `prepare` and `time_shifts` compute for it.
 
         Args:
             latents: [B, 4, F, h, w] noisy latents.
             timestep: [B] or [1], or [B * F] for one per frame, 0 (clean) to 1000 (noise).
-            reference: Reference Net features of the portrait per layer, [S, N, C], or [S, K, N, C] for K sets that the
-                frames see in turn. The first B - S rows of the batch do not see the reference.
-            memory: as `memory_sums` gives them, or None for a window without a past.
-            face_tokens: [B, tokens, cross_attention_dim].
-            audio_tokens: [B, F, tokens, audio_attention_dim].
-            emotion: int labels 0..9, [B] for one per window or [B * F] for one per frame, or floating class weights
-                [B, 10] or [B * F, 10], rows summing to 1. None, with audio_tokens None, leaves out multi-modal
-                attention and memory: each frame by itself, as the first stage of training has it.
+            conditions: of the window.
+            memory: of every temporal module, or None for a window without a past.
 
         Returns:
             Velocity [B, 4, F, h, w].
         """
-        given = self.prepare(
-            reference=reference,
-            face_tokens=face_tokens,
-            audio_tokens=audio_tokens,
-            emotion=emotion,
-            frames=latents.shape[2],
-        )
-        return self(latents, self.time_shifts(timestep, latents.dtype), given, memory)
+        return self(latents, self.time_shifts(timestep, latents.dtype), self.prepare(conditions), memory)
 
     def forward(
-        self,
-        latents: Tensor,
-        shifts: list[Tensor],
-        given: WindowConditions,
-        memory: list[LazyMemory] | None,
+        self, latents: Tensor, shifts: list[Tensor], prepared: Prepared, memory: Sequence[MemoryOfModule] | None
     ) -> Tensor:
         """One step under prepared conditions.
 
@@ -317,50 +154,29 @@ class DiffusionNet(nn.Module):
                 batch (guidance) and are computed once as far as the halves do not differ. In a finer format than the
                 weights, hidden states are carried in it from layer to layer.
             shifts: of `time_shifts`, for one timestep, or one per row or frame.
-            given: from `prepare`.
+            prepared: from `prepare`.
             memory: as for `predict`.
 
         Returns:
             Velocity [B, 4, F, h, w].
         """
-        frames, norm = given.frames, self.conv_norm_out
-        # None where there is nothing finer to carry, as in training.
-        carried = latents.dtype if norm.weight.dtype.itemsize < latents.dtype.itemsize else None
-        shift, layers = iter(shifts), iter(given.layers)
-        sums = None if memory is None else iter(memory)
-        audio: Tensor | Heard | None = given.audio
+        frames, layers = prepared.frames, iter(prepared.layers)
+        remembered = None if memory is None else iter(memory)
+        audio = prepared.audio
 
-        def layer(block: _Block, i: int, x: Tensor, audio: Tensor | Heard | None) -> tuple[Tensor, Any]:
-            module = None if given.audio is None else block.memory_module(i)
-            mine = None
-            if module is not None:
-                mine = [] if sums is None else [next(sums) for _ in range(module.num_memory_layers)]
-            return block.layer(i, x, audio, next(shift), next(layers), mine, frames, carried)
+        def beside(level: _Level, i: int, x: Tensor) -> Tensor:
+            nonlocal audio
+            mine = next(layers)
+            if mine.spatial is not None:
+                x = level.attentions[i](of_every_row(x, prepared.batch * frames), mine.spatial)
+            if mine.audio is not None:
+                x, audio = level.audio_modules[i](x, audio, mine.audio)
+            temporal = level.temporal(i)
+            if temporal is not None and prepared.audio is not None:
+                x = temporal(x, None if remembered is None else next(remembered), frames)
+            return x
 
-        x = in_full(self.conv_in, as_laid_out(latents.transpose(1, 2).flatten(0, 1)))
-        skips = [narrowed(x, norm)]  # nothing is added to them
-        for block in self.down_blocks:
-            for i in range(len(block.resnets)):
-                x, audio = layer(block, i, x, audio)
-                skips.append(narrowed(x, norm))
-            if hasattr(block, "downsamplers"):
-                x = self._through(block.downsamplers[0], x)
-                skips.append(narrowed(x, norm))
-        x, audio = layer(self.mid_block, 0, x, audio)
-        x = self.mid_block.resnets[1](x, next(shift), carried)
-        for block in self.up_blocks:
-            for i in range(len(block.resnets)):
-                skip = _of_every_row(skips.pop(), len(x))
-                x, audio = layer(block, i, torch.cat([narrowed(x, norm), skip], dim=1), audio)
-            if hasattr(block, "upsamplers"):
-                x = self._through(partial(block.upsamplers[0], size=skips[-1].shape[2:]), x)
-        return self._velocity(x, frames)
-
-    def _through(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """What a resampling layer makes of x, carried on as x is, or, where kernels read it as it comes, not."""
-        return widened(layer(narrowed(x, self.conv_norm_out)), x.dtype, self.conv_norm_out)
-
-    def _velocity(self, x: Tensor, frames: int) -> Tensor:
+        x = self.walk(latents.transpose(1, 2).flatten(0, 1), shifts, beside, self.conv_norm_out)
         norm = self.conv_norm_out
         if norm_is_kernel(x, norm):
             weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
@@ -369,3 +185,57 @@ class DiffusionNet(nn.Module):
             x = F.silu(in_full(norm, x))
         x = in_full(self.conv_out, x)
         return x.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def _beside(
+    config: NetConfig,
+    resolution: int,
+    dims: list[int],
+    inner: list[int],
+    ops: Any,
+    final: bool = False,
+    attention: bool = True,
+    temporal: bool = True,
+) -> dict[str, nn.ModuleList]:
+    """The modules of a level by the names that the released checkpoint gives their lists.
+
+    Args:
+        dims, inner: per layer, channels and the working width of its audio module.
+        final: its last layer is the net's last.
+        attention: spatial attention and audio modules are there, as they always are in the middle.
+        temporal: likewise, temporal modules.
+    """
+    modules: dict[str, nn.ModuleList] = {}
+    if attention:
+        kind = config.audio[resolution]
+        make = kind_named(AUDIO, kind.name, "audio_modules")
+        modules["attentions"] = nn.ModuleList(SpatialTransformer(dim, config, ops) for dim in dims)
+        modules["audio_modules"] = nn.ModuleList(
+            make(
+                dim,
+                inner[i],
+                config.audio_attention_dim,
+                config.heads,
+                config.norm_num_groups,
+                final and i == len(dims) - 1,
+                ops,
+            )
+            for i, dim in enumerate(dims)
+        )
+    if temporal:
+        of_time = config.temporal[resolution]
+        make_temporal = kind_named(TEMPORAL, of_time.name, "temporal_modules")
+        modules["motion_modules"] = nn.ModuleList(
+            make_temporal(
+                dim,
+                config.memory_heads,
+                config.memory_blocks,
+                config.memory_layers_per_block,
+                config.norm_num_groups,
+                ops,
+                frames=of_time.frames,
+                positions=config.positions,
+            )
+            for dim in dims
+        )
+    return modules

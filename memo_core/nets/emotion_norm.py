@@ -31,7 +31,8 @@ class EmotionAdaNorm(nn.Module):
 
     def modulation(self, emotion: Tensor, dtype: torch.dtype) -> Modulation:
         """emotion [B] or [B * F] int labels in 0..9, or [B, 10] or [B * F, 10] floating class weights, each row summing
-        to 1, which stand for the weighted mean of the labels' embeddings."""
+        to 1, which stand for the weighted mean of the labels' embeddings.
+        """
         table = self.class_embedder.embedding_table
         if emotion.is_floating_point():
             # Called, not read: a host's layer brings its weight to the device in its forward.

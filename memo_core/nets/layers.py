@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,8 @@ def as_laid_out(x: Tensor) -> Tensor:
 
 def norm_is_kernel(x: Tensor, norm: nn.Module) -> bool:
     """Whether a norm of x is one of the kernels: its weights are at hand, as they are not with a host that brings or
-    patches them at use."""
+    patches them at use.
+    """
     weight = getattr(norm, "weight", None)
     patched = getattr(norm, "weight_function", None) or getattr(norm, "bias_function", None)
     return isinstance(weight, Tensor) and weight.device == x.device and not patched and kernels.fuses(x)
@@ -243,7 +244,8 @@ class Attention(nn.Module):
 
     def folded(self, context: Tensor) -> KeysValues | None:
         """For `cross`, of a few tokens [B, M, context_dim]: what queries and outputs are projected by, multiplied with
-        keys and values once, [B, query_dim, H * M] and [B, H * M, query_dim]. None where the kernels do not run."""
+        keys and values once, [B, query_dim, H * M] and [B, H * M, query_dim]. None where the kernels do not run.
+        """
         to_q, to_out = self.to_q, self.to_out[0]
         if not (into_place(to_q, context) and type(to_out) is nn.Linear):
             return None
@@ -262,7 +264,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, more: KeysValues | None = None, into: Tensor | None = None) -> Tensor:
         """Self-attention of x [S * F, N, query_dim], also to `more` keys and values [S, K, H, M, D]: K sets for each of
-        S samples, of which its frames see set k in frames k, k + K, ...; written `into` a tensor if one is given."""
+        S samples, of which its frames see set k in frames k, k + K, ...; written `into` a tensor if one is given.
+        """
         query, *own = project(self, QUERY_KEY_VALUE, x)
         given = tuple(split_heads(part, self.heads) for part in own)
         if more is not None:
@@ -346,6 +349,10 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions on [R, C, h, w], shifted by the time embedding in between; residual."""
 
+    # As `module.LayerModule` declares it.
+    recomputed: ClassVar[bool] = True
+    outside_forward: ClassVar[tuple[str, ...]] = ("shift",)
+
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int, eps: float, ops: Any = nn):
         super().__init__()
         self.norm1 = ops.GroupNorm(groups, in_channels, eps=eps)
@@ -362,7 +369,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, carried: torch.dtype | None = None) -> Tensor:
         """x [R, C, h, w]; shift [S, out_channels], S dividing R: row r is shifted by the one numbered r // (R / S).
-        carried: the format of what comes back, where it is finer than that of x."""
+        carried: the format of what comes back, where it is finer than that of x.
+        """
         hidden = self.conv1(group_normed(self.norm1, x, silu=True))
         hidden = self.conv2(group_normed(self.norm2, hidden, shift, silu=True))
         shortcut = self.conv_shortcut(narrowed(x, self.norm1)) if hasattr(self, "conv_shortcut") else x

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .conditions import Conditions
 from .emotion_norm import EmotionAdaNorm, Modulation
 from .layers import (
     QUERY_KEY_VALUE,
@@ -25,9 +26,10 @@ from .layers import (
     to_tokens,
     widened,
 )
+from .module import LayerModule
 
 
-class Feeling(NamedTuple):
+class EmotionModulation(NamedTuple):
     """What the emotion makes of a module's four norms; the same at every step."""
 
     norm1: Modulation
@@ -36,9 +38,10 @@ class Feeling(NamedTuple):
     audio_norm2: Modulation
 
 
-class Heard(NamedTuple):
+class AudioContext(NamedTuple):
     """Audio tokens [B * F, tokens, audio_dim] as they enter a module and after their own attention, and their
-    projections for the joint one, [B * F, tokens, dim] each. At the net's first module the same at every step."""
+    projections for the joint one, [B * F, tokens, dim] each. At the net's first module the same at every step.
+    """
 
     entering: Tensor
     audio: Tensor
@@ -75,9 +78,11 @@ class JointAttention(nn.Module):
         """Queries, keys and values of audio tokens [B * F, tokens, audio_dim]."""
         return project(self, _ADDED, audio)
 
-    def forward(self, x: Tensor, heard: Heard) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, context: AudioContext) -> tuple[Tensor, Tensor | None]:
         own = project(self, QUERY_KEY_VALUE, x)
-        query, key, value = (split_heads(torch.cat(pair, dim=1), self.heads) for pair in zip(own, heard[2:]))
+        query, key, value = (
+            split_heads(torch.cat(pair, dim=1), self.heads) for pair in zip(own, context[2:], strict=True)
+        )
         out = join_heads(attend(query, key, value))
         frames, audio = out[:, : x.shape[1]], out[:, x.shape[1] :]
         return self.to_out[0](frames), self.to_add_out(audio) if hasattr(self, "to_add_out") else None
@@ -101,29 +106,31 @@ class _JointBlock(nn.Module):
             self.audio_ff = FeedForward(audio_dim, ops)
             self.audio_norm3 = ops.LayerNorm(audio_dim)
 
-    def feel(self, emotion: Tensor, dtype: torch.dtype) -> Feeling:
+    def modulations(self, emotion: Tensor, dtype: torch.dtype) -> EmotionModulation:
         norms = (self.norm1, self.audio_norm1, self.norm2, self.audio_norm2)
-        return Feeling(*(norm.modulation(emotion, dtype) for norm in norms))
+        return EmotionModulation(*(norm.modulation(emotion, dtype) for norm in norms))
 
-    def listen(self, entering: Tensor, feeling: Feeling) -> Heard:
-        audio = entering + self.audio_attn1(self.audio_norm1(entering, feeling.audio_norm1))
-        normed = self.audio_norm2(audio, feeling.audio_norm2)
-        return Heard(entering, audio, *self.attn2.of_audio(normed))
+    def context(self, entering: Tensor, emotion: EmotionModulation) -> AudioContext:
+        audio = entering + self.audio_attn1(self.audio_norm1(entering, emotion.audio_norm1))
+        normed = self.audio_norm2(audio, emotion.audio_norm2)
+        return AudioContext(entering, audio, *self.attn2.of_audio(normed))
 
-    def forward(self, x: Tensor, heard: Heard, feeling: Feeling, carried: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, context: AudioContext, emotion: EmotionModulation, carried: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
         """x [B * F, N, C] in the layers' format, as what comes back is; between them hidden states are `carried`."""
-        attention = self.attn1(self.norm1(x, feeling.norm1))
-        x, normed = self.norm2.after_sum(widened(x, carried, self.norm3), attention, feeling.norm2, carried)
-        joint, joint_audio = self.attn2(normed, heard)
+        attention = self.attn1(self.norm1(x, emotion.norm1))
+        x, normed = self.norm2.after_sum(widened(x, carried, self.norm3), attention, emotion.norm2, carried)
+        joint, joint_audio = self.attn2(normed, context)
         x, normed = add_layer_normed(self.norm3, x, joint, carried)
         x = added(x, self.ff(normed), self.norm3)
         if joint_audio is None:
             return x, None
-        audio = heard.audio + joint_audio
+        audio = context.audio + joint_audio
         return x, audio + self.audio_ff(self.audio_norm3(audio))
 
 
-class AudioModule(nn.Module):
+class AudioModule(LayerModule):
     """Multi-modal attention module at one layer of the Diffusion Net.
 
     Args:
@@ -132,8 +139,14 @@ class AudioModule(nn.Module):
             the next finer level on the way up, not `dim`.
         audio_dim: width of an audio token.
         heads: attention heads.
+        groups: of the group norm.
         final: the net's last audio module, which returns no audio tokens.
+        ops: namespace of layer classes.
     """
+
+    part = "audio"
+    adapted = r".+\.(audio_)?attn[12]\.(to_(q|k|v|out\.0)|add_[qkv]_proj|to_add_out)"
+    outside_forward = ("prepare", "begin")
 
     def __init__(
         self, dim: int, inner_dim: int, audio_dim: int, heads: int, groups: int, final: bool = False, ops: Any = nn
@@ -144,26 +157,30 @@ class AudioModule(nn.Module):
         self.transformer_blocks = nn.ModuleList([_JointBlock(inner_dim, audio_dim, heads, final, ops)])
         self.proj_out = ops.Conv2d(inner_dim, dim, 1)
 
-    def feel(self, emotion: Tensor, dtype: torch.dtype) -> Feeling:
-        """emotion: [B] or [B * F] int labels, or [B, 10] or [B * F, 10] floating class weights."""
-        return self.transformer_blocks[0].feel(emotion, dtype)
+    def prepare(self, conditions: Conditions, index: int) -> EmotionModulation | None:
+        """Shifts and scales of its norms; None without an emotion, where it is left out."""
+        if conditions.emotion is None:
+            return None
+        return self.transformer_blocks[0].modulations(conditions.emotion, conditions.face_tokens.dtype)
 
-    def listen(self, audio: Tensor, feeling: Feeling) -> Heard:
-        """audio: [B * F, tokens, audio_dim]."""
-        return self.transformer_blocks[0].listen(audio, feeling)
+    def begin(self, audio: Tensor, prepared: EmotionModulation) -> AudioContext:
+        """What the net's first audio module makes of the sound [B * F, tokens, audio_dim] before it sees a frame."""
+        return self.transformer_blocks[0].context(audio, prepared)
 
-    def forward(self, x: Tensor, audio: Tensor | Heard, feeling: Feeling) -> tuple[Tensor, Tensor | None]:
-        """
-        Args:
+    def forward(
+        self, x: Tensor, audio: Tensor | AudioContext, prepared: EmotionModulation
+    ) -> tuple[Tensor, Tensor | None]:
+        """Args:
             x: [B * F, C, h, w].
-            audio: [B * F, tokens, audio_dim], or what `listen` made of it.
-            feeling: from `feel`.
+            audio: [B * F, tokens, audio_dim], or what `begin` made of it.
+            prepared: from `prepare`.
 
         Returns:
             Frames and audio tokens, each with the module's contribution added.
         """
-        heard = audio if isinstance(audio, Heard) else self.listen(audio, feeling)
+        block = self.transformer_blocks[0]
+        context = audio if isinstance(audio, AudioContext) else block.context(audio, prepared)
         hidden = to_tokens(self.proj_in(group_normed(self.norm, x)))
-        hidden, out_audio = self.transformer_blocks[0](hidden, heard, feeling, x.dtype)
+        hidden, out_audio = block(hidden, context, prepared, x.dtype)
         x = residual(x, self.proj_out(to_maps(hidden, *x.shape[2:])), self.norm)
-        return x, None if out_audio is None else heard.entering + out_audio
+        return x, None if out_audio is None else context.entering + out_audio

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +11,15 @@ from torch import Tensor, nn
 from .config import NetConfig
 from .layers import (
     Attention,
-    Downsample,
     FeedForward,
-    ResnetBlock,
-    TimestepEmbedding,
-    Upsample,
     add_layer_normed,
-    as_laid_out,
     group_normed,
     layer_normed,
     residual,
     to_maps,
     to_tokens,
 )
+from .unet import Level, UNet
 
 
 class _TransformerBlock(nn.Module):
@@ -49,6 +46,8 @@ class _TransformerBlock(nn.Module):
 
 
 class _Transformer(nn.Module):
+    recomputed: ClassVar[bool] = True  # as `LayerModule`
+
     def __init__(self, dim: int, config: NetConfig, final: bool = False, ops: Any = nn):
         super().__init__()
         self.norm = ops.GroupNorm(config.norm_num_groups, dim, eps=1e-6)
@@ -57,85 +56,15 @@ class _Transformer(nn.Module):
         if not final:
             self.proj_out = ops.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, face_tokens: Tensor) -> tuple[Tensor | None, Tensor]:
-        """[R, C, h, w] -> the same (None for the net's last block) and the feature [R, h * w, C]."""
+    def forward(self, x: Tensor, face_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, C, h, w] -> the same (in the net's last block as it was) and the feature [R, h * w, C]."""
         hidden, feature = self.transformer_blocks[0](to_tokens(self.proj_in(group_normed(self.norm, x))), face_tokens)
         if hidden is None:
-            return None, feature
+            return x, feature
         return residual(x, self.proj_out(to_maps(hidden, *x.shape[2:])), self.norm), feature
 
 
-class _Block(nn.Module):
-    """One resolution level: residual blocks, each with a transformer where the level has attention; resampling."""
-
-    def __init__(
-        self,
-        widths: list[tuple[int, int]],
-        config: NetConfig,
-        attention: bool,
-        downsample: bool = False,
-        upsample: bool = False,
-        final: bool = False,
-        ops: Any = nn,
-    ):
-        super().__init__()
-        time_dim = config.block_out_channels[0] * 4
-        self.resnets = nn.ModuleList(
-            ResnetBlock(a, b, time_dim, config.norm_num_groups, config.norm_eps, ops) for a, b in widths
-        )
-        if attention:
-            self.attentions = nn.ModuleList(
-                _Transformer(b, config, final and i == len(widths) - 1, ops) for i, (_, b) in enumerate(widths)
-            )
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(widths[-1][1], ops)])
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample(widths[-1][1], ops)])
-
-    def layer(self, i: int, x: Tensor, time: Tensor, face_tokens: Tensor) -> tuple[Tensor | None, Tensor]:
-        x = self.resnets[i](x, self.resnets[i].shift(time))
-        return self.attentions[i](x, face_tokens) if hasattr(self, "attentions") else (x, to_tokens(x))
-
-
-class _MidBlock(nn.Module):
-    def __init__(self, dim: int, config: NetConfig, ops: Any):
-        super().__init__()
-        time_dim = config.block_out_channels[0] * 4
-        self.resnets = nn.ModuleList(
-            ResnetBlock(dim, dim, time_dim, config.norm_num_groups, config.norm_eps, ops) for _ in range(2)
-        )
-        self.attentions = nn.ModuleList([_Transformer(dim, config, ops=ops)])
-
-    def forward(self, x: Tensor, time: Tensor, face_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        before, after = self.resnets
-        x, feature = self.attentions[0](before(x, before.shift(time)), face_tokens)
-        return after(x, after.shift(time)), feature
-
-
-def down_widths(config: NetConfig) -> list[list[tuple[int, int]]]:
-    """(in, out) channels of each residual block on the way down, per level."""
-    levels, previous = [], config.block_out_channels[0]
-    for out in config.block_out_channels:
-        levels.append([(previous if i == 0 else out, out) for i in range(config.layers_per_block)])
-        previous = out
-    return levels
-
-
-def up_widths(config: NetConfig) -> list[list[tuple[int, int]]]:
-    """(in, out) channels of each residual block on the way up, per level; in counts the skip connection."""
-    reverse = config.block_out_channels[::-1]
-    levels, previous = [], reverse[0]
-    for level, out in enumerate(reverse):
-        skip_below = reverse[min(level + 1, len(reverse) - 1)]
-        layers = config.layers_per_block + 1
-        levels.append(
-            [((previous if i == 0 else out) + (skip_below if i == layers - 1 else out), out) for i in range(layers)]
-        )
-        previous = out
-    return levels
-
-
-class ReferenceNet(nn.Module):
+class ReferenceNet(UNet):
     """Features of still pictures, for the Diffusion Net to attend to.
 
     Args:
@@ -144,20 +73,22 @@ class ReferenceNet(nn.Module):
     """
 
     def __init__(self, config: NetConfig, ops: Any = nn):
-        super().__init__()
-        self.config = config
-        channels, last = config.block_out_channels, len(config.block_out_channels) - 1
-        self.conv_in = ops.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], ops)
-        self.down_blocks = nn.ModuleList(
-            _Block(widths, config, config.attention[i], downsample=i < last, ops=ops)
-            for i, widths in enumerate(down_widths(config))
-        )
-        self.mid_block = _MidBlock(channels[-1], config, ops)
-        self.up_blocks = nn.ModuleList(
-            _Block(widths, config, config.attention[last - i], upsample=i < last, final=i == last, ops=ops)
-            for i, widths in enumerate(up_widths(config))
-        )
+        def level(place: str, resolution: int, widths: Sequence[tuple[int, int]], resample: str) -> Level:
+            last = place == "up" and resolution == 0
+
+            def beside() -> dict[str, nn.ModuleList]:
+                if place == "mid":
+                    return {"attentions": nn.ModuleList([_Transformer(widths[0][1], config, ops=ops)])}
+                if not config.attention[resolution]:
+                    return {}
+                finals = [last and i == len(widths) - 1 for i in range(len(widths))]
+                dims = [dim for _, dim in widths]
+                modules = (_Transformer(dim, config, final, ops) for dim, final in zip(dims, finals, strict=True))
+                return {"attentions": nn.ModuleList(modules)}
+
+            return Level(widths, config, beside, resample, ops)
+
+        super().__init__(config, level, ops)
 
     def forward(self, latents: Tensor, face_tokens: Tensor) -> list[Tensor]:
         """Reads pictures at timestep 0.
@@ -171,23 +102,13 @@ class ReferenceNet(nn.Module):
             layer has attention it is the hidden state normalised for self-attention, elsewhere the residual block's
             output.
         """
-        time = self.time_embedding(torch.zeros(1, device=latents.device), latents.dtype)
-        x = self.conv_in(as_laid_out(latents))
-        skips, features = [x], []
-        for block in self.down_blocks:
-            for i in range(len(block.resnets)):
-                x, feature = block.layer(i, x, time, face_tokens)
-                features.append(feature)
-                skips.append(x)
-            if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)
-                skips.append(x)
-        x, feature = self.mid_block(x, time, face_tokens)
-        features.append(feature)
-        for block in self.up_blocks:
-            for i in range(len(block.resnets)):
-                x, feature = block.layer(i, torch.cat([x, skips.pop()], dim=1), time, face_tokens)
-                features.append(feature)
-            if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x, skips[-1].shape[2:])
+        features: list[Tensor] = []
+
+        def beside(level: Level, i: int, x: Tensor) -> Tensor:
+            x, feature = level.attentions[i](x, face_tokens) if hasattr(level, "attentions") else (x, to_tokens(x))
+            features.append(feature)
+            return x
+
+        shifts = self.time_shifts(torch.zeros(1, device=latents.device), latents.dtype)
+        self.walk(latents, shifts, beside, self.mid_block.resnets[0].norm1)
         return features

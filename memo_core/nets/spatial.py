@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .conditions import Conditions
 from .config import NetConfig
 from .layers import (
     Attention,
@@ -22,6 +23,7 @@ from .layers import (
     to_tokens,
     widened,
 )
+from .module import LayerModule
 
 
 class SpatialConditions(NamedTuple):
@@ -45,32 +47,36 @@ class _SpatialBlock(nn.Module):
         self.norm3 = ops.LayerNorm(dim)
         self.ff = FeedForward(dim, ops)
 
-    def forward(self, x: Tensor, given: SpatialConditions, carried: torch.dtype) -> Tensor:
+    def forward(self, x: Tensor, conditions: SpatialConditions, carried: torch.dtype) -> Tensor:
         """x [R, N, C] in the layers' format, as what comes back is; between them hidden states are `carried`."""
         rows, tokens, dim = x.shape
-        batch, seeing = len(given.face[0]), len(given.reference[0])
+        batch, seeing = len(conditions.face[0]), len(conditions.reference[0])
         frames = rows // batch
         blind = (batch - seeing) * frames  # rows without a reference
         normed = layer_normed(self.norm1, x)
         if blind and seeing and into_place(self.attn1.to_out[0], normed):
             attention = torch.empty_like(normed)
             self.attn1(normed[:blind], into=attention[:blind])
-            self.attn1(normed[blind:], given.reference, into=attention[blind:])
+            self.attn1(normed[blind:], conditions.reference, into=attention[blind:])
         else:
             attended = [self.attn1(normed[:blind])] if blind else []
             if seeing:
-                attended.append(self.attn1(normed[blind:], given.reference))
+                attended.append(self.attn1(normed[blind:], conditions.reference))
             attention = torch.cat(attended) if len(attended) > 1 else attended[0]
         x, asking = add_layer_normed(self.norm2, widened(x, carried, self.norm2), attention, carried)
         # The face tokens are a batch row's, whatever the frame: its frames' tokens ask together.
-        cross = self.attn2.cross_folded if given.face[0].ndim == 3 else self.attn2.cross
-        answer = cross(asking.view(batch, frames * tokens, dim), given.face).view(x.shape)
+        cross = self.attn2.cross_folded if conditions.face[0].ndim == 3 else self.attn2.cross
+        answer = cross(asking.view(batch, frames * tokens, dim), conditions.face).view(x.shape)
         x, normed = add_layer_normed(self.norm3, x, answer, carried)
         return added(x, self.ff(normed), self.norm3)
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(LayerModule):
     """Self-attention within a frame, extended by the reference's tokens; then cross-attention to the face tokens."""
+
+    part = "spatial"
+    begins_silent = False  # it begins as Stable Diffusion's
+    adapted = r".+\.attn[12]\.to_(q|k|v|out\.0)"
 
     def __init__(self, dim: int, config: NetConfig, ops: Any = nn):
         super().__init__()
@@ -79,15 +85,17 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([_SpatialBlock(dim, config, ops)])
         self.proj_out = ops.Conv2d(dim, dim, 1)
 
-    def prepare(self, reference: Tensor, face_tokens: Tensor) -> SpatialConditions:
-        """Keys and values of the portrait's features [S, K, N, C] and of the face tokens [B, tokens, C]."""
-        block = self.transformer_blocks[0]
+    def prepare(self, conditions: Conditions, index: int) -> SpatialConditions:
+        """Keys and values of the portrait's features and of the face tokens."""
+        block, face_tokens = self.transformer_blocks[0], conditions.face_tokens
+        reference = conditions.reference[index]
+        reference = reference if reference.ndim == 4 else reference[:, None]
         sets = block.attn1.keys_values(reference.flatten(0, 1))
-        sets = tuple(kv.unflatten(0, reference.shape[:2]) for kv in sets)
-        return SpatialConditions(sets, block.attn2.folded(face_tokens) or block.attn2.keys_values(face_tokens))
+        key, value = (kv.unflatten(0, reference.shape[:2]) for kv in sets)
+        return SpatialConditions((key, value), block.attn2.folded(face_tokens) or block.attn2.keys_values(face_tokens))
 
-    def forward(self, x: Tensor, given: SpatialConditions) -> Tensor:
+    def forward(self, x: Tensor, conditions: SpatialConditions) -> Tensor:
         """x [B * F, C, h, w]; the first of its B rows are those that see no reference."""
         hidden = to_tokens(self.proj_in(group_normed(self.norm, x)))
-        hidden = self.transformer_blocks[0](hidden, given, x.dtype)
+        hidden = self.transformer_blocks[0](hidden, conditions, x.dtype)
         return residual(x, self.proj_out(to_maps(hidden, *x.shape[2:])), self.norm)

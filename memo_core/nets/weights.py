@@ -1,10 +1,8 @@
-"""Reading weights and settings from disk: strict about names and shapes, free about the number format."""
+"""Weights from disk into networks: strict about names and shapes, free about the number format."""
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,51 +14,10 @@ from torch import Tensor, nn
 from ..checks import shown
 from ..errors import CheckpointError
 from ..files import open_regular
+from .reading import MAX_DEPTH, WEIGHTS, read_json, read_text, reading
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # as diffusers names it
-MAX_SETTINGS_BYTES = 2**20  # released ones have two thousand
-MAX_DEPTH = 50  # of settings in settings
+__all__ = ["WEIGHTS", "built", "check_fit", "load_strict", "on_meta", "read_json", "read_tensors", "read_text"]
 _SHARED = 16  # times the size of their file that the tensors of a torch file may have, where some share their numbers
-
-
-def read_text(path: Path) -> str:
-    """The text of a file of settings; CheckpointError where there is none, or far too much."""
-    try:
-        with open_regular(path) as file:
-            content = file.read(MAX_SETTINGS_BYTES + 1)
-        if len(content) > MAX_SETTINGS_BYTES:
-            raise ValueError(f"it has more than {MAX_SETTINGS_BYTES} bytes")
-        return content.decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError where there is none."""
-    try:
-        content = json.loads(read_text(path))
-        _check_depth(content)
-    except CheckpointError:
-        raise
-    except RecursionError as error:
-        raise CheckpointError(f"{path} cannot be read: it is nested too deep") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not settings by name")
-    return content
-
-
-def _check_depth(content: Any) -> None:
-    level = [content]
-    for _ in range(MAX_DEPTH):
-        level = [item for value in level for item in _items(value)]
-    if level:
-        raise RecursionError
-
-
-def _items(value: Any) -> Any:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def read_tensors(path: Path) -> dict:
@@ -70,30 +27,18 @@ def read_tensors(path: Path) -> dict:
     Returns the dictionary as stored; a torch file may nest further dictionaries. Raises CheckpointError when the file
     is absent, damaged, or holds anything but tensors and plain containers.
     """
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if path.suffix == ".safetensors":
-                from safetensors.torch import load_file
+    with reading(path), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-                return load_file(path)
-            if zipfile.is_zipfile(file):  # torch compresses nothing, who packs a file again a little
-                unpacked = sum(part.file_size for part in zipfile.ZipFile(file).infolist())
-                if unpacked > _SHARED * size:
-                    raise CheckpointError(f"{path} has {size} bytes and says that {unpacked} are in it")
-            file.seek(0)
-            stored = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged, or holds Python objects besides tensors, which are never run; "
-            "re-save it with tensors only"
-        ) from error
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever the two libraries make of bytes that nobody checked
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+            return load_file(path)
+        if zipfile.is_zipfile(file):  # torch compresses nothing, who packs a file again a little
+            unpacked = sum(part.file_size for part in zipfile.ZipFile(file).infolist())
+            if unpacked > _SHARED * size:
+                raise CheckpointError(f"{path} has {size} bytes and says that {unpacked} are in it")
+        file.seek(0)
+        stored = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(stored, dict):
         raise CheckpointError(f"{path} holds a {type(stored).__name__}, not a dictionary of tensors")
     _check_stored(stored, path, _SHARED * size)
@@ -102,7 +47,8 @@ def read_tensors(path: Path) -> dict:
 
 def _check_stored(stored: dict, path: Path, room: int) -> None:
     """Names are texts, tensors plain ones in memory, and all of them not much larger than their file, as views may be
-    that repeat one number."""
+    that repeat one number.
+    """
     level, seen = [stored], set()
     for _ in range(MAX_DEPTH):
         following = []

@@ -36,11 +36,12 @@ class GraphedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, latents: Tensor, shifts: list[Tensor]) -> Tensor:
+        """The velocity, a new tensor, of latents and shifts in the shapes of the first call."""
         if self._warm_up:
             self._warm_up -= 1
             return self._aside(latents, shifts)
         if self._graph is None:
-            self._capture(latents, shifts)
+            self._graph = self._capture(latents, shifts)
         for mine, given in zip((self._latents, *self._shifts), (latents, *shifts)):
             mine.copy_(given)
         self._graph.replay()
@@ -57,14 +58,15 @@ class GraphedStep:
         velocity.record_stream(current)
         return velocity
 
-    def _capture(self, latents: Tensor, shifts: list[Tensor]) -> None:
+    def _capture(self, latents: Tensor, shifts: list[Tensor]) -> torch.cuda.CUDAGraph:
         self._latents, self._shifts = latents.clone(), [shift.clone() for shift in shifts]
-        self._graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         device, stream = latents.device, self._stream
         # The device's own stream, and the device's: torch captures on a stream of the *current* device otherwise, and a
         # graph of another card stays empty without a word.
         with torch.cuda.device(device):
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()  # what the warm-up used lies with its stream, where nothing else finds it
-            with torch.cuda.graph(self._graph, self._pool, stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                 self._velocity = self._step(self._latents, self._shifts)
+        return graph

@@ -41,8 +41,10 @@ def wait(module: nn.Module) -> None:
 
 
 def leave(module: nn.Module) -> None:
-    """Moves a network's weights from the device to host memory, locked for a CUDA device. Nothing for one that is there
-    already, or on the CPU."""
+    """Moves a network's weights from the device to host memory, locked for a CUDA device.
+
+    Nothing for one that is there already, or on the CPU.
+    """
     tensors = _tensors(module)
     device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)
     if device is None:
@@ -88,8 +90,10 @@ def forget(module: nn.Module) -> None:
 
 
 def _fingerprints(tensors: list[Tensor]) -> list[int]:
-    """A number for each of them that changes when theirs do: all bits added up, and those in even places once more,
-    where they lie."""
+    """A number for each of them that changes when theirs do.
+
+    All bits added up, and those in even places once more, where they lie.
+    """
     sums = []
     for tensor in tensors:
         flat = tensor.detach().contiguous().flatten()

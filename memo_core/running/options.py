@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,15 +15,12 @@ from torch import nn
 from .. import devices, kernels
 from ..checks import shown
 from ..errors import CheckpointError
+from ..nets.diffusion_net import DiffusionNet
 from ..nets.layers import Attention, ResnetBlock
 from ..nets.memory_module import MemoryAttention, MemoryModule
 from ..nets.multimodal import AudioModule, JointAttention
 from ..nets.spatial import SpatialTransformer
 from .fp8 import keep_in_fp8
-
-if TYPE_CHECKING:
-    from ..checkpoint.networks import Networks
-
 
 GRAPHS = 256  # that one piece of code may be compiled to: kinds of blocks times shapes, far more than any net has
 
@@ -69,7 +66,29 @@ class Options:
                 raise CheckpointError(f"{name} must be {kinds}, received {shown(value)}")
 
 
-def optimise(nets: Networks, options: Options) -> None:
+class LoadedNetworks(Protocol):
+    """What `optimise` reads and changes of a loaded checkpoint; `checkpoint.networks.Networks` fits."""
+
+    options: Options | None
+
+    @property
+    def reference_net(self) -> nn.Module:
+        """The Reference Net."""
+
+    @property
+    def diffusion_net(self) -> DiffusionNet:
+        """The Diffusion Net."""
+
+    @property
+    def vae(self) -> nn.Module:
+        """The VAE, of which `decoder` is a part."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they run."""
+
+
+def optimise(nets: LoadedNetworks, options: Options) -> None:
     """Changes loaded networks, in place and once: `nets.options` then says how, without None.
 
     Networks with a host's own layer classes stay as they are where an option is None.
@@ -82,7 +101,7 @@ def optimise(nets: Networks, options: Options) -> None:
     if nets.options is not None:
         raise CheckpointError(f"these networks already have options: {nets.options}; load them again for others")
     asked, options = options, _decided(nets, options)
-    big = (nets.diffusion_net, nets.reference_net)
+    big: tuple[nn.Module, ...] = (nets.diffusion_net, nets.reference_net)
     if options.fuse_qkv:
         for module in (module for net in big for module in net.modules()):
             if isinstance(module, (Attention, JointAttention, MemoryAttention)):
@@ -92,13 +111,13 @@ def optimise(nets: Networks, options: Options) -> None:
             keep_in_fp8(net)
     if options.channels_last:
         for net in (*big, nets.vae) if asked.channels_last else big:  # torch's group norm, as in the VAE, undoes it
-            net.to(memory_format=torch.channels_last)
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks this one
     if options.compile:
         compile_blocks(nets)
     nets.options = options
 
 
-def _decided(nets: Networks, options: Options) -> Options:
+def _decided(nets: LoadedNetworks, options: Options) -> Options:
     asked = [name for name in Options.__slots__ if getattr(options, name)]
     if asked and type(nets.diffusion_net.conv_in) is not nn.Conv2d:
         raise CheckpointError(
@@ -118,13 +137,12 @@ def _decided(nets: Networks, options: Options) -> Options:
 # --- Compilation ------------------------------------------------------------------------------------------------------
 
 
-def repeated_blocks(nets: Networks) -> Iterator[nn.Module]:
+def repeated_blocks(nets: LoadedNetworks) -> Iterator[nn.Module]:
     """What is compiled: the parts of a step that hold nearly all of its work, and those of the VAE's decoder.
 
     Of a memory module its parts: what is remembered may have to be brought from the host between them.
     """
-    from diffusers.models.attention_processor import Attention as PictureAttention
-    from diffusers.models.resnet import ResnetBlock2D
+    from ..encoders.autoencoder import PictureAttention, PictureBlock
 
     for module in nets.diffusion_net.modules():
         if isinstance(module, (ResnetBlock, SpatialTransformer, AudioModule)):
@@ -132,12 +150,12 @@ def repeated_blocks(nets: Networks) -> Iterator[nn.Module]:
         elif isinstance(module, MemoryModule):
             for block in module.temporal_transformer.transformer_blocks:
                 yield from (*block.attention_blocks, block.ff)
-    for module in nets.vae.decoder.modules():
-        if isinstance(module, (ResnetBlock2D, PictureAttention)):
+    for module in nets.vae.get_submodule("decoder").modules():
+        if isinstance(module, (PictureBlock, PictureAttention)):
             yield module
 
 
-def compile_blocks(nets: Networks, backend: str | Callable = "inductor") -> None:
+def compile_blocks(nets: LoadedNetworks, backend: str | Callable = "inductor") -> None:
     """Has every repeated block compiled at its first call with a shape; a graph break is an error.
 
     Blocks of one class and one set of shapes share a graph (torch >= 2.5), so that the number of compilations does not

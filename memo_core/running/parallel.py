@@ -13,7 +13,7 @@ import torch
 Result = TypeVar("Result")
 
 
-def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
+def run_in_parallel(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
     """Runs tasks at the same time, each with its share of torch's threads; one after the other if there are too few.
 
     Modes of torch that belong to a thread (inference mode, gradients) and context variables are those of the caller;

@@ -13,8 +13,12 @@ In float32 nothing differs, nor does it in training.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 HALF = (torch.bfloat16, torch.float16)
 VERSION = 2  # to be raised when windows in half precision come out differently: stored ones are then not found
@@ -22,12 +26,17 @@ _FULL = {"vae": ("decoder.", "post_quant_conv.")}  # weights by the beginnings o
 
 
 def of_weight(net: str, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The number format of a weight: `net` is the name of a field of `Networks`, `name` that of the weight in it, and
-    `dtype` what the networks run in."""
+    """The number format of a weight.
+
+    Args:
+        net: name of a field of `Networks`.
+        name: of the weight in it.
+        dtype: what the networks run in.
+    """
     return torch.float32 if dtype in HALF and name.startswith(_FULL.get(net, ())) else dtype
 
 
-def set_weights(net: str, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def set_weights(net: str, module: Network, dtype: torch.dtype) -> Network:
     """A whole network in these formats, in place. Weights that were rounded before stay so."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point():

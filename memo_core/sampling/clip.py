@@ -25,11 +25,10 @@ from torch import Tensor
 from .. import devices
 from ..checkpoint.networks import Networks
 from ..errors import SamplingError
-from ..memory.cache import SumsCache
+from ..memory.cache import MemoryCache
 from ..memory.state import MemoryState
-from ..release import WINDOW
 from ..running import offload
-from .conditions import Sampler
+from .conditions import Conditioner
 from .job import Job, WindowInputs
 from .noise import window_noise
 from .settings import Settings, name_of
@@ -82,12 +81,12 @@ def count_stored(
     if store is None:
         return 0
     job = job.checked(nets)
-    sampler, memory = Sampler(nets, job.reference, job.settings, SumsCache()), job.entering(nets)
-    shape = (4, WINDOW, *job.reference.latents.shape[2:])
+    conditioner, memory = Conditioner(nets, job.reference, job.settings, MemoryCache()), job.entering(nets)
+    shape = (4, nets.window, *job.reference.latents.shape[2:])
     for index in range(job.windows):
         on_window()
         inputs = job.inputs(index, memory)
-        found = _look_up(store, inputs.key(sampler.address), inputs, shape, sampler.past_dtype)
+        found = _look_up(store, inputs.key(conditioner.address), inputs, shape, conditioner.past_dtype)
         if found is None:
             return index
         memory = memory.push(found[1], job.reference.face_embedding, nets.digest, job.reference.digest)
@@ -122,7 +121,7 @@ def sample_windows(
     nets: Networks,
     job: Job,
     *,
-    cache: SumsCache,
+    cache: MemoryCache,
     store: WindowStore | None = None,
     decode_stored: Callable[[Tensor], Tensor] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -145,14 +144,14 @@ def sample_windows(
     """
     job = job.checked(nets)
     settings, reference, memory = job.settings, job.reference, job.entering(nets)
-    sampler, ready = Sampler(nets, reference, settings, cache), False
+    conditioner, ready = Conditioner(nets, reference, settings, cache), False
     options = nets.options
     on_threads = options is not None and options.rows_on_threads
-    shape = (4, WINDOW, *reference.latents.shape[2:])
+    shape = (4, nets.window, *reference.latents.shape[2:])
     for index in range(job.windows):
         inputs = job.inputs(index, memory)
-        key = None if store is None else inputs.key(sampler.address)
-        found = None if store is None else _look_up(store, key, inputs, shape, sampler.past_dtype)
+        key = None if store is None else inputs.key(conditioner.address)
+        found = None if store is None else _look_up(store, key, inputs, shape, conditioner.past_dtype)
         done, total = index * settings.steps, job.windows * settings.steps
         frames = None
         if found is not None:
@@ -161,9 +160,9 @@ def sample_windows(
                 on_progress(done + settings.steps, total)
         else:
             if not ready:
-                _check_speed(settings, sampler.device)
+                _check_speed(settings, conditioner.device)
                 plan, ready = plan() if callable(plan) else plan, True
-                sampler.plan = plan
+                conditioner.plan = plan
                 frames_at_once = None if plan is None else plan.vae_frames
             if plan is None or plan.reference_net_stays:
                 for net in (nets.reference_net, nets.diffusion_net):
@@ -172,8 +171,9 @@ def sample_windows(
             noise = window_noise(settings.seed, inputs.start, shape) if inputs.noise is None else inputs.noise
             latents = sample_window(
                 nets,
-                noise[None].to(sampler.device),
-                sampler.conditions(inputs),
+                noise[None].to(conditioner.device),
+                conditioner.conditions(inputs),
+                conditioner.memory(inputs.memory),
                 settings,
                 on_step=None if on_progress is None else lambda step: on_progress(done + step, total),
                 should_stop=should_stop,
@@ -184,7 +184,7 @@ def sample_windows(
             if not torch.isfinite(latents).all():
                 raise SamplingError(
                     f"in the window from frame {inputs.start} on the networks gave NaN or infinite values in "
-                    f"{sampler.dtype}; run them in float32 or bfloat16"
+                    f"{conditioner.dtype}; run them in float32 or bfloat16"
                 )
             latents = latents[0].cpu()
             # Of a last window that is cut all frames are decoded where another number would be compiled anew.
@@ -194,7 +194,7 @@ def sample_windows(
                 frames = decode_latents(nets.vae, shown, nets.device, frames_at_once, on_threads)[: inputs.frames]
                 # What the viewer sees, not the latents themselves, as released.
                 past = encode_frames(nets.vae, frames * 2 - 1, nets.device, frames_at_once, on_threads).cpu()
-                past = past.to(sampler.past_dtype)
+                past = past.to(conditioner.past_dtype)
         memory = memory.push(past, reference.face_embedding, nets.digest, reference.digest)  # checks it: before keeping
         if store is not None and found is None:
             store.put(key, {"latents": latents, "past": past})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,12 +12,13 @@ from torch import Tensor
 
 from ..checkpoint.networks import Networks
 from ..inputs.reference import Reference, tensors_digest
-from ..memory.cache import SumsCache
-from ..memory.state import MemoryEntry
-from ..memory.stream import Sums
+from ..memory.cache import MemoryCache
+from ..memory.state import MemoryEntry, MemoryState
+from ..memory.stream import WindowMemory
 from ..memory.sums import FP8
-from ..nets.memory_module import Memory
-from ..release import NULL_EMOTION, WINDOW
+from ..nets.conditions import Conditions
+from ..nets.temporal import TemporalAttention
+from ..release import NULL_EMOTION
 from ..running import offload, precision
 from .job import WindowInputs
 from .settings import Settings
@@ -27,30 +27,19 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
-WINDOW_VERSION = 3  # to be raised whenever the same inputs come to give another window: stored ones are then not found
+# To be raised whenever the same inputs come to give another window: stored ones are then not found.
+WINDOW_VERSION = 3
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Conditions:
-    """All that one window is denoised under; batch rows are [unconditional, conditional], or the latter alone."""
-
-    reference: list[Tensor]  # Reference Net features of the portrait per layer for the conditional rows, [P, K, N, C]:
-    # K sets, which the frames see in turn
-    memory: Sums | None
-    face_tokens: Tensor  # [B, tokens, C]
-    audio_tokens: Tensor  # [B, 16, tokens, C]
-    emotion: Tensor  # labels [B] or [B * 16], or class weights [B, 10] or [B * 16, 10]
-
-
-class Sampler:
-    """Samples windows of one portrait with one checkpoint; keeps what does not change between them.
+class Conditioner:
+    """Makes conditions and memory of every window of a portrait, for a checkpoint; keeps what windows share.
 
     Attributes:
-        plan: where sums lie, and whether the Reference Net and the Diffusion Net take turns on the device; None: all is
-            there.
+        plan: where the memory lies, and whether the Reference Net and the Diffusion Net take turns on the device; None:
+            all is there.
     """
 
-    def __init__(self, nets: Networks, reference: Reference, settings: Settings, cache: SumsCache):
+    def __init__(self, nets: Networks, reference: Reference, settings: Settings, cache: MemoryCache):
         self.nets, self.reference, self.settings, self.cache = nets, reference, settings, cache
         self.plan: Plan | None = None
         self.device, self.dtype = nets.device, nets.diffusion_net.conv_in.weight.dtype
@@ -81,7 +70,7 @@ class Sampler:
             # The released code tiles the rows (0 and 17) of its two portraits over the frames, so that frames see them
             # in turn.
             alternate = self.settings.guided and self.settings.face_token_rows == "released"
-            tokens = self._tokens[[row % 2 for row in (0, 1 + WINDOW)]] if alternate else self._tokens[1:]
+            tokens = self._tokens[[row % 2 for row in (0, 1 + self.nets.window)]] if alternate else self._tokens[1:]
             latents = self.reference.latents.to(self.device, self.dtype).expand(len(tokens), -1, -1, -1)
             self._reference_features = [feature[None] for feature in self._look(latents, tokens)]
         return self._reference_features
@@ -105,9 +94,10 @@ class Sampler:
             offload.leave(self.nets.reference_net)
             offload.enter(self.nets.diffusion_net, self.device)
 
-    def look_ahead(self, entries: list[MemoryEntry]) -> None:
-        """Says which windows `entry_sums` will be asked for next: where the nets take turns, the Reference Net looks at
-        several in one, and what it sees of the later ones waits in host memory."""
+    def announce(self, entries: list[MemoryEntry]) -> None:
+        """Says which windows `past_of` will be asked for next: where the nets take turns, the Reference Net looks at
+        several in one, and what it sees of the later ones waits in host memory.
+        """
         self._coming, self._seen = list(entries), {}
 
     def _features(self, entry: MemoryEntry) -> list[Tensor]:
@@ -125,22 +115,20 @@ class Sampler:
             return self._look(*self._seen_of(entry)[:2])
         return [feature.to(self.device) for feature in seen]
 
-    def entry_sums(
-        self, entry: MemoryEntry, into: Iterator[tuple[Memory, float]] | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What one remembered window adds to the memory, layer by layer, for every batch row; `into` as for
-        `DiffusionNet.memory_sums`."""
+    def past_of(self, entry: MemoryEntry) -> Iterator[tuple[TemporalAttention, Tensor, Tensor]]:
+        """Keys and values of a remembered window's frames, temporal layer by layer, for every batch row."""
         frames, _, height, width = entry.latents.shape
         features, rows = self._features(entry), self._seen_of(entry)[2]
-        return self.nets.diffusion_net.memory_sums(features, height, width, frames, rows, into)
+        return self.nets.diffusion_net.past(features, height, width, frames, rows)
 
     def _seen_of(self, entry: MemoryEntry) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the Reference Net reads of a remembered window: latents and face tokens, and which of these rows each
-        frame's is, where some are alike."""
+        frame's is, where some are alike.
+        """
         frames = len(entry.latents)
         still = bool((entry.latents == entry.latents[:1]).all())  # the portrait, held still before a video begins
         wanted = [
-            (0 if still else frame, self._token_row(b * (1 + WINDOW) + 1 + frame, bool(b)))
+            (0 if still else frame, self._token_row(b * (1 + self.nets.window) + 1 + frame, bool(b)))
             for b in range(2 if self.settings.guided else 1)
             for frame in range(frames)
         ]
@@ -153,6 +141,7 @@ class Sampler:
         return latents, self._face_tokens(entry.face_embedding)[list(token_rows)], rows
 
     def conditions(self, inputs: WindowInputs) -> Conditions:
+        """Those of a window, for every batch row: [unconditional, conditional], or the latter alone."""
         tokens = self.nets.audio_proj(inputs.audio[None].to(self.device, self.dtype))
         emotion = inputs.emotion.to(self.device)
         face = self._tokens[1:]
@@ -160,21 +149,26 @@ class Sampler:
             tokens = torch.cat([torch.zeros_like(tokens), tokens])
             emotion = torch.cat([_null(emotion), emotion])
             face = self._tokens
-        settings = self.settings
-        context = f"{self.nets.digest}|{self.dtype}|{self.device}|{settings.guided}|{settings.face_token_rows}"
         return Conditions(
             reference=self.reference_features(),
-            memory=self.cache.sums(
-                inputs.memory,
-                context,
-                self.entry_sums,
-                FP8 if settings.speed.fp8_sums else None,
-                None if self.plan is None else self.plan.sums_on_device,
-                self.look_ahead,
-            ),
             face_tokens=face,
             audio_tokens=tokens,
             emotion=emotion,
+            frames=self.nets.window,
+        )
+
+    def memory(self, state: MemoryState) -> WindowMemory:
+        """What the temporal layers remember of a state, for every batch row; valid until the next call."""
+        settings, plan = self.settings, self.plan
+        context = f"{self.nets.digest}|{self.dtype}|{self.device}|{settings.guided}|{settings.face_token_rows}"
+        return self.cache.memory_of(
+            state,
+            context,
+            self.past_of,
+            frames=self.nets.diffusion_net.past_frames,
+            dtype=FP8 if settings.speed.fp8_sums else None,
+            on_device=None if plan is None else plan.sums_on_device,
+            announce=self.announce,
         )
 
     @cached_property

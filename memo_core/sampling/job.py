@@ -28,9 +28,10 @@ class Job:
         reference, audio, emotion: what is shown, heard and felt; no emotion is the null emotion.
         memory: what came before.
         settings: how to sample.
-        start: first frame, at any phase; windows begin at start, start + 16, ...
+        start: first frame, at any phase; windows begin at start, start + F, ...
         num_frames: None for up to the end of the audio.
-        noise: [windows, 4, 16, h, w] instead of the seeded noise.
+        noise: [windows, 4, F, h, w] instead of the seeded noise.
+        window: frames of a window, F, filled in by `checked`.
     """
 
     reference: Reference
@@ -41,6 +42,7 @@ class Job:
     start: int = 0
     num_frames: int | None = None
     noise: Tensor | None = None
+    window: int = WINDOW
 
     def checked(self, nets: Networks) -> Job:
         """The job with its number of frames filled in.
@@ -62,7 +64,7 @@ class Job:
                 raise SamplingError(f"{name} must be of type {wanted.__name__}, received {shown(value)}")
         features = nets.audio_proj.proj1.in_features
         start, num_frames = _check_span(self.audio, self.emotion, self.start, self.num_frames, features)
-        wanted = [-(-num_frames // WINDOW), 4, WINDOW, *self.reference.latents.shape[2:]]
+        wanted = [-(-num_frames // nets.window), 4, nets.window, *self.reference.latents.shape[2:]]
         if self.noise is not None and list(self.noise.shape) != wanted:
             raise SamplingError(f"noise must be {wanted} for {wanted[0]} windows, received {list(self.noise.shape)}")
         floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -71,24 +73,25 @@ class Job:
         if self.noise is not None and not torch.isfinite(self.noise).all():
             raise SamplingError("noise holds NaN or infinite values")
         check_memory(self.memory, nets, self.reference)
-        return replace(self, start=start, num_frames=num_frames)
+        settings = self.settings.for_checkpoint(nets.diffusion_net.config)
+        return replace(self, settings=settings, start=start, num_frames=num_frames, window=nets.window)
 
     @property
     def windows(self) -> int:
-        return -(-self.num_frames // WINDOW)
+        return -(-self.num_frames // self.window)
 
     def entering(self, nets: Networks) -> MemoryState:
         """The memory that enters the first window: before a video's first one the past is the portrait, held still."""
         if not self.memory.is_empty:
             return self.memory
         dtype = precision.remembered(nets.diffusion_net.conv_in.weight.dtype)
-        past = self.reference.latents.expand(WINDOW, -1, -1, -1).to(dtype)
+        past = self.reference.latents.expand(self.window, -1, -1, -1).to(dtype)
         return self.memory.push(past, self.reference.face_embedding, nets.digest, self.reference.digest, windows=0)
 
     def inputs(self, index: int, memory: MemoryState) -> WindowInputs:
         """What window `index` is made from, when `memory` enters it."""
-        first = self.start + index * WINDOW
-        frames = torch.arange(first, first + WINDOW)
+        first = self.start + index * self.window
+        frames = torch.arange(first, first + self.window)
         heard = frames.clamp_max(self.audio.num_padded_frames - 1)
         if self.emotion is None:
             emotion = torch.tensor([NULL_EMOTION])
@@ -96,7 +99,7 @@ class Job:
             emotion = self.emotion.conditioning(heard, self.settings.emotion_per)
         return WindowInputs(
             start=first,
-            frames=min(WINDOW, self.start + self.num_frames - first),
+            frames=min(self.window, self.start + self.num_frames - first),
             audio=self.audio.embeddings[heard],
             emotion=emotion,
             noise=None if self.noise is None else self.noise[index],
@@ -127,7 +130,8 @@ class WindowInputs:
 
 def check_memory(memory: MemoryState, nets: Networks, reference: Reference) -> None:
     """Raises MemoryStateError where a memory was made by another checkpoint or from another reference, or does not fit
-    them."""
+    them.
+    """
     memory.require(nets.digest, reference.digest)
     memory.require_size(reference.latents.shape[1:], nets.image_proj.proj.in_features)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..checks import number, shown, whole
 from ..errors import SamplingError
+from ..nets.config import NetConfig
 from .solvers import SOLVERS
 
 
@@ -120,8 +121,16 @@ class Settings:
         steps = self.steps if self.speed.max_steps is None else min(self.steps, self.speed.max_steps)
         object.__setattr__(self, "steps", steps)
 
+    def for_checkpoint(self, config: NetConfig) -> Settings:
+        """As a checkpoint samples that brings its own noise levels, or has learnt its guidance."""
+        steps = len(config.noise_levels) - 1 if config.noise_levels else self.steps
+        scale = 1.0 if config.guidance_embedded else self.guidance_scale
+        same = (steps, scale) == (self.steps, self.guidance_scale)
+        return self if same else replace(self, steps=steps, guidance_scale=scale)
+
     @property
     def guided(self) -> bool:
+        """Whether an unconditional row is computed besides."""
         return self.guidance_scale != 1
 
     @property

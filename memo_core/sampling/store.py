@@ -58,7 +58,8 @@ class WindowStore:
     @classmethod
     def default(cls, folder: str | os.PathLike[str] | None = None) -> WindowStore | None:
         """The store at `folder`, or in the user's cache; the variables MEMO_STORE (a folder, or "off") and
-        MEMO_STORE_GB (its size) override. None when it is off."""
+        MEMO_STORE_GB (its size) override. None when it is off.
+        """
         wanted = os.environ.get("MEMO_STORE", "")
         if wanted.lower() in ("off", "0", "none"):
             return None
@@ -72,7 +73,8 @@ class WindowStore:
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of an entry, None where there is none. A damaged one is reported, removed, and not there; one
-        that cannot be read (another user's, no file at all) is left alone, and the first is reported."""
+        that cannot be read (another user's, no file at all) is left alone, and the first is reported.
+        """
         path = self.path(key)
         try:
             with open_tensors(path, MAX_ENTRY_BYTES) as file:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..errors import SamplingError
 from ..release import WINDOW
-from ..running.parallel import side_by_side
+from ..running.parallel import run_in_parallel
 
 
 def few_frames(height: int, width: int) -> int:
     """Frames that go through the VAE at once where no plan says: one at 512 x 512, as released, more where they are
-    small."""
+    small.
+    """
     return max(1, min(WINDOW, 512 * 512 // (height * width)))
 
 
@@ -60,7 +61,7 @@ def _in_pieces(run: Callable[[Tensor], Tensor], frames: Tensor, at_once: int, on
         return torch.cat([run(piece) for piece in frames.split(at_once)])
     pieces = frames.split(at_once // 2)
     pairs = [pieces[first : first + 2] for first in range(0, len(pieces), 2)]
-    return torch.cat([out for pair in pairs for out in side_by_side([partial(run, piece) for piece in pair])])
+    return torch.cat([out for pair in pairs for out in run_in_parallel([partial(run, piece) for piece in pair])])
 
 
 def _check_pictures(pictures: Tensor, doing: str, dtype: torch.dtype) -> None:

@@ -124,7 +124,7 @@ def _samples(waveform: Any) -> Tensor:
 
     if not isinstance(waveform, Tensor):
         try:
-            waveform = torch.from_numpy(np.require(waveform, requirements="CW"))
+            waveform = torch.from_numpy(np.require(waveform, requirements=["C", "W"]))
         except (TypeError, ValueError) as error:
             raise AudioError(f"the waveform is a {type(waveform).__name__} and no tensor of numbers") from error
     shape = list(waveform.shape)

@@ -106,7 +106,7 @@ class HostPipeline(MemoPipeline):
         share = 0.9 if device.type == "cpu" else 1  # the clip itself lies there, too
         most = int(0.95 * total_bytes(device)) - kept_by_host(device)
         room = min(int(share * free_bytes(device)) - kept_by_host(device), most)
-        how = {"host_moves_weights": True, "streamed_weights": self._streamed_weights(most)}
+        how: dict[str, Any] = {"host_moves_weights": True, "streamed_weights": self._streamed_weights(most)}
         with self.attention():
             try:
                 return choose_plan(self.nets, height, width, job.settings, room, **how)
@@ -125,20 +125,23 @@ class HostPipeline(MemoPipeline):
         """The next plan that takes less; None after the last."""
         height, width = job.reference.pixels.shape[1:]
         with self.attention():
-            how = {"host_moves_weights": True, "streamed_weights": self._streamed_weights(than.peak)}
+            how: dict[str, Any] = {"host_moves_weights": True, "streamed_weights": self._streamed_weights(than.peak)}
             return smaller_plan(self.nets, height, width, job.settings, than, **how)
 
     def encode_reference(self, image: Any, *args: Any, size: Any = None, **more: Any) -> Any:
+        """As `MemoPipeline`'s, with the VAE on the device."""
         side = size if isinstance(size, int) else max(size or self.default_size)
         management.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, side, side))
         return super().encode_reference(image, *args, size=size, **more)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """As `MemoPipeline`'s, with the VAE on the device; the frames are on the CPU."""
         height, width = (8 * side for side in latents.shape[2:])
         management.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, height, width))
         return super().decode(latents).cpu()
 
     def sample_windows(self, *args: Any, **more: Any) -> Iterator[Any]:
+        """As `MemoPipeline`'s, with the chosen attention kernel; the networks are where `to_device` had them put."""
         windows = super().sample_windows(*args, **more)
         while True:
             with self.attention():
@@ -164,15 +167,17 @@ class HostPipeline(MemoPipeline):
         return context
 
     def release(self) -> None:
-        """Gives up the resident memory sums where they are large: the host does not know of them and other nodes want
-        their room. The next clip builds them again from the state."""
-        if self._sums.nbytes > KEPT_SUMS:
-            self._sums.clear()
+        """Gives up the resident memory sums where they are large.
+
+        The host does not know of them and other nodes want their room. The next clip builds them again from the state.
+        """
+        if self._memory.nbytes > KEPT_SUMS:
+            self._memory.clear()
             management.soft_empty_cache()
 
     def forget(self) -> None:
         """Frees what can be made again: the resident memory sums, and other models on the device."""
-        self._sums.clear()
+        self._memory.clear()
         management.free_memory(2**62, self.nets.device, keep_loaded=[])
         management.soft_empty_cache(True)
 
@@ -185,13 +190,39 @@ class HostPipeline(MemoPipeline):
 
 
 def _cast_on_the_fly(module: nn.Module) -> None:
-    """Gives the layers of a library's network the host's classes, so that their weights may wait in host memory."""
+    """Puts the host's layers in the places of a library network's, so that their weights may wait in host memory."""
+    for name, layer in list(module.named_modules(remove_duplicate=False)):
+        hosts = _of_host(layer)
+        if hosts is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, hosts)
+
+
+def _of_host(layer: nn.Module) -> nn.Module | None:
+    """The host's layer with the weights of one of torch's; None for any other module."""
     from comfy.ops import manual_cast
 
-    for layer in module.modules():
-        for kind in ("Linear", "Conv2d", "GroupNorm"):
-            if type(layer) is getattr(nn, kind):
-                layer.__class__ = getattr(manual_cast, kind)
+    if type(layer) is nn.Linear:
+        made = manual_cast.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    elif type(layer) is nn.Conv2d:
+        made = manual_cast.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+            device="meta",
+        )
+    elif type(layer) is nn.GroupNorm:
+        made = manual_cast.GroupNorm(layer.num_groups, layer.num_channels, layer.eps, layer.affine, device="meta")
+    else:
+        return None
+    made.weight, made.bias = layer.weight, layer.bias
+    return made.train(layer.training)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -204,13 +235,16 @@ def free_bytes(device: torch.device) -> int:
 
 
 def kept_by_host(device: torch.device) -> int:
-    """Bytes of a device that the host keeps free whatever is asked of it: weights for which they would be needed would
-    stay in main memory, and be copied at every step."""
+    """Bytes of a device that the host keeps free whatever is asked of it.
+
+    Weights for which they would be needed would stay in main memory, and be copied at every step.
+    """
     extra = getattr(management, "extra_reserved_memory", None)
     return int(extra()) if extra is not None and device.type != "cpu" else 0
 
 
 def total_bytes(device: torch.device) -> int:
+    """All memory of a device; of the machine for the CPU."""
     return int(management.get_total_memory(device))
 
 

@@ -44,7 +44,8 @@ class Progress:
         self._node, self._total = node_id, total
 
     def update(self, done: int, text: str = "", picture: Tensor | None = None) -> None:
-        """
+        """Moves the bar.
+
         Args:
             done: steps finished.
             text: shown under the node.
@@ -63,10 +64,12 @@ class SpeedBook:
         self._path = user_folder() / "speed.json"
 
     def get(self, key: str) -> float | None:
+        """Seconds per step; None where nothing that can be used was noted."""
         value = self._read().get(key)
         return value if isinstance(value, (int, float)) and 0 < value < math.inf else None
 
     def put(self, key: str, seconds: float) -> None:
+        """Notes seconds per step, of the last 100 keys; where nothing can be written, nothing."""
         book = self._read()
         book.pop(key, None)
         book = dict([*book.items(), (key, round(seconds, 6))][-100:])

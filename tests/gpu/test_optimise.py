@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from benchmarks import networks
 from memo_core import MemoPipeline
 from memo_core.checkpoint.networks import Networks
-from memo_core.memory.cache import SumsCache
+from memo_core.memory.cache import MemoryCache
 from memo_core.nets.diffusion_net import DiffusionNet
+from memo_core.nets.past import in_turn
 from memo_core.running.graphs import GraphedStep
 from memo_core.running.options import Options, optimise
-from memo_core.sampling.conditions import Sampler
+from memo_core.sampling.conditions import Conditioner
 
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
@@ -31,17 +33,12 @@ def mid() -> Networks:
 def step_of(nets: Networks, emotion: int = 3) -> Callable[[Tensor, list[Tensor]], Tensor]:
     """A step under the conditions of a window of its own."""
     job = networks.clip(MemoPipeline(nets), SIZE, 1).checked(nets)
-    sampler = Sampler(nets, job.reference, job.settings, SumsCache())
-    conditions = sampler.conditions(job.inputs(0, job.entering(nets)))
+    conditioner = Conditioner(nets, job.reference, job.settings, MemoryCache())
+    inputs = job.inputs(0, job.entering(nets))
+    conditions, memory = conditioner.conditions(inputs), conditioner.memory(inputs.memory)
     net: DiffusionNet = nets.diffusion_net
-    given = net.prepare(
-        reference=conditions.reference,
-        face_tokens=conditions.face_tokens,
-        audio_tokens=conditions.audio_tokens,
-        emotion=torch.full_like(conditions.emotion, emotion),
-        frames=16,
-    )
-    return lambda latents, shifts: net(latents, shifts, given, conditions.memory).float()
+    prepared = net.prepare(replace(conditions, emotion=torch.full_like(conditions.emotion, emotion)))
+    return lambda latents, shifts: net(latents, shifts, prepared, in_turn(memory)).float()
 
 
 def inputs(nets: Networks, step: int) -> tuple[Tensor, list[Tensor]]:

@@ -144,7 +144,7 @@ def test_comfy_cli_finds_nothing_wrong_and_packs_the_tested_list(comfy, checkout
 
 
 def test_requirements_txt_says_what_pyproject_says() -> None:
-    assert REQUIREMENTS == PROJECT["project"]["dependencies"]
+    assert PROJECT["project"]["dependencies"] == REQUIREMENTS
 
 
 def test_one_version_everywhere() -> None:

@@ -13,6 +13,7 @@ from diffusers import MotionAdapter, UNet2DConditionModel
 from torch import Tensor, nn
 
 from memo_core.errors import CheckpointError
+from memo_core.nets.conditions import Conditions
 from memo_core.nets.config import NetConfig
 from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.reference_net import ReferenceNet
@@ -84,11 +85,14 @@ def test_diffusion_net_begins_as_stable_diffusion_with_silent_modules(nets: Netw
     ours = nets.diffusion_net.predict(
         frames,
         torch.tensor([300.0]),
-        reference=[torch.empty(0, 1, b.resnets[i].conv1.out_channels) for b, i, _ in nets.diffusion_net.layers()],
-        memory=None,
-        face_tokens=tokens,
-        audio_tokens=torch.randn(1, 3, 5, 16),
-        emotion=torch.tensor([3]),
+        Conditions(
+            reference=[torch.empty(0, 1, b.resnets[i].conv1.out_channels) for b, i, _ in nets.diffusion_net.layers()],
+            face_tokens=tokens,
+            audio_tokens=torch.randn(1, 3, 5, 16),
+            emotion=torch.tensor([3]),
+            frames=3,
+        ),
+        None,
     )
     theirs = original(frames[0].transpose(0, 1), 300, tokens.expand(3, -1, -1)).sample
     torch.testing.assert_close(ours[0].transpose(0, 1), theirs, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,13 +30,15 @@ from memo_core.encoders.emotion2vec import Emotion2Vec
 from memo_core.encoders.emotion_head import EmotionHead
 from memo_core.encoders.speech import SpeechEncoder
 from memo_core.errors import CheckpointError
-from memo_core.memory.cache import SumsCache
+from memo_core.memory.cache import MemoryCache
+from memo_core.nets.conditions import Conditions
+from memo_core.nets.config import NetConfig
 from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.layers import ResnetBlock
 from memo_core.nets.memory_module import MemoryModule
 from memo_core.nets.multimodal import AudioModule
 from memo_core.nets.spatial import SpatialTransformer
-from memo_core.sampling.conditions import Conditions, Sampler
+from memo_core.sampling.conditions import Conditioner
 from memo_core.sampling.settings import Settings
 from memo_core.sampling.window import sample_window
 from training import __main__ as command
@@ -189,7 +191,7 @@ def test_path_from_face_to_noise_is_straight() -> None:
 @pytest.mark.parametrize("weighting", ["logit_normal", "mode", "cosmap", "sigma_sqrt", "uniform"])
 def test_noise_levels_lie_between_clean_and_noise(weighting: str) -> None:
     sigma = losses.draw_sigma(2000, Loss(weighting=weighting), torch.Generator().manual_seed(0))
-    assert 0 <= sigma.min() and sigma.max() <= 1 and sigma.std() > 0.1
+    assert sigma.min() >= 0 and sigma.max() <= 1 and sigma.std() > 0.1
     assert torch.isfinite(losses.sigma_weight(sigma.clamp(0.01, 0.99), Loss(weighting=weighting))).all()
     shifted = losses.draw_sigma(2000, Loss(logit_mean=1.0), torch.Generator().manual_seed(0))
     if weighting == "logit_normal":
@@ -229,8 +231,8 @@ def test_what_is_learned_as_velocity_leads_back_when_sampled() -> None:
     clean, noise = torch.randn(2, 1, 4, 16, 4, 4)
     _, velocity = losses.noised(clean, noise, torch.tensor(1.0))
     nets: Any = SimpleNamespace(diffusion_net=_Callable(lambda *_, **__: velocity))
-    conditions = Conditions(reference=[], memory=[], face_tokens=clean, audio_tokens=clean, emotion=clean)
-    sampled = sample_window(nets, noise, conditions, Settings(steps=7, guidance_scale=1.0))
+    conditions = Conditions(reference=[], face_tokens=clean, audio_tokens=clean, emotion=clean, frames=16)
+    sampled = sample_window(nets, noise, conditions, [], Settings(steps=7, guidance_scale=1.0))
     torch.testing.assert_close(sampled, clean, atol=1e-5, rtol=1e-5)
 
 
@@ -240,7 +242,7 @@ class _Callable(torch.nn.Module):
     def __init__(self, forward: Any) -> None:
         super().__init__()
         self.function = forward
-        self.conv_in = SimpleNamespace(weight=torch.zeros(1))
+        self.conv_in, self.config = SimpleNamespace(weight=torch.zeros(1)), NetConfig()
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.function(*args, **kwargs)
@@ -253,13 +255,13 @@ class _Callable(torch.nn.Module):
     def time_shifts(self, *_: Any) -> list[torch.Tensor]:
         return []
 
-    def prepare(self, **_: Any) -> None:
+    def prepare(self, _: Any) -> None:
         return None
 
 
 def test_memory_in_training_is_the_memory_of_sampling() -> None:
     nets = small_nets().eval()
-    nets.device = torch.device("cpu")
+    nets.device, nets.window = torch.device("cpu"), 16
     past = torch.randn(1, 48, 4, SIZE, SIZE)
     tokens = nets.image_proj(torch.zeros(1, 512))
     with torch.no_grad():
@@ -268,8 +270,8 @@ def test_memory_in_training_is_the_memory_of_sampling() -> None:
         for window in past[0].split(16):
             state = state.push(window, torch.zeros(1, 512), "model", "reference")
         ref = Reference(torch.zeros(3, 64, 64), past[:, 0], torch.zeros(1, 512))
-        sampler = Sampler(nets, ref, Settings(guidance_scale=1.0), SumsCache())
-        sampled = sampler.cache.sums(state, "", sampler.entry_sums)
+        conditioner = Conditioner(nets, ref, Settings(guidance_scale=1.0), MemoryCache())
+        sampled = conditioner.cache.memory_of(state, "", conditioner.past_of)
     assert len(trained) == len(sampled) > 0
     for mine, theirs in zip(trained, sampled):
         assert relative_l2(mine[0], theirs[0]) < 1e-5 and relative_l2(mine[1], theirs[1]) < 1e-5
@@ -293,8 +295,8 @@ def test_rows_keep_their_conditions_and_losses_when_some_lose_theirs() -> None:
     rows, seen = 8, {}
     code = torch.arange(rows, dtype=torch.float32)
 
-    def network(noisy: torch.Tensor, timestep: torch.Tensor, **given: Any) -> torch.Tensor:
-        seen.update(given, timestep=timestep, noisy=noisy)
+    def network(noisy: torch.Tensor, timestep: torch.Tensor, given: Conditions, memory: Any) -> torch.Tensor:
+        seen.update(asdict(given), timestep=timestep, noisy=noisy)
         return noisy * 0
 
     nets: Any = torch.nn.Module()

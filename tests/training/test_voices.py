@@ -72,8 +72,8 @@ def test_samples_are_finite_and_do_not_clip_and_mouths_stay_in_range() -> None:
     for utterance in [*babble(32, seed=1), spoken("angry", voice=loud)]:
         assert utterance.waveform.dtype == utterance.mouth_open.dtype == utterance.mouth_width.dtype == np.float32
         assert np.isfinite(utterance.waveform).all() and np.abs(utterance.waveform).max() < 0.96
-        assert 0.0 <= utterance.mouth_open.min() and utterance.mouth_open.max() <= 1.0
-        assert -1.0 <= utterance.mouth_width.min() and utterance.mouth_width.max() <= 1.0
+        assert utterance.mouth_open.min() >= 0.0 and utterance.mouth_open.max() <= 1.0
+        assert utterance.mouth_width.min() >= -1.0 and utterance.mouth_width.max() <= 1.0
 
 
 def test_silence_and_closing_lips_shut_the_mouth_and_open_vowels_open_it() -> None:

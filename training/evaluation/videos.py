@@ -185,7 +185,8 @@ def stack(frames: list[NDArray[np.uint8]]) -> Tensor:
 
 def read_header(path: Path) -> VideoInfo:
     """What a video holds, by its packets, without decoding; `duration` is from the file's beginning to the picture's
-    end. VideoError for one that cannot be measured: no rate, too large pictures, hours without one, cut off."""
+    end. VideoError for one that cannot be measured: no rate, too large pictures, hours without one, cut off.
+    """
     with video_errors(path), media.opened(path) as container:
         stream = container.streams.video[0]
         fps = float(stream.average_rate or stream.guessed_rate or math.nan)

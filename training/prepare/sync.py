@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def measure(row: Row, settings: Settings, net: SyncNet | None = None) -> list[Row]:
     """The clip with SyncNet's confidence, distance and offset, from the source at 25 fps and SyncNet's own crop, which
-    shows more than the clip's and follows the face."""
+    shows more than the clip's and follows the face.
+    """
     from ..syncnet import face_regions, score_clip
 
     net = net or _net(settings.models, settings.device)

@@ -558,7 +558,8 @@ def render(identity: Identity, motion: Tensor, size: int = 128) -> Tensor:
 
 def mask_outside_mouth_and_eyes(identity: Identity, size: int = 128) -> Tensor:
     """Where a face should stay as it is while it talks: bool [size, size], false where mouth, jaw, eyes and brows can
-    move at full head turn and a tilt of 3 degrees (more than `perform` lasts in)."""
+    move at full head turn and a tilt of 3 degrees (more than `perform` lasts in).
+    """
     mask = torch.ones(size, size, dtype=torch.bool)
     tilt = math.radians(3.0)
     mouth_half = 1.24 * identity.mouth_width + identity.lip_thickness

@@ -56,7 +56,8 @@ def train_stage(name: str, folder: Path) -> Path:
 
 def assemble(folder: Path, out: Path) -> None:
     """Makes the last stage's checkpoint `out`, with a record of the training (steps, seconds, hardware). `out` is
-    replaced whole, once the new one has been loaded."""
+    replaced whole, once the new one has been loaded.
+    """
     last = engine.latest(folder / list(STAGES)[-1])
     if last is None:
         raise FileNotFoundError(f"no checkpoint in {folder / list(STAGES)[-1]}: run the stages first")

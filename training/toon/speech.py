@@ -30,7 +30,8 @@ def utterance(
     seconds: float, rng: np.random.Generator, real_share: float = 0.0, emotion: int | None = None
 ) -> voices.Utterance:
     """A random voice saying something; with probability `real_share` one of espeak-ng's, where it is installed (the
-    emotion is then only a label: those voices have none)."""
+    emotion is then only a label: those voices have none).
+    """
     if emotion is None:
         emotion = int(rng.integers(8))
     if real_share and rng.random() < real_share and voices.espeak_available():

@@ -66,7 +66,8 @@ def loss(vae, pictures: Tensor, anchor: float, generator: torch.Generator) -> tu
 @torch.no_grad()
 def standardise(vae, pictures: Tensor) -> None:
     """Rescales each latent channel to mean 0 and standard deviation 1 / scaling, exactly undone by the decoder's first
-    layer, so that scaled latents are as wide as the noise they start from."""
+    layer, so that scaled latents are as wide as the noise they start from.
+    """
     mean = vae.encode(pictures).latent_dist.mean
     centre, spread = mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3))
     factor = (1 / SCALING) / spread

@@ -28,7 +28,7 @@ def canvas(width: int, height: int, error: type[MemoError] = MemoError) -> tuple
     return image, ImageDraw.Draw(image)
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The one typeface, Pillow's own, `size` pixels high."""
     return ImageFont.load_default(size)
 
@@ -52,18 +52,22 @@ class Panel:
 
     @property
     def left(self) -> int:
+        """The first pixel column."""
         return self.box[0]
 
     @property
     def top(self) -> int:
+        """The first pixel row."""
         return self.box[1]
 
     @property
     def right(self) -> int:
+        """The last pixel column."""
         return self.box[2]
 
     @property
     def bottom(self) -> int:
+        """The last pixel row."""
         return self.box[3]
 
     def x(self, value: float) -> int:
@@ -131,7 +135,8 @@ def draw_legend(draw: ImageDraw.ImageDraw, rows: list[list[tuple[int, str, str]]
 
 def blend(colour: str, share: float) -> tuple[int, int, int]:
     """`colour` ("#rrggbb") laid over white with the given opacity."""
-    return tuple(round(255 - share * (255 - int(colour[i : i + 2], 16))) for i in (1, 3, 5))
+    red, green, blue = (round(255 - share * (255 - int(colour[i : i + 2], 16))) for i in (1, 3, 5))
+    return red, green, blue
 
 
 def on(colour: str) -> str:

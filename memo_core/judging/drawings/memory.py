@@ -75,8 +75,10 @@ def draw_memory(state: MemoryState, fps: float = 30, width: int = 1000) -> Image
 
 
 def _ages(entries: tuple[MemoryEntry, ...]) -> tuple[list[int], bool]:
-    """How many frames before now each entry's newest frame was, as its weight tells, and whether it does: a blend's
-    windows overlap in time; they are laid side by side."""
+    """How many frames before now each entry's newest frame was, as its weight tells, and whether it does.
+
+    A blend's windows overlap in time; they are laid side by side.
+    """
     weights = [entry.weight for entry in entries] + [1.0]
     lengths = [len(entry.latents) for entry in entries[1:]] + [0]
     gaps = [

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,11 +30,12 @@ from memo_core.encoders.emotion2vec import Emotion2Vec
 from memo_core.encoders.emotion_head import EmotionHead
 from memo_core.encoders.speech import SpeechEncoder
 from memo_core.errors import SamplingError
-from memo_core.memory.cache import SumsCache
+from memo_core.memory.cache import MemoryCache
 from memo_core.memory.state import MemoryEntry
-from memo_core.memory.stream import Sums, _Room
-from memo_core.memory.sums import FP8, LayerSums
+from memo_core.memory.stream import WindowMemory, _Buffers
+from memo_core.memory.sums import FP8, LayerMemory
 from memo_core.nets import layers
+from memo_core.nets.past import LinearSums
 from memo_core.running import host_memory, offload
 from memo_core.sampling import clip as sampling
 from memo_core.sampling.plan import Plan
@@ -106,8 +108,8 @@ def test_parts_take_what_the_allocator_says(pipe: MemoPipeline, monkeypatch: pyt
         past = nets.reference_net(latents, tokens)
 
     def sum_up() -> None:
-        for _ in nets.diffusion_net.memory_sums(past, *size, 16):
-            pass
+        for layer, key, value in nets.diffusion_net.past(past, *size, 16):
+            layer.carries.of_window(key, value)
 
     run = {
         "reading": lambda: nets.reference_net(latents, tokens),
@@ -551,18 +553,24 @@ def entry(seed: int) -> MemoryEntry:
     return MemoryEntry(torch.randn(16, 4, 4, 4, generator=generator), torch.zeros(1, 512))
 
 
-def of_entry(
-    of: MemoryEntry, into: Iterator[tuple[tuple[Tensor, Tensor], float]] | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sums of three layers, [1, 8, 2, 8, 8] and [1, 8, 2, 8]."""
+class _Sums(LinearSums):
+    """Of three layers, [1, 8, 2, 8, 8] and [1, 8, 2, 8]: what the "keys" and "values" of an entry are already."""
+
+    def of_window(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return key.clone(), value.clone()
+
+    def update(self, memory: tuple[Tensor, Tensor], factor: float, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return memory[0].mul_(factor).add_(key), memory[1].mul_(factor).add_(value)
+
+
+LAYER = SimpleNamespace(carries=_Sums())
+
+
+def past_of(of: MemoryEntry) -> Iterator[tuple[SimpleNamespace, Tensor, Tensor]]:
     flat = of.latents.flatten()
     kv, z = flat.view(1, 8, 2, 8, 8), flat[:128].abs()
     for layer in range(3):
-        new = (kv * (1 + layer), z.view(1, 8, 2, 8) * (1 + layer))
-        if into is not None:
-            memory, factor = next(into)
-            new = tuple(part.mul_(factor).add_(added) for part, added in zip(memory, new))
-        yield new
+        yield LAYER, kv * (1 + layer), z.view(1, 8, 2, 8) * (1 + layer)
 
 
 def state(windows: int) -> MemoryState:
@@ -572,31 +580,40 @@ def state(windows: int) -> MemoryState:
     return made
 
 
-def gathered(cache: SumsCache, state: MemoryState, *where: Any) -> list[Tensor]:
-    pairs = (part() if callable(part) else part for part in cache.sums(state, "", of_entry, *where))
-    return [part.clone() for pair in pairs for part in pair]
+def gathered(
+    cache: MemoryCache, state: MemoryState, dtype: torch.dtype | None = None, on_device: int | None = None
+) -> list[Tensor]:
+    memory = cache.memory_of(state, "", past_of, dtype=dtype, on_device=on_device)
+    return [part.clone() for pair in memory for part in pair]
 
 
 @pytest.mark.parametrize("dtype", [None, FP8], ids=["exact", "fp8"])
 def test_where_sums_lie_and_whether_they_were_cached_changes_no_bits(dtype: torch.dtype | None) -> None:
-    caches = {on_device: SumsCache() for on_device in (None, 0, 1)}
+    caches = {on_device: MemoryCache() for on_device in (None, 0, 1)}
     for windows in (1, 2, 4):
-        rebuilt = gathered(SumsCache(), state(windows), dtype)
+        rebuilt = gathered(MemoryCache(), state(windows), dtype)
         for on_device, cache in caches.items():
             for kept, made in zip(gathered(cache, state(windows), dtype, on_device), rebuilt):
                 assert torch.equal(kept, made)
     faded = [gathered(cache, state(4).decayed(0.1), dtype, on_device) for on_device, cache in caches.items()]
     assert all(torch.equal(a, b) for others in faded[1:] for a, b in zip(others, faded[0]))
     smaller = gathered(caches[None], state(5), dtype, 1)  # a smaller plan, in the middle of a clip
-    for kept, made in zip(smaller, gathered(SumsCache(), state(5), dtype)):
+    for kept, made in zip(smaller, gathered(MemoryCache(), state(5), dtype)):
         assert torch.equal(kept, made)
 
 
-def test_only_what_must_be_brought_is_brought() -> None:
-    handed = list(SumsCache().sums(state(2), "", of_entry, on_device=2))
-    assert [callable(part) for part in handed] == [False, False, True]
-    assert all(callable(part) for part in SumsCache().sums(state(2), "", of_entry, FP8))
-    kv, z = SumsCache().sums(state(2), "", of_entry, on_device=0).rows(slice(0, 0))[0]()
+def test_only_what_must_be_fetched_is_fetched() -> None:
+    """What lies on the device as the networks read it is handed out as it is."""
+    cache = MemoryCache()
+    memory = cache.memory_of(state(2), "", past_of, on_device=2)
+    own = [
+        memory[layer][0].data_ptr() == memory[layer][0].data_ptr() == cache._layers[layer].kv.data_ptr()
+        for layer in (0, 1)
+    ]
+    assert own == [True, True] and memory.on_host and len(memory) == 3
+    restored = MemoryCache().memory_of(state(2), "", past_of, dtype=FP8)
+    assert restored[0][0].data_ptr() != restored[0][0].data_ptr()
+    kv, z = MemoryCache().memory_of(state(2), "", past_of, on_device=0).rows(slice(0, 0))[0]
     assert len(kv) == len(z) == 0
 
 
@@ -665,30 +682,32 @@ def test_what_comes_from_the_host_ahead_of_its_use_is_the_layer_in_use(
     read is the layer, its copy is done before, and nothing is copied over what is still to be read."""
     rows = torch.arange(2.0).view(2, 1, 1, 1)
     layers = [
-        LayerSums((rows[..., None] + 2 * i).expand(2, 4, 1, 2, 2), (rows + 2 * i).expand(2, 4, 1, 2), on_host=True)
+        LayerMemory((rows[..., None] + 2 * i).expand(2, 4, 1, 2, 2), (rows + 2 * i).expand(2, 4, 1, 2), on_host=True)
         for i in range(count)
     ]
     copies: dict[int, list[int]] = {}  # by the buffer's address
     reads: dict[int, list[int]] = {}
     for layer in layers:
 
-        def bring(rows: slice, into: Tensor, plain: Callable[..., Any] = layer.bring) -> tuple[Tensor, Tensor]:
+        def fetch(rows: slice, into: Tensor, plain: Callable[..., Any] = layer.fetch) -> tuple[Tensor, Tensor]:
             assert clock.on == "copy"
             assert set(reads.get(into.data_ptr(), [])) <= clock.done["copy"], "copied over what is still to be read"
             copies.setdefault(into.data_ptr(), []).append(clock.work())
             return plain(rows, into)
 
-        layer.bring = bring  # type: ignore[method-assign]
-    with torch.inference_mode():  # as `SumsCache.sums` makes them, to be read in or outside
-        room = _Room(max(layer.room(slice(None)) for layer in layers), torch.device("cpu"))
-    whole = Sums(layers, room=room)
+        layer.fetch = fetch  # type: ignore[method-assign]
+    with torch.inference_mode():  # as `MemoryCache.memory_of` makes them, to be read in or outside
+        buffers = _Buffers(max(layer.buffer_bytes(slice(None)) for layer in layers), torch.device("cpu"))
+    whole = WindowMemory(layers, buffers=buffers)
     views = {"whole": (whole, [0, 1]), "first": (whole.half(0), [0]), "second": (whole.half(1), [1])}
     for name, length in passes:
         view, wanted = views[name]
-        for i, item in list(enumerate(view))[:length]:
-            kv, z = item()
+        for i in range(min(length, len(view))):
+            kv, z = view[i]
             assert kv[:, 0, 0, 0, 0].tolist() == z[:, 0, 0, 0].tolist() == [row + 2 * i for row in wanted]
-            buffer = next(b.data_ptr() for b in room.buffers if b.data_ptr() <= kv.data_ptr() < b.data_ptr() + b.nbytes)
+            buffer = next(
+                b.data_ptr() for b in buffers.buffers if b.data_ptr() <= kv.data_ptr() < b.data_ptr() + b.nbytes
+            )
             assert set(copies[buffer]) <= clock.done["compute"], "read before its copy is done"
             reads.setdefault(buffer, []).append(clock.work())
 
@@ -696,27 +715,29 @@ def test_what_comes_from_the_host_ahead_of_its_use_is_the_layer_in_use(
 def test_two_layers_and_the_next_passs_first_one_come_ahead(clock: Clock) -> None:
     began: list[int] = []
     rows = torch.zeros(2, 4, 1, 2)
-    layers = [LayerSums(torch.zeros(2, 4, 1, 2, 2), rows, on_host=True) for _ in range(4)]
+    layers = [LayerMemory(torch.zeros(2, 4, 1, 2, 2), rows, on_host=True) for _ in range(4)]
     for i, layer in enumerate(layers):
-        layer.bring = lambda rows, into, i=i, plain=layer.bring: began.append(i) or plain(rows, into)  # type: ignore
-    sums = Sums(layers, room=_Room(layers[0].room(slice(None)), torch.device("cpu")))
+        layer.fetch = lambda rows, into, i=i, plain=layer.fetch: began.append(i) or plain(rows, into)  # type: ignore
+    memory = WindowMemory(layers, buffers=_Buffers(layers[0].buffer_bytes(slice(None)), torch.device("cpu")))
     seen = []
     for _ in range(2):
-        for item in sums:
-            item()
+        for _ in memory:
             seen.append(list(began))
     assert seen[:4] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 0], [0, 1, 2, 3, 0, 1]]
     assert seen[4] == [0, 1, 2, 3, 0, 1, 2]
 
 
 def test_fp8_halves_the_sums_and_costs_a_few_percent() -> None:
-    exact, halved = SumsCache(), SumsCache()
+    exact, halved = MemoryCache(), MemoryCache()
     for mine, wanted in zip(gathered(halved, state(6), FP8), gathered(exact, state(6))):
         assert relative_l2(mine, wanted) < 0.04  # 3 bits of mantissa: 2.6 % of each number on average
     assert halved.nbytes < 0.4 * exact.nbytes  # of float32; z stays
-    huge = [(kv * 1e30, z) for kv, z in of_entry(entry(0))]
-    scaled = SumsCache().sums(state(1), "", lambda *_: [(kv.clone(), z) for kv, z in huge], FP8)
-    assert relative_l2(scaled[0]()[0], huge[0][0]) < 0.04  # a scale per head: the range of fp8 is no matter
-    empty = (torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 2))
-    nothing = SumsCache().sums(state(1), "", lambda *_: [empty], FP8)
-    assert not nothing[0]()[0].any()
+
+    def huge(of: MemoryEntry) -> list[tuple[SimpleNamespace, Tensor, Tensor]]:
+        return [(layer, kv * 1e30, z) for layer, kv, z in past_of(of)]
+
+    scaled = MemoryCache().memory_of(state(1), "", huge, dtype=FP8)
+    assert relative_l2(scaled[0][0], huge(entry(0))[0][1]) < 0.04  # a scale per head: the range of fp8 is no matter
+    empty = (LAYER, torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 2))
+    nothing = MemoryCache().memory_of(state(1), "", lambda _: [empty], dtype=FP8)
+    assert not nothing[0][0].any()

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save
 
 from memo_core import MemoryState
 from memo_core.checkpoint import lora
-from memo_core.checkpoint.load import _net_config, _sample_size, _vae_settings, load
+from memo_core.checkpoint.load import load
+from memo_core.checkpoint.settings import read_net_config, read_sample_size, read_vae_settings
 from memo_core.errors import CheckpointError, EmotionError, MemoryStateError
 from memo_core.inputs.emotion import EmotionTrack
 from memo_core.nets.weights import WEIGHTS, read_json, read_tensors
@@ -166,10 +167,10 @@ def parse(folder: Path, name: str) -> None:
     elif name.startswith("misc"):
         EmotionHead.from_pretrained(path.parent)
     elif name == "vae/config.json":
-        _vae_settings(path)
+        read_vae_settings(path)
     elif name.endswith(".json"):
-        _net_config(path.parent)
-        _sample_size(path)
+        read_net_config(path.parent)
+        read_sample_size(path)
     else:
         read_tensors(path)
         read_json(path.with_name("config.json"))

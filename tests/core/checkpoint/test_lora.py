@@ -25,6 +25,8 @@ from memo_core.checkpoint.lora import Adapter, Factors
 from memo_core.checkpoint.networks import Networks
 from memo_core.cli import build_parser, main
 from memo_core.errors import CheckpointError, MemoError
+from memo_core.nets.conditions import Conditions
+from memo_core.nets.past import in_turn
 from memo_core.video.read import read_video
 
 TO_Q = "diffusion_net.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -291,16 +293,20 @@ def velocity(nets: object) -> Tensor:
 
     face = nets.image_proj(draw(1, 512))
     features = nets.reference_net(draw(3, 4, 16, 16), face.expand(3, -1, -1))
-    memory = list(nets.diffusion_net.memory_sums([feature[1:] for feature in features], 16, 16, 2))
+    past = nets.diffusion_net.past([feature[1:] for feature in features], 16, 16, 2)
+    memory = [layer.carries.of_window(key, value) for layer, key, value in past]
     width = nets.audio_proj.proj1.in_features
     return nets.diffusion_net.predict(
         draw(1, 4, 2, 16, 16),
         torch.tensor([300.0]),
-        reference=[feature[:1] for feature in features],
-        memory=memory,
-        face_tokens=face,
-        audio_tokens=nets.audio_proj(draw(1, 2, 1, 1, width)),
-        emotion=torch.tensor([3]),
+        Conditions(
+            reference=[feature[:1] for feature in features],
+            face_tokens=face,
+            audio_tokens=nets.audio_proj(draw(1, 2, 1, 1, width)),
+            emotion=torch.tensor([3]),
+            frames=2,
+        ),
+        in_turn(memory),
     )
 
 

@@ -102,12 +102,6 @@ def test_sums_equal_naive(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_close(mine, naive.memory_sums(*exact(key, value)), TOLERANCE[dtype])
 
 
-def test_a_decay_of_zero_keeps_the_newest_frame() -> None:
-    _, key, value = inputs((1, 5, 2, 1, 8))[0]
-    mine = triton.memory_sums(key, value, 0.0)
-    assert_close(mine, naive.memory_sums(*exact(key, value), 0.0), 2e-6)
-
-
 @dtypes
 @shapes
 def test_update_writes_over_the_memory_only(shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from memo_core import AudioTrack, MemoPipeline, MemoryState, Reference
 from memo_core.errors import MemoryStateError
-from memo_core.kernels import memory_sums, update_memory
-from memo_core.memory.cache import SumsCache
+from memo_core.kernels import memory_sums
+from memo_core.memory.cache import MemoryCache
 from memo_core.memory.state import MOST_WINDOWS, MemoryEntry
-from memo_core.memory.stream import Sums
+from memo_core.nets.past import LinearSums
 from memo_core.release import DECAY
 from memo_core.running.precision import HALF
 
@@ -55,23 +55,29 @@ def make(counts: list[int], seed: int = 0, horizon: int | None = None) -> Memory
     return state
 
 
-def entry_sums(entry: MemoryEntry, into: Iterator[tuple[tuple[Tensor, Tensor], float]] | None = None) -> Sums:
-    """Sums of one memory layer with the latents as keys and values, in double precision."""
+LAYER = SimpleNamespace(carries=LinearSums())
+
+
+def past_of(entry: MemoryEntry) -> list[tuple[SimpleNamespace, Tensor, Tensor]]:
+    """Of one temporal layer, with the latents as keys and values, in double precision."""
     tokens = entry.latents.double().flatten(2).transpose(1, 2)[None, :, :, None]  # [1, F, N, 1, 4]
-    if into is not None:
-        return [update_memory(*next(into), tokens, tokens.flip(-1))]
-    return [memory_sums(tokens, tokens.flip(-1))]
+    return [(LAYER, tokens, tokens.flip(-1))]
 
 
-def sums(state: MemoryState, cache: SumsCache | None = None) -> tuple[Tensor, Tensor]:
-    return (cache or SumsCache()).sums(state, "", entry_sums)[0]
+def sums_of(entry: MemoryEntry) -> tuple[Tensor, Tensor]:
+    ((_, key, value),) = past_of(entry)
+    return memory_sums(key, value)
+
+
+def sums(state: MemoryState, cache: MemoryCache | None = None) -> tuple[Tensor, Tensor]:
+    return (cache or MemoryCache()).memory_of(state, "", past_of)[0]
 
 
 def recurrence(counts: list[int], seed: int) -> tuple[Tensor, Tensor]:
     """M <- 0.9^F M + sum k v^T and Z likewise, as the paper has it, over everything that ever was."""
     kv, z = torch.zeros(1, 4, 1, 4, 4).double(), torch.zeros(1, 4, 1, 4).double()
     for i, frames in enumerate(counts):
-        new_kv, new_z = entry_sums(MemoryEntry(window(frames, seed + i), FACE))[0]
+        new_kv, new_z = sums_of(MemoryEntry(window(frames, seed + i), FACE))
         kv, z = DECAY**frames * kv + new_kv, DECAY**frames * z + new_z
     return kv, z
 
@@ -88,7 +94,7 @@ def same_entries(a: MemoryState, b: MemoryState) -> bool:
 
 @given(pasts, seeds)
 def test_sums_follow_the_recurrence_but_for_what_has_faded(counts: list[int], seed: int) -> None:
-    each = [entry_sums(MemoryEntry(window(frames, seed + i), FACE))[0] for i, frames in enumerate(counts)]
+    each = [sums_of(MemoryEntry(window(frames, seed + i), FACE)) for i, frames in enumerate(counts)]
     for mine, exact, windows in zip(sums(make(counts, seed)), recurrence(counts, seed), zip(*each)):
         largest = max(float(part.norm()) for part in windows)
         assert (mine - exact).norm() <= 1e-8 * exact.norm() + FADED * largest
@@ -107,7 +113,7 @@ def test_a_horizon_remembers_the_last_windows_alone(counts: list[int], seed: int
 
 @given(pasts, seeds)
 def test_cached_sums_have_the_bits_of_rebuilt_ones(counts: list[int], seed: int) -> None:
-    cache, state = SumsCache(), MemoryState.empty()
+    cache, state = MemoryCache(), MemoryState.empty()
     for i, frames in enumerate(counts):
         state = push(state, frames, seed + i)
         for kept, rebuilt in zip(sums(state, cache), sums(state)):
@@ -117,24 +123,24 @@ def test_cached_sums_have_the_bits_of_rebuilt_ones(counts: list[int], seed: int)
 def test_going_on_computes_one_window_and_what_left_is_not_in_the_sums() -> None:
     calls: list[str] = []
 
-    def counted(entry: MemoryEntry, into: object) -> Sums:
+    def counted(entry: MemoryEntry) -> list[tuple[SimpleNamespace, Tensor, Tensor]]:
         calls.append(entry.digest)
-        return entry_sums(entry, into)
+        return past_of(entry)
 
-    cache, state, computed = SumsCache(), MemoryState.empty(), []
+    cache, state, computed = MemoryCache(), MemoryState.empty(), []
     for i in range(9):
         state = push(state, 16, i)
         calls.clear()
-        cache.sums(state, "", counted)
+        cache.memory_of(state, "", counted)
         computed.append(len(calls))
     assert computed == [1, 1, 1, 1, 1, 1, 1, 6, 1]  # the eighth window makes two leave
     calls.clear()
-    cache.sums(state, "other settings", counted)
+    cache.memory_of(state, "other settings", counted)
     assert len(calls) == 7
 
 
 def test_the_cache_is_not_changed_by_who_reads_it() -> None:
-    cache, state = SumsCache(), make([16, 16])
+    cache, state = MemoryCache(), make([16, 16])
     first = [part.clone() for part in sums(state, cache)]
     faded = sums(state.decayed(1), cache)
     assert all(torch.equal(a, b) for a, b in zip(sums(state, cache), first))
@@ -229,19 +235,19 @@ def test_in_half_precision_at_512_a_state_weighs_at_most_8_mib_too(tmp_path: Pat
 @pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 3.5), (torch.bfloat16, 12 / 7)], ids=str)
 def test_how_many_windows_are_looked_at_for_each_new_one(dtype: torch.dtype, passes: float) -> None:
     """On the average over a long video; and wherever the sums come from, they are the same bits."""
-    state, cache, looked = MemoryState.empty(), SumsCache(), []
+    state, cache, looked = MemoryState.empty(), MemoryCache(), []
 
-    def counted(entry: MemoryEntry, into: Iterator[tuple[tuple[Tensor, Tensor], float]] | None = None) -> Sums:
+    def counted(entry: MemoryEntry) -> list[tuple[SimpleNamespace, Tensor, Tensor]]:
         looked.append(entry.digest)
-        return entry_sums(entry, into)
+        return past_of(entry)
 
     each = []
     for seed in range(7 * 16):
         state = state.push(window(16, seed).to(dtype), FACE, MODEL, PORTRAIT)
         looked.clear()
-        ((kv, z),) = cache.sums(state, "", counted)
+        ((kv, z),) = cache.memory_of(state, "", counted)
         each.append(len(looked))
-        ((wanted_kv, wanted_z),) = SumsCache().sums(state, "", entry_sums)
+        ((wanted_kv, wanted_z),) = MemoryCache().memory_of(state, "", past_of)
         assert torch.equal(kv, wanted_kv) and torch.equal(z, wanted_z)
     assert sum(each[16:]) / len(each[16:]) == pytest.approx(passes, rel=0.02)
     assert sorted(set(each)) == [1, 6]

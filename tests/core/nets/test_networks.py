@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from common import FIXTURES, relative_l2
 from torch import Tensor, nn
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
-from memo_core.memory.cache import SumsCache
-from memo_core.memory.stream import Sums
+from memo_core.memory.cache import MemoryCache
+from memo_core.memory.stream import WindowMemory
+from memo_core.nets.conditions import Conditions
 from memo_core.nets.config import NetConfig
 from memo_core.nets.diffusion_net import DiffusionNet
+from memo_core.nets.past import Memory, in_turn
 from memo_core.nets.reference_net import ReferenceNet
-from memo_core.sampling.conditions import Conditions, Sampler
+from memo_core.sampling.conditions import Conditioner
 from memo_core.sampling.settings import Settings
 
 SINGLE = 1e-5  # relative L2 of features and single passes
@@ -31,8 +34,8 @@ LAYER_NUMBERS = {FIRST_LAYER: 0, MIDDLE_LAYER: 9}  # in execution order: two in 
 Expected = dict[str, Tensor]
 
 
-def sampler_of(pipe: MemoPipeline, reference: Reference) -> Sampler:
-    return Sampler(pipe.nets, reference, Settings(), SumsCache())
+def conditioner_of(pipe: MemoPipeline, reference: Reference) -> Conditioner:
+    return Conditioner(pipe.nets, reference, Settings(), MemoryCache())
 
 
 def memory_before(window: int, pipe: MemoPipeline, reference: Reference, expected: Expected) -> MemoryState:
@@ -44,7 +47,7 @@ def memory_before(window: int, pipe: MemoPipeline, reference: Reference, expecte
     return memory
 
 
-def sums_error(sums: Sums, expected: Expected, window: int, layer: str) -> tuple[float, float]:
+def sums_error(sums: WindowMemory, expected: Expected, window: int, layer: str) -> tuple[float, float]:
     kv, z = sums[LAYER_NUMBERS[layer]]
     prefix = f"clip{window}.memory.{layer}"
     wanted_kv, wanted_z = expected[f"{prefix}.KV"], expected[f"{prefix}.Z"]
@@ -53,25 +56,23 @@ def sums_error(sums: Sums, expected: Expected, window: int, layer: str) -> tuple
 
 def conditions_of(
     pipe: MemoPipeline, reference: Reference, track: AudioTrack, emotions: EmotionTrack, expected: Expected, window: int
-) -> Conditions:
+) -> tuple[Conditions, Sequence[Memory]]:
     job = pipe.job(reference, track, emotions, num_frames=48)
     with torch.no_grad():
-        memory = memory_before(window, pipe, reference, expected)
-        return sampler_of(pipe, reference).conditions(job.inputs(window, memory))
+        inputs = job.inputs(window, memory_before(window, pipe, reference, expected))
+        conditioner = conditioner_of(pipe, reference)
+        return conditioner.conditions(inputs), list(conditioner.memory(inputs.memory))
 
 
-def velocity_of(pipe: MemoPipeline, conditions: Conditions, noise: Tensor) -> Tensor:
+def velocity_of(pipe: MemoPipeline, given: tuple[Conditions, Sequence[Memory] | None], noise: Tensor) -> Tensor:
     """First step, [2, 4, 16, h, w]: without and with conditions, before guidance joins them."""
-    net = pipe.nets.diffusion_net
+    net, (conditions, memory) = pipe.nets.diffusion_net, given
     with torch.no_grad():
         return net.predict(
             noise.expand(2, -1, -1, -1, -1).to(net.conv_in.weight.dtype),
             torch.tensor([1000.0]),
-            reference=conditions.reference,
-            memory=conditions.memory,
-            face_tokens=conditions.face_tokens,
-            audio_tokens=conditions.audio_tokens,
-            emotion=conditions.emotion,
+            conditions,
+            None if memory is None else in_turn(memory),
         )
 
 
@@ -105,7 +106,7 @@ def test_memory_sums_equal_the_reference(
 ) -> None:
     memory = memory_before(window, pipe, reference, expected)
     with torch.no_grad():
-        sums = SumsCache().sums(memory, "", sampler_of(pipe, reference).entry_sums)
+        sums = MemoryCache().memory_of(memory, "", conditioner_of(pipe, reference).past_of)
     for layer in LAYER_NUMBERS:
         assert max(sums_error(sums, expected, window, layer)) < SINGLE
 
@@ -128,7 +129,7 @@ def test_sums_of_the_chain_equal_the_reference(
     noise = torch.cat([expected[f"clip{i}.noise"] for i in range(2)])
     _, memory = pipe.sample_clip(reference, track, emotions, num_frames=32, steps=4, noise=noise)
     with torch.no_grad():
-        sums = SumsCache().sums(memory, "", sampler_of(pipe, reference).entry_sums)
+        sums = MemoryCache().memory_of(memory, "", conditioner_of(pipe, reference).past_of)
     for layer in LAYER_NUMBERS:
         assert max(sums_error(sums, expected, 2, layer)) < CHAINED
 
@@ -148,7 +149,7 @@ def test_bfloat16_stays_close_in_every_pass_and_window(
     assert velocity.dtype == torch.bfloat16
     assert relative_l2(velocity, expected[f"clip{window}.velocity_step0"]) < HALF
     for layer in LAYER_NUMBERS:
-        assert max(sums_error(conditions.memory, expected, window, layer)) < HALF
+        assert max(sums_error(conditions[1], expected, window, layer)) < HALF
     clip, _ = half.sample_clip(
         reference,
         track,
@@ -182,16 +183,9 @@ def test_released_size_has_exactly_the_released_keys_and_shapes(name: str, build
 
 
 def test_memory_can_be_absent(pipe: MemoPipeline, reference: Reference, track, emotions, expected: Expected) -> None:
-    conditions = conditions_of(pipe, reference, track, emotions, expected, 0)
-    without = Conditions(
-        reference=conditions.reference,
-        memory=None,
-        face_tokens=conditions.face_tokens,
-        audio_tokens=conditions.audio_tokens,
-        emotion=conditions.emotion,
-    )
+    given = conditions_of(pipe, reference, track, emotions, expected, 0)
     noise = expected["clip0.noise"]
-    change = relative_l2(velocity_of(pipe, without, noise), velocity_of(pipe, conditions, noise))
+    change = relative_l2(velocity_of(pipe, (given[0], None), noise), velocity_of(pipe, given, noise))
     assert 1e-4 < change < 1
 
 
@@ -230,16 +224,16 @@ def test_a_call_leaves_no_trace_in_the_networks(
 def test_a_call_changes_none_of_its_arguments(
     pipe: MemoPipeline, reference: Reference, track: AudioTrack, emotions: EmotionTrack, expected: Expected
 ) -> None:
-    conditions = conditions_of(pipe, reference, track, emotions, expected, 0)
+    conditions, memory = conditions_of(pipe, reference, track, emotions, expected, 0)
     noise = expected["clip0.noise"].clone()
     given = [
         *conditions.reference,
-        *(part for pair in conditions.memory for part in pair),
+        *(part for pair in memory for part in pair),
         conditions.face_tokens,
         conditions.audio_tokens,
         conditions.emotion,
         noise,
     ]
     before = [tensor.clone() for tensor in given]
-    velocity_of(pipe, conditions, noise)
+    velocity_of(pipe, (conditions, memory), noise)
     assert all(torch.equal(a, b) for a, b in zip(given, before))

@@ -16,10 +16,11 @@ from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
 from memo_core.budget.counting import needs
 from memo_core.budget.report import released as released_networks
 from memo_core.checkpoint.load import load
-from memo_core.memory.cache import SumsCache
+from memo_core.memory.cache import MemoryCache
+from memo_core.nets.conditions import Conditions
 from memo_core.nets.layers import in_full, narrowed, widened
 from memo_core.running import precision
-from memo_core.sampling.conditions import Sampler
+from memo_core.sampling.conditions import Conditioner
 from memo_core.sampling.settings import Settings
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -102,7 +103,7 @@ def test_stored_windows_are_found_again_in_the_formats_whose_numbers_stayed(
     half = MemoPipeline.from_pretrained(memo_tiny, dtype=torch.bfloat16)
 
     def addresses() -> list[str]:
-        return [Sampler(each.nets, reference, Settings(), SumsCache()).address for each in (pipe, half)]
+        return [Conditioner(each.nets, reference, Settings(), MemoryCache()).address for each in (pipe, half)]
 
     before = addresses()
     monkeypatch.setattr(precision, "VERSION", precision.VERSION + 1)
@@ -148,7 +149,7 @@ def test_half_precision_carries_hidden_states_in_float32(memo_tiny: Path, pipe: 
     def velocity(net: nn.Module, dtype: torch.dtype, latents: Tensor) -> Tensor:
         given = {name: value.to(dtype) for name, value in tokens.items()}
         reference = [feature.to(dtype) for feature in portrait]
-        conditions = net.prepare(reference=reference, emotion=emotion, frames=16, **given)
+        conditions = net.prepare(Conditions(reference=reference, emotion=emotion, frames=16, **given))
         return net(latents, net.time_shifts(torch.tensor([500.0]), dtype), conditions, None)
 
     with torch.no_grad():

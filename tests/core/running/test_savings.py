@@ -12,8 +12,10 @@ from common import relative_l2
 from torch import Tensor, nn
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
-from memo_core.memory.cache import SumsCache
-from memo_core.sampling.conditions import Conditions, Sampler
+from memo_core.memory.cache import MemoryCache
+from memo_core.nets.conditions import Conditions
+from memo_core.nets.past import Memory
+from memo_core.sampling.conditions import Conditioner
 from memo_core.sampling.settings import Settings
 from memo_core.sampling.window import sample_window
 
@@ -113,13 +115,13 @@ def test_rows_are_one_until_they_differ(
 
 def given(
     pipe: MemoPipeline, reference: Reference, track: AudioTrack, emotions: EmotionTrack
-) -> tuple[Conditions, Tensor]:
+) -> tuple[Conditions, list[Memory], Tensor]:
     job = pipe.job(reference, track, emotions, num_frames=16)
+    inputs = job.inputs(0, job.entering(pipe.nets))
     with torch.no_grad():
-        conditions = Sampler(pipe.nets, reference, Settings(), SumsCache()).conditions(
-            job.inputs(0, job.entering(pipe.nets))
-        )
-    return conditions, torch.randn(1, 4, 16, 16, 16, generator=torch.Generator().manual_seed(3))
+        conditioner = Conditioner(pipe.nets, reference, Settings(), MemoryCache())
+        conditions, memory = conditioner.conditions(inputs), list(conditioner.memory(inputs.memory))
+    return conditions, memory, torch.randn(1, 4, 16, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
 @torch.no_grad()
@@ -127,16 +129,17 @@ def given(
 def test_several_videos_at_once_are_the_same_videos(
     pipe: MemoPipeline, reference: Reference, track: AudioTrack, emotions: EmotionTrack, row_by_row: bool
 ) -> None:
-    conditions, noise = given(pipe, reference, track, emotions)
+    conditions, memory, noise = given(pipe, reference, track, emotions)
     other = noise.flip(2)
     both = Conditions(
         reference=[torch.cat([feature, feature]) for feature in conditions.reference],
-        memory=[tuple(part.repeat_interleave(2, dim=0) for part in pair) for pair in conditions.memory],
         face_tokens=conditions.face_tokens.repeat_interleave(2, dim=0),
         audio_tokens=conditions.audio_tokens.repeat_interleave(2, dim=0),
         emotion=conditions.emotion.repeat_interleave(2, dim=0),
+        frames=16,
     )
+    of_both = [tuple(part.repeat_interleave(2, dim=0) for part in pair) for pair in memory]
     settings = Settings(steps=2)
-    together = sample_window(pipe.nets, torch.cat([noise, other]), both, settings, row_by_row=row_by_row)
+    together = sample_window(pipe.nets, torch.cat([noise, other]), both, of_both, settings, row_by_row=row_by_row)
     for mine, alone in zip(together, (noise, other)):
-        assert relative_l2(mine[None], sample_window(pipe.nets, alone, conditions, settings)) < 1e-5
+        assert relative_l2(mine[None], sample_window(pipe.nets, alone, conditions, memory, settings)) < 1e-5

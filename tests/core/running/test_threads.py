@@ -13,7 +13,7 @@ from common import relative_l2
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
 from memo_core.nets.layers import attention_fused, attention_is_fused
 from memo_core.running.options import Options
-from memo_core.running.parallel import side_by_side
+from memo_core.running.parallel import run_in_parallel
 from memo_core.sampling.vae import decode_latents, encode_frames
 
 
@@ -56,22 +56,22 @@ def test_each_task_has_its_share_of_the_threads_and_the_callers_modes() -> None:
     def modes() -> tuple[int, bool, bool]:
         return torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
-    assert side_by_side([modes, modes]) == [(1, True, False)] * 2
+    assert run_in_parallel([modes, modes]) == [(1, True, False)] * 2
     with torch.no_grad():
-        assert side_by_side([modes, modes]) == [(1, False, False)] * 2
+        assert run_in_parallel([modes, modes]) == [(1, False, False)] * 2
     with torch.inference_mode():
-        assert side_by_side([modes, modes]) == [(1, False, True)] * 2
+        assert run_in_parallel([modes, modes]) == [(1, False, True)] * 2
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
-    assert side_by_side([threading.get_ident] * 2) == [threading.get_ident()] * 2
+    assert run_in_parallel([threading.get_ident] * 2) == [threading.get_ident()] * 2
 
 
 def test_tasks_see_the_callers_context() -> None:
     with attention_fused(False):
-        assert side_by_side([lambda: attention_is_fused(torch.device("cpu"))] * 2) == [False] * 2
+        assert run_in_parallel([lambda: attention_is_fused(torch.device("cpu"))] * 2) == [False] * 2
 
 
 def test_an_error_in_a_task_reaches_the_caller() -> None:
     with pytest.raises(ZeroDivisionError):
-        side_by_side([lambda: 1, lambda: 1 // 0])
-    assert torch.get_num_threads() == 2 and side_by_side([lambda: 1, lambda: 2]) == [1, 2]
+        run_in_parallel([lambda: 1, lambda: 1 // 0])
+    assert torch.get_num_threads() == 2 and run_in_parallel([lambda: 1, lambda: 2]) == [1, 2]

@@ -61,7 +61,7 @@ def test_a_centre_square_stays_inside_the_picture(
     height: int, width: int, center_x: float, center_y: float, scale: float
 ) -> None:
     box = centre_square((height, width), center_x, center_y, scale)
-    assert 0 <= box.left and 0 <= box.top and box.right <= width and box.bottom <= height
+    assert box.left >= 0 and box.top >= 0 and box.right <= width and box.bottom <= height
     assert box.side == max(1, round(scale * min(height, width)))
     for start, centre, limit in ((box.left, center_x, width), (box.top, center_y, height)):
         free = centre * limit - box.side / 2  # moved no more than the border asks for
@@ -100,7 +100,7 @@ def test_pasting_leaves_every_pixel_outside_the_box(corner: tuple[int, int], fea
     (result,) = paste_back(noise(1, 64, 64, 3, seed=1), picture, box, feather)
     assert torch.equal(result[outside(box)], picture[outside(box)])
     assert not torch.equal(result, picture)
-    assert 0 <= result.min() and result.max() <= 1
+    assert result.min() >= 0 and result.max() <= 1
     (again,) = paste_back(crop_square(picture, box)[None], picture, box, feather)
     assert torch.equal(again, picture), "what was cut out goes back without a trace"
 
@@ -198,7 +198,7 @@ def test_resizing_agrees_with_pillow(size: tuple[int, int]) -> None:
     assert ours.dtype == torch.uint8
     assert np.abs(ours.numpy().astype(int) - wanted).max() <= 2
     many = resize_frames(picture[None].repeat(17, 1, 1, 1), *size)
-    assert many.shape == (17, *size, 3) and 0 <= many.min() and many.max() <= 1
+    assert many.shape == (17, *size, 3) and many.min() >= 0 and many.max() <= 1
     assert torch.equal(many[0], many[16]) and np.abs((many[16] * 255).numpy() - wanted).max() <= 2
     assert resize_frames(picture, 48, 72) is picture
 

@@ -207,17 +207,15 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
 def test_an_exception_leaves_the_older_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(b"older")
-    with pytest.raises(RuntimeError, match="stop"):
-        with VideoWriter(path, 64, 64, 30) as writer:
-            writer.write_frames(coloured_frames(5, 64, 64))
-            raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"), VideoWriter(path, 64, 64, 30) as writer:
+        writer.write_frames(coloured_frames(5, 64, 64))
+        raise RuntimeError("stop")
     assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
 
 
 def test_no_frames_is_an_error_and_no_file(tmp_path: Path) -> None:
-    with pytest.raises(VideoError, match="no frames"):
-        with VideoWriter(tmp_path / "a.mp4", 64, 64, 30, 16000) as writer:
-            writer.write_audio(tone(1, 16000))
+    with pytest.raises(VideoError, match="no frames"), VideoWriter(tmp_path / "a.mp4", 64, 64, 30, 16000) as writer:
+        writer.write_audio(tone(1, 16000))
     with VideoWriter(tmp_path / "a.mp4", 64, 64, 30) as writer:
         assert writer.finish(partial=True) is None
     assert list(tmp_path.iterdir()) == []
@@ -225,15 +223,14 @@ def test_no_frames_is_an_error_and_no_file(tmp_path: Path) -> None:
 
 def test_partial_finish_after_an_exception_keeps_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
-    with pytest.raises(RuntimeError):
-        with VideoWriter(path, 64, 64, 30, 16000) as writer:
-            try:
-                writer.write_audio(tone(10, 16000))
-                writer.write_frames(coloured_frames(23, 64, 64))
-                raise RuntimeError("stop")
-            except RuntimeError:
-                assert writer.finish(partial=True) == path
-                raise
+    with pytest.raises(RuntimeError), VideoWriter(path, 64, 64, 30, 16000) as writer:
+        try:
+            writer.write_audio(tone(10, 16000))
+            writer.write_frames(coloured_frames(23, 64, 64))
+            raise RuntimeError("stop")
+        except RuntimeError:
+            assert writer.finish(partial=True) == path
+            raise
     info, frames = read_video(path)
     assert info.frames == len(list(frames)) == 23
     assert info.audio_duration == pytest.approx(23 / 30, abs=0.003)

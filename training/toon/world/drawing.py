@@ -35,7 +35,7 @@ MOTION = (
 )
 """Names of the motion parameters, in the order of a motion track's last axis."""
 
-LIMITS: dict[str, tuple[float, float]] = {name: (-1.0, 1.0) for name in MOTION} | {
+LIMITS: dict[str, tuple[float, float]] = dict.fromkeys(MOTION, (-1.0, 1.0)) | {
     "mouth_open": (0.0, 1.0),
     "lids": (0.0, 1.0),
     "yaw": (-30.0, 30.0),
@@ -671,7 +671,8 @@ class _Drawing:
 
     def _mouth(self, layer: _Canvas, x: Tensor, y: Tensor) -> None:
         """Between the corners the lips follow a parabola (smile or frown), parted by an ellipse's profile, mostly
-        downwards."""
+        downwards.
+        """
         identity, row = self.identity, self.row
         width = identity.mouth_width * (1.0 + 0.24 * row["mouth_width"])
         opening = MOUTH_OPENING * row["mouth_open"]

@@ -105,7 +105,8 @@ def _weight(rec: Tensor, adversarial: Tensor, last: nn.Parameter) -> Tensor:
 
 def train(folder: Path, steps: int = STEPS) -> Path:
     """Trains or resumes; returns the folder of the finished VAE. From step PLAIN on it waits for judge.safetensors in
-    `folder`."""
+    `folder`.
+    """
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

@@ -1,0 +1,277 @@
+"""Every kind of layer is a configuration: checkpoints with it load, remember, sample, adapt and are budgeted alike."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import relative_l2
+from torch import Tensor
+
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
+from memo_core.budget.counting import needs
+from memo_core.checkpoint.lora import Adapter, Factors, apply
+from memo_core.checkpoint.save import save_module
+from memo_core.errors import CheckpointError
+from memo_core.kernels import memory_attention, memory_sums
+from memo_core.memory.cache import MemoryCache
+from memo_core.nets.config import NetConfig
+from memo_core.nets.cross_audio import CrossAudioModule
+from memo_core.nets.diffusion_net import DiffusionNet
+from memo_core.nets.last_frames import LastFramesAttention
+from memo_core.nets.past import LastFrames
+from memo_core.nets.past_attention import PastAttention
+from memo_core.nets.temporal import PositionEncoding
+from memo_core.running.options import Options
+from memo_core.sampling.settings import Settings
+from memo_core.sampling.store import WindowStore
+
+KINDS: dict[str, dict[str, Any]] = {
+    "last 2": {"temporal_modules": {"kind": "last_frames", "frames": 2}},
+    "last 4": {"temporal_modules": {"kind": "last_frames", "frames": 4}},
+    "past": {"temporal_modules": "past_attention"},
+    "past 24": {"temporal_modules": {"kind": "past_attention", "frames": 24}},
+    "cross": {"audio_modules": "cross"},
+    "each level its own": {
+        "temporal_modules": ["memory", {"kind": "last_frames", "frames": 3}, "past_attention", "memory"],
+        "audio_modules": ["cross", "multimodal", "cross", "multimodal"],
+    },
+    "places": {"motion_module_kwargs": {"temporal_position_encoding": True, "temporal_position_encoding_max_len": 24}},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(memo_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The small checkpoint with other kinds of layers, of random weights."""
+    made = {}
+    for name, settings in KINDS.items():
+        folder = made[name] = tmp_path_factory.mktemp("checkpoint") / "kind"
+        shutil.copytree(memo_tiny, folder)
+        config = json.loads((folder / "diffusion_net" / "config.json").read_text())
+        motion = config["motion_module_kwargs"] | settings.get("motion_module_kwargs", {})
+        config |= settings | {"motion_module_kwargs": motion}
+        torch.manual_seed(0)
+        save_module(folder / "diffusion_net", DiffusionNet(NetConfig.from_json(config)), config, torch.float32)
+    return made
+
+
+def rendered(pipe: MemoPipeline, reference: Reference, track: AudioTrack, **settings: Any) -> Tensor:
+    return pipe.sample_clip(reference, track, steps=1, num_frames=64, **settings)[0].latents
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_loads_samples_remembers_and_is_stored(
+    checkpoints: dict[str, Path], expected: dict[str, Tensor], kind: str, tmp_path: Path
+) -> None:
+    """Its own memory, over more than one window, is the same whether it was kept or is made of the state."""
+    pipe = MemoPipeline.from_pretrained(checkpoints[kind])
+    picture, embedding = expected["in.reference_image"][0, :, 32:96, 32:96], expected["in.face_embedding"]
+    reference, track = pipe.encode_reference(picture, embedding), pipe.encode_audio(expected["in.waveform"], 16000)
+    store = WindowStore(tmp_path / "store", 2**30)
+    whole, memory = pipe.sample_clip(reference, track, steps=1, num_frames=64, store=store)
+    assert torch.isfinite(whole.latents).all() and len(memory.entries) == 5
+    first, between = pipe.sample_clip(reference, track, steps=1, num_frames=48)
+    another = MemoPipeline.from_pretrained(checkpoints[kind])  # which has kept nothing
+    second, after = another.sample_clip(reference, track, memory=between, start=48, num_frames=16, steps=1)
+    assert torch.equal(torch.cat([first.latents, second.latents], dim=1), whole.latents)
+    assert after.digest == memory.digest
+    job = another.job(reference, track, steps=1, num_frames=64)
+    assert another.count_stored(job, store) == 4
+    without, _ = another.sample_clip(reference, track, start=48, num_frames=16, steps=1)
+    assert relative_l2(without.latents, second.latents) > 1e-6, "the past does not matter"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_budgeted_fused_and_adapted(checkpoints: dict[str, Path], kind: str) -> None:
+    pipe = MemoPipeline.from_pretrained(checkpoints[kind])
+    assert needs(pipe.nets, 128, 128, Settings()).step > 0
+    module = next(m for m in pipe.nets.diffusion_net.layer_modules() if m.part == "memory")
+    name = next(n for n, m in pipe.nets.diffusion_net.named_modules() if m is module)
+    layer = f"diffusion_net.{name}.temporal_transformer.transformer_blocks.0.attention_blocks.0.to_q"
+    width = module.width
+    adapter = Adapter(modules={layer: Factors(torch.ones(1, width), torch.ones(width, 1), 1.0)})
+    before = pipe.nets.digest
+    apply(pipe.nets, adapter)
+    assert pipe.nets.digest != before
+    fused = MemoPipeline.from_pretrained(checkpoints[kind], options=Options(fuse_qkv=True))
+    assert any(hasattr(module, "fused") for module in fused.nets.diffusion_net.modules())
+
+
+def layers(kind: type, frames: int) -> Any:
+    torch.manual_seed(0)
+    return kind(8, 2, frames=frames).requires_grad_(False)
+
+
+def remembered(layer: Any, windows: list[Tensor]) -> Any:
+    """What a layer carries after windows of past frames, by way of the cache."""
+    from memo_core.memory.state import MemoryState
+
+    state = MemoryState.empty()
+    past = {}
+    for number, window in enumerate(windows):
+        latents = torch.full((len(window), 4, 1, 1), float(number))
+        state = state.push(latents, torch.zeros(1, 512), "model", "reference")
+        past[state.entries[-1].digest] = window
+    cache = MemoryCache()
+    memory = cache.memory_of(
+        state,
+        "",
+        lambda entry: [(layer, *layer.keys_values(past[entry.digest], len(entry.latents)))],
+        frames=layer.carries.frames,
+    )
+    return memory[0]
+
+
+@pytest.mark.parametrize("counts", [[16], [16, 16], [16, 1], [3, 1, 1], [1]], ids=str)
+def test_last_frames_are_all_that_is_remembered_whatever_their_windows(counts: list[int]) -> None:
+    layer, window = layers(LastFramesAttention, 2), torch.randn(16, 3, 8)
+    past = [torch.randn(count, 3, 8) for count in counts]
+    found = layer(window, remembered(layer, past), 16)
+    last = torch.cat(past)[-2:]
+    key, value = layer.keys_values(last, len(last))
+    query, own_key, own_value = (layer._split(to(window), 16) for to in (layer.to_q, layer.to_k, layer.to_v))
+    wanted = memory_attention(query, own_key, own_value, memory_sums(key, value)).reshape(window.shape)
+    torch.testing.assert_close(found, layer.to_out[0](wanted))
+    changed = [part.clone() for part in past]
+    changed[-1][-1] += 1
+    assert relative_l2(layer(window, remembered(layer, changed), 16), found) > 1e-4
+
+
+@pytest.mark.parametrize("counts", [[16], [16, 4], [3]], ids=str)
+def test_past_attention_attends_to_past_frames_and_its_own(counts: list[int]) -> None:
+    layer, window = layers(PastAttention, 16), torch.randn(16, 3, 8)
+    past = [torch.randn(count, 3, 8) for count in counts]
+    found = layer(window, remembered(layer, past), 16)
+    last = torch.cat(past)[-16:]
+    both = torch.cat([last, window])
+    query = layer._split(layer.to_q(window), 16).permute(0, 2, 3, 1, 4)
+    key, value = (layer._split(to(both), len(both)).permute(0, 2, 3, 1, 4) for to in (layer.to_k, layer.to_v))
+    scores = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
+    wanted = (scores @ value).permute(0, 3, 1, 2, 4).reshape(window.shape)
+    torch.testing.assert_close(found, layer.to_out[0](wanted))
+
+
+@pytest.mark.parametrize("kind", [LastFramesAttention, PastAttention])
+def test_a_past_that_is_not_there_is_no_past(kind: type) -> None:
+    """As in training, where some samples of a batch have less of it."""
+    layer, window = layers(kind, 4), torch.randn(16, 3, 8)
+    pairs, there = layer.carries.of_window(*layer.keys_values(torch.randn(16, 3, 8), 16))
+    torch.testing.assert_close(layer(window, (pairs * 0, there * 0), 16), layer(window, None, 16))
+    assert relative_l2(layer(window, (pairs, there), 16), layer(window, None, 16)) > 1e-3
+
+
+def test_last_frames_go_on_over_short_windows() -> None:
+    carries = LastFrames(4)
+    key, value = torch.randn(2, 1, 9, 3, 2, 8)
+    windows = [(key[:, a:b], value[:, a:b]) for a, b in ((0, 3), (3, 8), (8, 9))]
+    memory = carries.of_window(*windows[0])
+    for window in windows[1:]:
+        memory = carries.update(memory, 0.5, *window)
+    wanted = carries.of_window(key, value)
+    assert all(torch.equal(a, b) for a, b in zip(memory, wanted))
+
+
+def test_cross_attention_hands_the_sound_on_and_hears_it() -> None:
+    from memo_core.nets.conditions import Conditions
+
+    torch.manual_seed(0)
+    module = CrossAudioModule(16, 16, 8, 2, 4).requires_grad_(False)
+    frames, audio = torch.randn(2, 16, 3, 3), torch.randn(1, 2, 4, 8)
+
+    def answer(audio: Tensor) -> Tensor:
+        conditions = Conditions(
+            reference=[], face_tokens=torch.zeros(1, 1, 1), audio_tokens=audio, emotion=torch.tensor([1]), frames=2
+        )
+        prepared = module.prepare(conditions, 0)
+        entering = module.begin(audio.flatten(0, 1), prepared)
+        x, out = module(frames, entering, prepared)
+        assert torch.equal(out, audio.flatten(0, 1))
+        return x
+
+    assert relative_l2(answer(audio + 1.5 * torch.randn(1, 2, 4, 8)), answer(audio)) > 1e-4
+
+
+def test_places_in_the_window_are_the_released_sines() -> None:
+    """Row p of the table: sin(p / 10000^(2 i / dim)) at 2 i, the cosine at 2 i + 1; added to each frame's tokens."""
+    places = PositionEncoding(6, 24)
+    assert list(places.state_dict()) == ["pe"] and places.pe.shape == (1, 24, 6)
+    angle = torch.arange(24.0)[:, None] / 10000 ** (torch.arange(0, 6, 2) / 6)
+    torch.testing.assert_close(places.pe[0, :, 0::2], angle.sin())
+    torch.testing.assert_close(places.pe[0, :, 1::2], angle.cos())
+    x = torch.randn(2 * 5, 3, 6)
+    wanted = x.view(2, 5, 3, 6) + places.pe[:, :5, None]
+    assert torch.equal(places(x, 5), wanted.view(10, 3, 6))
+
+
+def test_places_are_the_windows_and_not_the_pasts(checkpoints: dict[str, Path]) -> None:
+    """As in the released module: added before queries, keys and values of the window; past frames have none. Its table
+    is a weight in the file."""
+    pipe = MemoPipeline.from_pretrained(checkpoints["places"])
+    module = next(iter(pipe.nets.diffusion_net.temporal_modules()))
+    layer = module.temporal_transformer.transformer_blocks[0].attention_blocks[0]
+    x, past = torch.randn(16, 4, module.width), torch.randn(16, 4, module.width)
+    key, value = layer.keys_values(past, 16)
+    assert torch.equal(key, layer._split(layer.to_k(past), 16))
+    memory = layer.carries.of_window(key, value)
+    placed = x + layer.pos_encoder.pe[0, :16, None]
+    query, own_key, own_value = (layer._split(to(placed), 16) for to in (layer.to_q, layer.to_k, layer.to_v))
+    wanted = layer.to_out[0](memory_attention(query, own_key, own_value, memory).reshape(x.shape))
+    torch.testing.assert_close(layer(x, memory, 16), wanted)
+    names = [name for name in pipe.nets.diffusion_net.state_dict() if name.endswith("pos_encoder.pe")]
+    assert len(names) == len(list(pipe.nets.diffusion_net.temporal_modules())) * module.num_layers
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temporal_modules": "archive"}, "temporal_modules is 'archive'; there are memory, last_frames"),
+        ({"audio_modules": ["cross"]}, "audio_modules has 1 kinds for 4 levels"),
+        ({"temporal_modules": {"frames": 2}}, "must be the name of a kind"),
+        ({"temporal_modules": {"kind": "last_frames"}}, "needs frames from 1"),
+        ({"temporal_modules": {"kind": "last_frames", "frames": -1}}, "whole number"),
+        ({"motion_module_kwargs": {"temporal_position_encoding": True, "temporal_position_encoding_max_len": 8}}, "8"),
+        ({"noise_levels": [1.0, 0.5]}, "must fall from at most 1 to 0"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(
+    memo_tiny: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    folder = tmp_path / "kind"
+    shutil.copytree(memo_tiny, folder)
+    file = folder / "diffusion_net" / "config.json"
+    config = json.loads(file.read_text())
+    motion = config["motion_module_kwargs"] | settings.get("motion_module_kwargs", {})
+    file.write_text(json.dumps(config | settings | {"motion_module_kwargs": motion}))
+    with pytest.raises(CheckpointError, match=said):
+        MemoPipeline.from_pretrained(folder)
+
+
+def test_a_checkpoint_may_bring_its_window_rate_levels_and_guidance(
+    memo_tiny: Path, tmp_path: Path, expected: dict[str, Tensor]
+) -> None:
+    folder = tmp_path / "twelve"
+    shutil.copytree(memo_tiny, folder)
+    file = folder / "diffusion_net" / "config.json"
+    own = {"window_frames": 12, "fps": 25, "noise_levels": [1.0, 0.6, 0.0], "guidance_embedded": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    pipe = MemoPipeline.from_pretrained(folder)
+    picture = expected["in.reference_image"][0, :, 32:96, 32:96]
+    reference = pipe.encode_reference(picture, expected["in.face_embedding"])
+    track = pipe.encode_audio(expected["in.waveform"], 16000)
+    assert track.fps == 25 and track.num_padded_frames % 12 == 0
+    job = pipe.job(reference, track, num_frames=30)
+    assert job.windows == 3 and job.settings.steps == 2 and not job.settings.guided
+    rows: list[int] = []
+    hook = pipe.nets.diffusion_net.conv_out.register_forward_hook(lambda _, given, x: rows.append(len(x)))
+    windows = list(pipe.sample_windows(job))
+    hook.remove()
+    assert rows == [12] * 6 and [window.latents.shape[1] for window in windows] == [12, 12, 6]
+    assert [len(entry.latents) for entry in windows[-1].memory.entries] == [12, 12, 12, 6]
+
+
+def test_emotion_tracks_fit(pipe: MemoPipeline, track: AudioTrack, emotions: EmotionTrack) -> None:
+    assert emotions.fps == track.fps == pipe.nets.fps
