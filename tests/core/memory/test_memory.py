@@ -350,9 +350,9 @@ def test_split_of_sampling(
         return clip.latents, after
 
     at_once, after = sample(MemoryState.empty(horizon), start, frames)
-    pipe._sums.clear()
+    pipe._memory.clear()
     first, between = sample(MemoryState.empty(horizon), start, 16 * split)
-    pipe._sums.clear()  # the second part must not need what the first left beside the model
+    pipe._memory.clear()  # the second part must not need what the first left beside the model
     second, in_the_end = sample(between, start + 16 * split, frames - 16 * split)
     assert torch.equal(torch.cat([first, second], dim=1), at_once)
     assert in_the_end.digest == after.digest and in_the_end.windows == after.windows == windows

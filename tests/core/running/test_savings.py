@@ -85,7 +85,7 @@ def test_the_memory_is_projected_once_a_window(
     block = pipe.nets.diffusion_net.down_blocks[0].motion_modules[0].temporal_transformer
     counted = []
     for steps in (1, 4):
-        pipe._sums.clear()
+        pipe._memory.clear()
         with rows_through({"in": block.proj_in}) as rows:
             pipe.sample_clip(reference, track, emotions, num_frames=16, steps=steps)
         counted.append(rows["in"])
@@ -96,7 +96,7 @@ def test_initial_past_frames_are_looked_at_once(
     pipe: MemoPipeline, reference: Reference, track: AudioTrack, emotions: EmotionTrack
 ) -> None:
     """The portrait held still for 16 frames is one picture, once with the face's tokens and once without."""
-    pipe._sums.clear()
+    pipe._memory.clear()
     with rows_through({"net": pipe.nets.reference_net}) as rows:
         pipe.sample_clip(reference, track, emotions, num_frames=32, steps=1)
     portrait, held_still, past_frames = 2, 2, 32
