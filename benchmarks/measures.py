@@ -26,7 +26,7 @@ from memo_core.nets.conditions import Conditions
 from memo_core.nets.past import Memory
 from memo_core.release import DECAY, WINDOW
 from memo_core.running import precision
-from memo_core.sampling.clip import Window
+from memo_core.sampling.renderer import Window
 from memo_core.sampling.conditions import Conditioner
 from memo_core.sampling.job import Job
 from memo_core.sampling.settings import PRESETS

@@ -6,19 +6,19 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import devices
-from .budget.device import available_bytes
-from .budget.plan import check_room, choose_plan, smaller_plan
+from .budget.placement import OwnPlacement, Placement
+from .budget.plan import check_room
 from .checkpoint.load import load
 from .checkpoint.networks import Networks
-from .checks import shown
+from .checks import shown, whole
 from .encoders.face import EMBEDDING_SIZE, FaceAnalyzer
 from .errors import CheckpointError, PortraitError, SamplingError
 from .inputs.emotion import SECONDS_AT_ONCE, EmotionTrack, detect_emotion
@@ -27,15 +27,17 @@ from .inputs.reference import Reference
 from .inputs.speech import AudioTrack, encode_audio, seconds_at_once
 from .memory.cache import MemoryCache
 from .memory.state import MemoryState
-from .running import offload
+from .release import VAE_SCALE
 from .running.options import Options
-from .sampling.clip import Window, count_stored, sample_windows
+from .sampling.clip import DiffusionRenderer
 from .sampling.job import Job
 from .sampling.plan import Plan
+from .sampling.renderer import Planned, Renderer, Window
 from .sampling.settings import PRESETS, Settings, Speed, name_of
 from .sampling.store import WindowStore
 from .sampling.vae import decode_latents, encode_frames
-from .video.clips import Clip
+from .video.clips import Clip, to_uint8
+from .video.kept import KeptFrames
 
 logger = logging.getLogger(__name__)
 OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # torch 2.5, and before
@@ -48,11 +50,12 @@ class MemoPipeline:
 
     Args:
         nets: the networks.
+        placement: makes what has them on the device while they work, of them and of the resident memory.
     """
 
-    def __init__(self, nets: Networks):
-        self.nets = nets
-        self._memory = MemoryCache()
+    def __init__(self, nets: Networks, placement: Callable[[Networks, MemoryCache], Placement] = OwnPlacement):
+        self.nets, self._memory = nets, MemoryCache()
+        self.placement = placement(nets, self._memory)
 
     @classmethod
     def from_pretrained(
@@ -86,7 +89,7 @@ class MemoPipeline:
         waveform: Tensor | np.ndarray,
         sample_rate: int,
         fps: float | None = None,
-        context: float | str | None = "auto",
+        context: float | Literal["auto", "local"] | None = "auto",
         **more: Any,
     ) -> AudioTrack:
         """Speech features for every video frame; see `audio.encode_audio`, also for further arguments.
@@ -98,7 +101,7 @@ class MemoPipeline:
                 sound around it alone; a number encodes chunks with that many seconds of context on either side; "auto"
                 is None up to 60 s and chunks above.
         """
-        self._listen(seconds_at_once(waveform, sample_rate, context))
+        self.placement.listen(seconds_at_once(waveform, sample_rate, context))
         return encode_audio(
             waveform,
             sample_rate,
@@ -119,7 +122,7 @@ class MemoPipeline:
         smoothing: float = 0.0,
     ) -> EmotionTrack:
         """Emotion label of every video frame; see `emotion.detect_emotion`."""
-        self._listen(SECONDS_AT_ONCE)
+        self.placement.listen(SECONDS_AT_ONCE)
         return detect_emotion(
             waveform,
             sample_rate,
@@ -133,20 +136,6 @@ class MemoPipeline:
 
     def _fps(self, fps: float | None) -> float:
         return self.nets.fps if fps is None else fps
-
-    def _listeners(self) -> list[nn.Module]:
-        nets = (self.nets.speech_encoder, self.nets.emotion_encoder, self.nets.emotion_head)
-        return [net for net in nets if net is not None]
-
-    def _listen(self, seconds: float) -> None:
-        """Has the networks that listen on the device, to so many seconds at once."""
-        for net in self._listeners():
-            offload.enter(net, self.nets.device)
-
-    def _stop_listening(self) -> None:
-        """Sends them to host memory: while pictures are made nobody needs them."""
-        for net in self._listeners():
-            offload.leave(net)
 
     @cached_property
     def face_analyzer(self) -> FaceAnalyzer | None:
@@ -186,8 +175,9 @@ class MemoPipeline:
                 demanded.
         """
         if size is None:
-            keeps_size = isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and len(image) == 3
-            size = (image.shape[1], image.shape[2]) if keeps_size else self.default_size
+            size = self.default_size
+            if isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and len(image) == 3:
+                size = (image.shape[1], image.shape[2])
         given = None if face_embedding is None else _check_face_embedding(face_embedding)
         looks_for_face = given is None or (crop == "face" and face_box is None)
         portrait = prepare_portrait(
@@ -200,6 +190,7 @@ class MemoPipeline:
             no_face=no_face if looks_for_face else "warn",
             face_box=face_box,
         )
+        self.placement.look(*portrait.pixels.shape[1:])
         latents = encode_frames(self.nets.vae, portrait.pixels[None], self.nets.device).cpu()
         faces = portrait.faces_found if looks_for_face and self.face_analyzer is not None else None
         return Reference(portrait.pixels, latents, portrait.face_embedding if given is None else given, faces)
@@ -207,7 +198,7 @@ class MemoPipeline:
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width the checkpoint was trained at."""
-        side = 8 * self.nets.sample_size
+        side = VAE_SCALE * self.nets.sample_size
         return side, side
 
     def job(
@@ -234,15 +225,18 @@ class MemoPipeline:
             emotion=emotion,
             memory=MemoryState.empty() if memory is None else memory,
             settings=Settings(**settings),
+            num_frames=_up_to_the_end(audio, start) if num_frames is None else num_frames,
             start=start,
-            num_frames=num_frames,
             noise=noise,
         ).checked(self.nets)
+
+    def _renderer(self) -> Renderer:
+        return DiffusionRenderer(self.nets, self._memory, self.decode)
 
     def count_stored(self, job: Job, store: WindowStore | None, on_window: Callable[[], None] = lambda: None) -> int:
         """How many windows, from the job's first on, need not be sampled because the store has them."""
         _check_types(job, store, on_window=on_window)
-        return count_stored(self.nets, job, store, on_window)
+        return self._renderer().count_stored(job, store, on_window)
 
     def sample_windows(
         self,
@@ -268,7 +262,7 @@ class MemoPipeline:
         _check_types(job, store, on_progress=on_progress, should_stop=should_stop)
         if plan is not None and not isinstance(plan, Plan):
             raise SamplingError(f"plan must be None or a budget.Plan, received {shown(plan)}")
-        self._stop_listening()
+        self.placement.stop_listening()
         return self._sample(job, store, on_progress, should_stop, plan)
 
     def _sample(
@@ -283,37 +277,33 @@ class MemoPipeline:
         window on, by a plan that takes less.
         """
         job = job.checked(self.nets)
-        rest, made, steps = job, [], job.windows * job.settings.steps
+        made: list[Plan | None] = []
+        rest, steps = job, job.windows * job.settings.steps
 
         def planned() -> Plan | None:
             made.append(self.plan(rest))
             return made[-1]
 
-        def progress(done: int, total: int) -> None:
-            on_progress(steps - total + done, steps)
+        report = None if on_progress is None else partial(_report, on_progress, steps)
 
-        how: Plan | Callable[[], Plan | None] | None = planned if plan is None else plan
+        how: Planned = planned if plan is None else plan
+        renderer = self._renderer()
         while True:
             try:
-                for window in sample_windows(
-                    self.nets,
-                    rest,
-                    cache=self._memory,
-                    store=store,
-                    decode_stored=self.decode,
-                    on_progress=None if on_progress is None else progress,
-                    should_stop=should_stop,
-                    plan=how,
-                ):
+                windows = renderer.windows(rest, store=store, on_progress=report, should_stop=should_stop, plan=how)
+                while True:
+                    with self.placement.computing():
+                        window = next(windows, None)
+                    if window is None:
+                        return
                     yield window
                     rest = _rest(rest, window)
-                return
             except RuntimeError as error:
                 # MPS has no error of its own for it.
                 scarce = isinstance(error, OUT_OF_MEMORY) or "out of memory" in str(error)
-                if not scarce or how is not planned or not made or made[-1] is None:
+                if not scarce or how is not planned or not made:
                     raise
-                smaller = self.smaller_plan(job, made[-1])
+                smaller = None if made[-1] is None else self.smaller_plan(job, made[-1])
                 if smaller is None:
                     raise
             # Out here the failed step's tensors are gone.
@@ -329,17 +319,11 @@ class MemoPipeline:
             SamplingError: it does not fit; names what would.
         """
         _check_types(job)
-        devices.empty_cache(self.nets.device)  # what listening left behind lies in pieces
-        room = available_bytes(self.nets)
-        if room is None:
-            return None
-        height, width = job.reference.pixels.shape[1:]
-        return choose_plan(self.nets, height, width, job.settings, room + self._memory.device_bytes)
+        return self.placement.plan(job)
 
     def smaller_plan(self, job: Job, than: Plan) -> Plan | None:
         """The next plan that takes less; None after the last."""
-        height, width = job.reference.pixels.shape[1:]
-        return smaller_plan(self.nets, height, width, job.settings, than)
+        return self.placement.smaller_plan(job, than)
 
     def check_room(self, size: tuple[int, int] | None = None, **settings: Any) -> None:
         """Refuses, before anything is computed at it, a size that cannot be sampled with the memory there is: the
@@ -412,11 +396,19 @@ class MemoPipeline:
         windows = self.sample_windows(job, store=store, on_progress=on_progress, should_stop=should_stop)
         return self.collect(job, windows)
 
-    def collect(self, job: Job, windows: Iterable[Window]) -> tuple[Clip, MemoryState]:
-        """The clip made of a job's windows, and the memory after them: the job's own, should there be no window."""
+    def collect(self, job: Job, windows: Iterable[Window], kept: KeptFrames | None = None) -> tuple[Clip, MemoryState]:
+        """The clip made of a job's windows, and the memory after them: the job's own, should there be no window.
+
+        Args:
+            job: from `job`.
+            windows: from `sample_windows`.
+            kept: where their frames are kept, as far as sampling has decoded them.
+        """
         _check_types(job)
         latents, done, memory = torch.empty(4, job.num_frames, *job.reference.latents.shape[2:]), 0, job.memory
-        for window in windows:
+        for number, window in enumerate(windows):
+            if kept is not None and window.decoded is not None:
+                kept.put(number, to_uint8(window.decoded))
             latents[:, done : done + window.latents.shape[1]] = window.latents
             done, memory = done + window.latents.shape[1], window.memory
         settings = job.settings
@@ -429,7 +421,17 @@ class MemoPipeline:
         if settings.speed != PRESETS["exact"]:
             about["speed"] = name_of(settings.speed)
         stopped = done < job.num_frames
-        return Clip(latents[:, :done], job.start, job.audio.fps, self.decode, stopped=stopped, about=about), memory
+        clip = Clip(
+            latents[:, :done],
+            job.start,
+            job.audio.fps,
+            self.decode,
+            stopped=stopped,
+            about=about,
+            window=self.nets.window,
+            kept=kept,
+        )
+        return clip, memory
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1]."""
@@ -438,6 +440,7 @@ class MemoPipeline:
             raise SamplingError(f"latents are [4, F, h, w], received {shape}")
         if not latents.is_floating_point() or latents.itemsize == 1:
             raise SamplingError(f"latents are floating-point numbers, received {latents.dtype}")
+        self.placement.look(*(VAE_SCALE * side for side in latents.shape[2:]))
         options = self.nets.options
         on_threads = options is not None and options.rows_on_threads
         return decode_latents(self.nets.vae, latents, self.nets.device, on_threads=on_threads)
@@ -449,8 +452,19 @@ def _rest(job: Job, window: Window) -> Job:
     if done >= job.num_frames:
         return job
     noise = None if job.noise is None else job.noise[1:]
-    changed = {"start": window.start + done, "num_frames": job.num_frames - done, "memory": window.memory}
-    return replace(job, noise=noise, **changed)
+    left = job.num_frames - done
+    return replace(job, noise=noise, start=window.start + done, num_frames=left, memory=window.memory)
+
+
+def _report(on_progress: Callable[[int, int], None], steps: int, done: int, total: int) -> None:
+    """Progress of what is left of a job as that of the whole job, of so many steps."""
+    on_progress(steps - total + done, steps)
+
+
+def _up_to_the_end(audio: AudioTrack, start: int) -> int:
+    """Frames from `start` on; of what is no track or no frame of it one, for `Job.checked` to refuse the rest."""
+    there = isinstance(audio, AudioTrack) and whole(start, 0, audio.num_frames - 1) is not None
+    return audio.num_frames - start if there else 1
 
 
 def _check_types(job: Job, store: WindowStore | None = None, **functions: Any) -> None:

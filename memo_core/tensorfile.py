@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -84,6 +85,21 @@ def float32(values: Tensor | NDArray[Any]) -> NDArray[np.float32]:
         return (values["bits"].astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):
         return np.asarray(values, np.float32, order="C")
+
+
+def is_finite(values: Tensor | NDArray[Any]) -> bool:
+    """Whether neither NaN nor infinity is among the values of a tensor, or of an array of `ArrayFile`."""
+    if isinstance(values, np.ndarray):
+        return bool(np.isfinite(float32(values) if values.dtype == _BFLOAT16 else values).all())
+    return bool(values.isfinite().all())
+
+
+def tensors_digest(*tensors: Tensor | NDArray[Any]) -> str:
+    """Shapes and float32 values, hashed to 16 hexadecimal digits; the same for tensors and arrays."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode() + float32(tensor).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_size(path: str | os.PathLike[str], max_bytes: int | None) -> None:

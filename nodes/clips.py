@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..memo_core.errors import ComposeError, SamplingError
 from ..memo_core.inputs.reference import Reference
+from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.release import WINDOW
 from ..memo_core.video.clips import Clip, ImageClip, Sound
 from .host.folders import lost_videos, temporary_video, video_of
 from .host.media import audio_of, preview, sound_of, to_image
-from .host.placement import HostPipeline, refuse_without_room
+from .host.placement import refuse_without_room
 from .host.progress import Progress, stop_if_interrupted
 from .wires import CATEGORY, MemoClip, MemoModel, MemoReference, one_of
 
@@ -230,7 +231,7 @@ class InspectClip(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip: AnyClip | Tensor, reference: Reference, model: HostPipeline | None = None) -> io.NodeOutput:
+    def execute(cls, clip: AnyClip | Tensor, reference: Reference, model: MemoPipeline | None = None) -> io.NodeOutput:
         from ..memo_core.judging.drawings.quality import draw_quality
         from ..memo_core.judging.quality import measure
 

@@ -12,10 +12,10 @@ from ..memo_core.errors import MemoError
 from ..memo_core.inputs.emotion import EmotionTrack
 from ..memo_core.inputs.emotion_lines import parse_emotion_lines
 from ..memo_core.inputs.speech import count_frames
+from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.release import EMOTIONS, WINDOW
 from ..memo_core.video.clips import Sound
 from .host.media import preview, sound_of, to_image
-from .host.placement import HostPipeline
 from .wires import CATEGORY, MemoAudio, MemoEmotion, MemoModel, Voice
 
 FPS = 30  # of a track made from plain AUDIO; sampling fits it to the video's rate
@@ -62,7 +62,7 @@ class DetectAudioEmotion(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: HostPipeline, audio: Mapping | Voice, sensitivity: float, smoothing: float
+        cls, model: MemoPipeline, audio: Mapping | Voice, sensitivity: float, smoothing: float
     ) -> io.NodeOutput:
         track, speech = detect(model, audio, sensitivity, smoothing)
         picture = draw(track, speech)
@@ -115,7 +115,7 @@ class EditEmotion(io.ComfyNode):
 
 
 def detect(
-    model: HostPipeline, audio: Mapping | Voice, sensitivity: float = 1.0, smoothing: float = 0.0
+    model: MemoPipeline, audio: Mapping | Voice, sensitivity: float = 1.0, smoothing: float = 0.0
 ) -> tuple[EmotionTrack, Sound]:
     """See DetectAudioEmotion; also what was listened to."""
     speech = speech_of(audio)

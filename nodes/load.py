@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from ..memo_core.checks import shown
 from ..memo_core.errors import CheckpointError
 from .host.folders import checkpoints, lora_file, loras
-from .host.placement import ATTENTION, DTYPES, HostPipeline
+from .host.placement import ATTENTION, DTYPES, load_model
 from .wires import CATEGORY, MemoModel, one_of
 
 NO_LORA = "none"
@@ -93,4 +93,4 @@ class LoadMEMO(io.ComfyNode):
         if folder is None:
             raise CheckpointError(f"the checkpoint {checkpoint!r} is gone; there are {', '.join(checkpoints())}")
         adapters = [] if lora == NO_LORA else [(lora_file(lora), lora_strength)]
-        return io.NodeOutput(HostPipeline.load(folder, dtype, attention, adapters))
+        return io.NodeOutput(load_model(folder, dtype, attention, adapters))

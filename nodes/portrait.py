@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..memo_core.errors import PortraitError
+from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.video.clips import ImageClip, over_white
 from ..memo_core.video.compose import Box, Frame, centre_square, crop_square, face_square, paste_back
 from .clips import AnyClip, image_clip
 from .host.media import one_picture, opaque, preview
-from .host.placement import HostPipeline, refuse_without_room
+from .host.placement import refuse_without_room
 from .host.progress import stop_if_interrupted
 from .wires import CATEGORY, MemoBox, MemoClip, MemoModel, MemoReference, one_of
 
@@ -95,10 +97,10 @@ class EncodeReference(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: HostPipeline,
+        model: MemoPipeline,
         image: Tensor,
         size: int,
-        crop: str,
+        crop: Literal["face", "none"],
         margin: float,
         face_index: int,
         face_mask: Tensor | None = None,
@@ -193,7 +195,7 @@ class CropPortrait(io.ComfyNode):
         center_x: float,
         center_y: float,
         scale: float,
-        model: HostPipeline | None = None,
+        model: MemoPipeline | None = None,
         face_mask: Tensor | None = None,
         alpha_mask: Tensor | None = None,
     ) -> io.NodeOutput:
@@ -256,7 +258,7 @@ class PasteBack(io.ComfyNode):
         return io.NodeOutput(images)
 
 
-def find_face(model: HostPipeline | None, image: Tensor, face_index: int) -> tuple | None:
+def find_face(model: MemoPipeline | None, image: Tensor, face_index: int) -> tuple | None:
     """The box of a face, by the checkpoint's face models; None where there are none, or no face and none was asked."""
     if model is None or model.face_analyzer is None:
         if face_index != LARGEST_FACE:

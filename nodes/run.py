@@ -13,20 +13,21 @@ from ..memo_core.errors import SamplingError
 from ..memo_core.inputs.emotion import EmotionTrack
 from ..memo_core.inputs.reference import Reference
 from ..memo_core.memory.state import MemoryState
-from ..memo_core.release import WINDOW
-from ..memo_core.sampling.clip import Window
+from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.sampling.job import Job
 from ..memo_core.sampling.plan import Plan
+from ..memo_core.sampling.renderer import Window
 from ..memo_core.sampling.store import WindowStore
 from ..memo_core.video.clips import Clip
-from .host.folders import window_store
-from .host.placement import HostPipeline, free_bytes
+from ..memo_core.video.kept import KeptFrames
+from .host.folders import temporary_folder, window_store
+from .host.placement import free_bytes, placement_of
 from .host.progress import OutOfMemory, Progress, SpeedBook, logger, stop_if_interrupted
 from .wires import Voice
 
 
 def sample(
-    model: HostPipeline,
+    model: MemoPipeline,
     reference: Reference,
     voice: Voice,
     emotion: EmotionTrack | None,
@@ -58,7 +59,7 @@ def sample(
             logger.info("the recording ends at %.2f s: the clip is as long as it lasts", last / track.fps)
         last = min(last, wanted)
     recorded = track.num_padded_frames / track.fps
-    if emotion is not None and abs(emotion.seconds - recorded) > WINDOW / min(track.fps, emotion.fps) + 0.1:
+    if emotion is not None and abs(emotion.seconds - recorded) > model.nets.window / min(track.fps, emotion.fps) + 0.1:
         raise SamplingError(
             f"the emotions last {emotion.seconds:.1f} s and the recording {recorded:.1f} s: make both from the same one"
         )
@@ -76,10 +77,10 @@ def sample(
     )
     run = _Run(model, job, window_store(), stop_on_collapse, node_id)
     try:
-        clip, memory = model.collect(job, run.windows())
+        clip, memory = model.collect(job, run.windows(), KeptFrames(temporary_folder()))
     finally:
         run.remember_speed()
-        model.release()
+        placement_of(model).release()
     return replace(clip, sound=voice.sound), memory
 
 
@@ -87,7 +88,7 @@ class _Run:
     """One job on the host."""
 
     def __init__(
-        self, model: HostPipeline, job: Job, store: WindowStore | None, stop_on_collapse: bool, node_id: str | None
+        self, model: MemoPipeline, job: Job, store: WindowStore | None, stop_on_collapse: bool, node_id: str | None
     ):
         self.model, self.job, self.store = model, job, store
         self.stored = model.count_stored(job, store, stop_if_interrupted)
@@ -110,15 +111,17 @@ class _Run:
         while True:
             try:
                 if again:
-                    self.model.forget()
+                    placement_of(self.model).forget()
                 if plan is not None:
-                    self.model.to_device(plan.peak - plan.weights)
+                    placement_of(self.model).to_device(plan.peak - plan.weights)
                 for window in self._sample(rest, plan):
                     yield window
                     frames = rest.start + rest.num_frames - window.start - window.latents.shape[1]
                     if self._collapsed(window) or not frames:
                         return
-                    rest = replace(rest, start=window.start + WINDOW, num_frames=frames, memory=window.memory)
+                    rest = replace(
+                        rest, start=window.start + window.latents.shape[1], num_frames=frames, memory=window.memory
+                    )
                 return
             except OutOfMemory:
                 smaller = None if plan is None else self.model.smaller_plan(self.job, plan)
@@ -188,12 +191,12 @@ class _Run:
                 plan = self.model.plan(job)
             except SamplingError as error:
                 raise SamplingError(f"{error} (MEMO Encode Reference: size)") from error
-            if device.type == "cpu":
-                fixed = plan.peak
-            else:
-                on_device = f"VRAM {plan.peak / gb:.1f} GB needed, {free_bytes(device) / gb:.1f} free: "
-                on_device += f"{plan.describe()}; "
-                fixed = plan.on_host
+        if plan is not None and device.type == "cpu":
+            fixed = plan.peak
+        elif plan is not None:
+            on_device = f"VRAM {plan.peak / gb:.1f} GB needed, {free_bytes(device) / gb:.1f} free: "
+            on_device += f"{plan.describe()}; "
+            fixed = plan.on_host
         in_ram = clip_bytes + fixed
         logger.info(
             "%.2f s: %d frames in %d windows, %d of them in the store%s; %s; %sRAM %.1f GB needed, %.1f free; faces "

@@ -10,13 +10,13 @@ from torch import Tensor
 from ..memo_core.inputs.emotion import EmotionTrack
 from ..memo_core.inputs.reference import Reference
 from ..memo_core.memory.state import MemoryState
+from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.release import EMOTIONS
 from ..memo_core.sampling.settings import PRESETS
 from .clips import write_video
 from .emotion import detect
 from .host.folders import lost_videos, video_of
 from .host.media import one_picture, sound_of
-from .host.placement import HostPipeline
 from .portrait import alpha_mask_input
 from .run import sample
 from .voice import encode_voice
@@ -116,7 +116,7 @@ class SampleClip(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: HostPipeline,
+        model: MemoPipeline,
         reference: Reference,
         audio: Voice,
         start: float,
@@ -189,7 +189,7 @@ class TalkingVideo(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: HostPipeline,
+        model: MemoPipeline,
         image: Tensor,
         audio: Mapping,
         emotion: str,

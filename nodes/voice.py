@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from comfy_api.v0_0_2 import io
 
 from ..memo_core.checkpoint.layout import VOCAL_SEPARATOR, assets, download_command
 from ..memo_core.errors import AudioError
+from ..memo_core.pipeline import MemoPipeline
 from ..memo_core.video.clips import Sound
 from .host.media import audio_of, sound_of, to_image
-from .host.placement import HostPipeline
 from .host.progress import Progress, stop_if_interrupted
 from .wires import CATEGORY, MemoAudio, MemoModel, Voice, one_of
 
@@ -107,10 +108,10 @@ class EncodeAudio(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: HostPipeline,
+        model: MemoPipeline,
         audio: Mapping,
         fps: float,
-        context: str,
+        context: Literal["local", "whole"],
         separate_vocals: str,
         silence_gate: bool,
     ) -> io.NodeOutput:
@@ -121,10 +122,10 @@ class EncodeAudio(io.ComfyNode):
 
 
 def encode_voice(
-    model: HostPipeline,
+    model: MemoPipeline,
     sound: Sound,
     fps: float = 30,
-    context: str = "local",
+    context: Literal["local", "whole"] = "local",
     separation: str = "off",
     silence_gate: bool = False,
     node_id: str | None = None,

@@ -11,7 +11,7 @@ from ..memo_core.checks import shown
 from ..memo_core.inputs.speech import AudioTrack
 from ..memo_core.video.clips import Sound
 
-MemoModel = io.Custom("MEMO_MODEL")  # host.HostPipeline
+MemoModel = io.Custom("MEMO_MODEL")  # memo_core.pipeline.MemoPipeline, placed by the host
 MemoReference = io.Custom("MEMO_REFERENCE")  # memo_core.Reference
 MemoAudio = io.Custom("MEMO_AUDIO")  # Voice
 MemoEmotion = io.Custom("MEMO_EMOTION")  # memo_core.EmotionTrack

@@ -59,7 +59,7 @@ def table(nets: Networks, height: int, width: int, budgets: Sequence[tuple[str, 
         budgets: names, and bytes that sampling may take.
     """
     ways = {
-        f"{name}{how}": Settings(speed=name, guidance_scale=scale)
+        f"{name}{how}": Settings(speed=PRESETS[name], guidance_scale=scale)
         for name in PRESETS
         for how, scale in (("", 3.5), (", guidance 1", 1.0))
     }

@@ -12,23 +12,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
 from ..checks import number, shown, whole
 from ..errors import CheckpointError
-from ..tensorfile import FLOATS, UNREADABLE, open_tensors, save_tensors
+from ..tensorfile import FLOATS, UNREADABLE, float32, is_finite, open_arrays, open_tensors, save_tensors
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
     from .networks import Networks
 
 logger = logging.getLogger(__name__)
@@ -78,37 +80,22 @@ class Adapter:
     @cached_property
     def digest(self) -> str:
         """Identifies what it does to a checkpoint: the same for the same values in another number format."""
-        digest = hashlib.sha256()
-        for module, (down, up, alpha) in sorted(self.modules.items()):
-            digest.update(f"{module}{tuple(down.shape)}{tuple(up.shape)}{float(alpha)!r}".encode())
-            digest.update(down.float().contiguous().numpy().tobytes() + up.float().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return _digest(self.modules)
 
     def describe(self) -> str:
         """What it is, in words, one fact a line."""
-        factors = self.modules.values()
-        ranks, alphas = sorted({len(f.down) for f in factors}), sorted({f.alpha for f in factors})
-        numbers = sum(f.down.numel() + f.up.numel() for f in factors)
-        lines = [
-            f"adapter      {self.name}",
-            f"digest       {self.digest}",
-            f"trained on   {self.base or '-'}",
-            f"rank         {', '.join(map(str, ranks))}",
-            f"alpha        {', '.join(f'{alpha:g}' for alpha in alphas)}",
-            f"targets      {', '.join(self.targets) or '-'}",
-            f"parameters   {numbers:,}",
-        ]
-        layers = Counter(module.partition(".")[0] for module in self.modules)
-        lines += [f"  {net:<14} {layers[net]} layers" for net in NETS if layers[net]]
-        return "\n".join(lines + [f"settings     {self.settings}"] * bool(self.settings))
+        return _describe(self.modules, self.base, self.targets, self.settings, self.name)
 
-    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-        """Writes the file, atomically.
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Writes the file, atomically, in float32 or another floating-point dtype.
 
         Raises:
             CheckpointError: it cannot be written, or holds no module.
         """
+        import torch
+
         path = _path(path)
+        dtype = torch.float32 if dtype is None else dtype
         if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise CheckpointError(f"an adapter is written in a floating-point dtype, received {shown(dtype)}")
         if not self.modules:
@@ -154,9 +141,54 @@ def read(path: str | os.PathLike[str]) -> Adapter:
             version, or damaged: keys in no pair, shapes that do not fit each other, a rank of 0, a number that is not
             finite.
     """
+    modules, about = _read(path, open_tensors)
+    return Adapter(modules={module: Factors(*factors) for module, factors in modules.items()}, **about)
+
+
+def describe(path: str | os.PathLike[str]) -> str:
+    """What `Adapter.describe` says of the adapter in a file, without torch.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    modules, about = _read(path, open_arrays)
+    return _describe(modules, **about)
+
+
+def _digest(modules: Mapping[str, tuple[Any, Any, float]]) -> str:
+    digest = hashlib.sha256()
+    for module, (down, up, alpha) in sorted(modules.items()):
+        digest.update(f"{module}{tuple(down.shape)}{tuple(up.shape)}{float(alpha)!r}".encode())
+        digest.update(float32(down).tobytes() + float32(up).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _describe(
+    modules: Mapping[str, tuple[Any, Any, float]], base: str, targets: tuple[str, ...], settings: str, name: str
+) -> str:
+    ranks, alphas = sorted({len(down) for down, _, _ in modules.values()}), sorted({a for _, _, a in modules.values()})
+    numbers = sum(math.prod(down.shape) + math.prod(up.shape) for down, up, _ in modules.values())
+    lines = [
+        f"adapter      {name}",
+        f"digest       {_digest(modules)}",
+        f"trained on   {base or '-'}",
+        f"rank         {', '.join(map(str, ranks))}",
+        f"alpha        {', '.join(f'{alpha:g}' for alpha in alphas)}",
+        f"targets      {', '.join(targets) or '-'}",
+        f"parameters   {numbers:,}",
+    ]
+    layers = Counter(module.partition(".")[0] for module in modules)
+    lines += [f"  {net:<14} {layers[net]} layers" for net in NETS if layers[net]]
+    return "\n".join(lines + [f"settings     {settings}"] * bool(settings))
+
+
+def _read(
+    path: str | os.PathLike[str], opened: Callable[[Path, int], AbstractContextManager[Any]]
+) -> tuple[dict[str, tuple[Any, Any, float]], dict[str, Any]]:
+    """The factors of every layer, as `open_tensors` or `open_arrays` gives them, and the other fields of an Adapter."""
     path = _path(path)
     try:
-        with open_tensors(path, MAX_FILE_BYTES) as file:
+        with opened(path, MAX_FILE_BYTES) as file:
             about = file.metadata() or {}
             if about.get("format") != FORMAT:
                 raise CheckpointError(f"{path.name} is not a MEMO adapter: LoRAs of other networks do not fit MEMO's")
@@ -174,8 +206,8 @@ def read(path: str | os.PathLike[str]) -> Adapter:
     for target in targets:
         if not isinstance(target, str):
             raise CheckpointError(f"{path.name} is damaged: its targets are no names but {shown(targets)}")
-    settings, base = about.get("settings", ""), about.get("base", "")
-    return Adapter(modules=modules, base=base, targets=tuple(targets), settings=settings, name=path.name)
+    base, settings = about.get("base", ""), about.get("settings", "")
+    return modules, {"base": base, "targets": tuple(targets), "settings": settings, "name": path.name}
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
@@ -203,9 +235,10 @@ def _text_number(about: Mapping[str, str], name: str, kind: type, file: str) -> 
         raise CheckpointError(f"{file} is damaged: its {name} is {shown(about.get(name))}, not a number") from None
 
 
-def _modules(file: Any, about: Mapping[str, str], name: str) -> dict[str, Factors]:
+def _modules(file: Any, about: Mapping[str, str], name: str) -> dict[str, tuple[Any, Any, float]]:
     """The factors in an open safetensors file; CheckpointError with the first ten that do not fit."""
-    problems, shapes = [], {}
+    problems: list[str] = []
+    shapes: dict[str, dict[str, list[int]]] = {}
     for key in file.keys():
         entry, match = file.get_slice(key), _KEY.fullmatch(key)
         if match is None:
@@ -232,14 +265,13 @@ def _modules(file: Any, about: Mapping[str, str], name: str) -> dict[str, Factor
     modules = {}
     for module in sorted(shapes):
         down, up = (file.get_tensor(f"{module}.lora_{letter}.weight") for letter in "AB")
-        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+        if not (is_finite(down) and is_finite(up)):
             problems.append(f"{module} has NaN or infinite values")
-        modules[module] = Factors(down, up, alphas[module])
+        modules[module] = (down, up, alphas[module])
     _refuse(problems, f"{name} is damaged")
     return modules
 
 
-@torch.no_grad()
 def apply(nets: Networks, adapter: Adapter, strength: float = 1.0) -> None:
     """Merges an adapter into the networks' weights, in place: W + strength * alpha / r * B A.
 
@@ -255,6 +287,9 @@ def apply(nets: Networks, adapter: Adapter, strength: float = 1.0) -> None:
         CheckpointError: a layer of the adapter is not there or has another shape; or strength is not finite, or so
             large that the weights' number format cannot hold the result, which leaves the networks partly changed.
     """
+    import torch
+    from torch import nn
+
     if not isinstance(adapter, Adapter):
         raise CheckpointError(f"an adapter is what lora.read gives, received {shown(adapter)}")
     if number(strength) is None:
@@ -262,7 +297,31 @@ def apply(nets: Networks, adapter: Adapter, strength: float = 1.0) -> None:
     strength = float(strength)
     if nets.options is not None and (nets.options.fuse_qkv or nets.options.fp8_weights):
         raise CheckpointError(f"{adapter.name}: fused or 8-bit weights cannot take an adapter; give it while loading")
-    layers, problems = {}, []
+    layers = _fitting(nets, adapter)
+    if strength == 0:
+        return
+    if adapter.base and adapter.base != nets.base_digest:
+        logger.warning(
+            "%s was trained on checkpoint %s, this one is %s: look whether it does what it should",
+            *(adapter.name, adapter.base, nets.base_digest),
+        )
+    for name, layer in layers.items():
+        weight = layer.weight
+        with torch.no_grad():
+            delta = adapter.modules[name].delta().view(weight.shape)
+            merged = (weight.detach().to("cpu", torch.float32) + strength * delta).to(weight.dtype)
+        if not torch.isfinite(merged).all():
+            raise CheckpointError(f"{adapter.name}:{strength:g} exceeds {weight.dtype} in {name}: lower the strength")
+        layer.weight = nn.Parameter(merged.to(weight.device), requires_grad=weight.requires_grad)
+    nets.adapters += ((adapter.name, adapter.digest, float(strength)),)
+
+
+def _fitting(nets: Networks, adapter: Adapter) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers that an adapter changes; CheckpointError where one is not there or has another shape."""
+    from torch import nn
+
+    layers: dict[str, nn.Linear | nn.Conv2d] = {}
+    problems = []
     for name, factors in adapter.modules.items():
         net, _, path = name.partition(".")
         try:
@@ -275,21 +334,7 @@ def apply(nets: Networks, adapter: Adapter, strength: float = 1.0) -> None:
             problems.append(f"{name} has shape {shape}, the adapter is for {factors.shape}")
         layers[name] = layer
     _refuse(problems, f"{adapter.name} does not fit this checkpoint; it was trained on {adapter.base or 'another'}")
-    if strength == 0:
-        return
-    if adapter.base and adapter.base != nets.base_digest:
-        logger.warning(
-            "%s was trained on checkpoint %s, this one is %s: look whether it does what it should",
-            *(adapter.name, adapter.base, nets.base_digest),
-        )
-    for name, layer in layers.items():
-        weight = layer.weight
-        merged = weight.detach().to("cpu", torch.float32) + strength * adapter.modules[name].delta().view(weight.shape)
-        merged = merged.to(weight.dtype)
-        if not torch.isfinite(merged).all():
-            raise CheckpointError(f"{adapter.name}:{strength:g} exceeds {weight.dtype} in {name}: lower the strength")
-        layer.weight = nn.Parameter(merged.to(weight.device), requires_grad=weight.requires_grad)
-    nets.adapters += ((adapter.name, adapter.digest, float(strength)),)
+    return layers
 
 
 def _refuse(problems: list[str], what: str) -> None:

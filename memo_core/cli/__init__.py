@@ -9,18 +9,27 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
 from ..errors import MemoError
-from .arguments import _add_checkpoint, _gigabytes, _positive_int, _size
-from .download import download
-from .emotion import detect
-from .generate import _add_generate, generate
-from .info import info
-from .output import INTERRUPTED, _fail, _say
-from .sheet import sheet
+from . import download, emotion, generate, info, sheet
+from .output import INTERRUPTED, fail, say
+
+_COMMANDS = {
+    "generate": (
+        generate,
+        "Make a video of PORTRAIT speaking VOICE. Ctrl-C keeps what is finished and says how to go on.",
+    ),
+    "emotion": (emotion, "Print the emotions heard in VOICE and draw them."),
+    "info": (info, "Describe a checkpoint folder, an adapter file or a memory state file."),
+    "sheet": (sheet, "Draw evenly spaced frames of VIDEO, with their times, as one picture."),
+    "download": (
+        download,
+        "Print the licences of the released weights and fetch them (13 GB) into FOLDER. Called again it goes on.",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,24 +59,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # of the libraries, to their programmers
             return args.run(args)
     except KeyboardInterrupt:
-        _say("interrupted; no file was written")
+        say("interrupted; no file was written")
         return INTERRUPTED
     except MemoryError:
-        return _fail("out of memory: try a smaller --size or a shorter --duration")
+        return fail("out of memory: try a smaller --size or a shorter --duration")
     except MemoError as error:
-        return _fail(str(error))
+        return fail(str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}")
+        return fail(f"{where}{error.strerror or error}")
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        return _fail("out of memory: try a smaller --size, or --dtype bfloat16")
+        return fail("out of memory: try a smaller --size, or --dtype bfloat16")
 
 
 def _prepare_allocator() -> None:
     """Has torch grow its pieces of GPU memory instead of making new ones, before it starts: less is lost between them.
-    Not on Windows, which cannot; not where someone has chosen."""
+
+    Not on Windows, which cannot; not where someone has chosen.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # since torch 2.9, and before
@@ -87,45 +98,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `run` of what it parses is the command's function."""
     about = "A portrait and a voice in, a talking video out."
     parser = _Parser("memo", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"memo {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    for name, (command, text) in _COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(run=run)
-        return sub
-
-    text = "Make a video of PORTRAIT speaking VOICE. Ctrl-C keeps what is finished and says how to go on."
-    _add_generate(command("generate", generate, text))
-
-    sub = command("emotion", detect, "Print the emotions heard in VOICE and draw them.")
-    sub.add_argument("voice", metavar="VOICE", help="any file with sound")
-    sub.add_argument("-o", "--output", metavar="PNG", help="the picture (default: VOICE.emotion.png, here)")
-    _add_checkpoint(sub)
-
-    sub = command("info", info, "Describe a checkpoint folder, an adapter file or a memory state file.")
-    text = "a folder or an embedded checkpoint's name; a file; with --budget also `released`, which needs no weights"
-    sub.add_argument("target", metavar="CHECKPOINT|LORA|STATE", help=text)
-    text = (
-        "print what sampling takes on a GPU in bfloat16, and how it gets by on a card of so many GB (default: cards of "
-        "12 and 8 GB, and the one in this machine)"
-    )
-    sub.add_argument("--budget", type=_gigabytes, nargs="?", const=0.0, metavar="GB", help=text)
-    text = "pixels, multiples of 64, for --budget (default: as trained)"
-    sub.add_argument("--size", type=_size, metavar="N|WxH", help=text)
-
-    sub = command("sheet", sheet, "Draw evenly spaced frames of VIDEO, with their times, as one picture.")
-    sub.add_argument("video", metavar="VIDEO")
-    sub.add_argument("-o", "--output", metavar="PNG", help="the picture (default: VIDEO.png, here)")
-    sub.add_argument("--frames", type=_positive_int, default=12, help="how many frames (default: %(default)s)")
-    sub.add_argument("--columns", type=_positive_int, default=4, help="how many side by side (default: %(default)s)")
-
-    text = "Print the licences of the released weights and fetch them (13 GB) into FOLDER. Called again it goes on."
-    sub = command("download", download, text)
-    sub.add_argument("folder", metavar="FOLDER", nargs="?", default="memo-weights", help="(default: %(default)s, here)")
-    sub.add_argument("--only", metavar="PART", nargs="+", help="fetch these parts, named as in the licences")
+        sub.set_defaults(run=command.run)
+        command.add_arguments(sub)
     return parser
 
 

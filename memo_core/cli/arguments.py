@@ -6,12 +6,14 @@ import argparse
 import math
 
 
-def _add_checkpoint(sub: argparse.ArgumentParser) -> None:
+def add_checkpoint(sub: argparse.ArgumentParser) -> None:
+    """`--checkpoint`."""
     text = "folder in the released layout, or the name of an embedded checkpoint (default: %(default)s)"
     sub.add_argument("--checkpoint", default="toon", help=text)
 
 
-def _positive_int(text: str) -> int:
+def positive_int(text: str) -> int:
+    """A whole number from 1."""
     try:
         value = int(text)
     except ValueError:
@@ -21,11 +23,13 @@ def _positive_int(text: str) -> int:
     return value
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """A number of seconds from 0."""
     return _number(text, 0, 1e6, "a number of seconds")
 
 
-def _gigabytes(text: str) -> float:
+def gigabytes(text: str) -> float:
+    """A number of gigabytes above 0."""
     return _number(text, 0.001, 1e6, "a number of gigabytes above 0")
 
 
@@ -39,7 +43,7 @@ def _number(text: str, low: float, high: float, what: str) -> float:
     return value
 
 
-def _size(text: str) -> tuple[int, int]:
+def size(text: str) -> tuple[int, int]:
     """Height and width from "N" or "WxH"."""
     try:
         sides = [int(side) for side in text.lower().split("x")]

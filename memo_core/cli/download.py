@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from .output import INTERRUPTED, OK, _say
+from .output import INTERRUPTED, OK, say
 
 
-def download(args: argparse.Namespace) -> int:
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    sub.add_argument("folder", metavar="FOLDER", nargs="?", default="memo-weights", help="(default: %(default)s, here)")
+    sub.add_argument("--only", metavar="PART", nargs="+", help="fetch these parts, named as in the licences")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
     from ..checkpoint import download as weights
 
     print(weights.licences(args.only), flush=True)
@@ -16,7 +23,7 @@ def download(args: argparse.Namespace) -> int:
     try:
         fetched = weights.download(args.folder, args.only)
     except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from here")
+        say("interrupted; the same command goes on from here")
         return INTERRUPTED
     print(f"{args.folder}: {len(fetched)} files fetched" if fetched else f"{args.folder}: nothing was missing")
     return OK

@@ -6,15 +6,21 @@ import argparse
 import math
 from pathlib import Path
 
-from ..release import FPS
-from .output import OK, _check_picture, _named_after, _save_picture
-
-# --- memo emotion, info, download, sheet ------------------------------------------------------------------------------
+from .arguments import add_checkpoint
+from .output import OK, check_picture, named_after, save_picture
 
 
-def detect(args: argparse.Namespace) -> int:
-    output = Path(args.output or _named_after(args.voice, ".emotion.png"))
-    kind = _check_picture(output, args.voice)
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    sub.add_argument("voice", metavar="VOICE", help="any file with sound")
+    sub.add_argument("-o", "--output", metavar="PNG", help="the picture (default: VOICE.emotion.png, here)")
+    add_checkpoint(sub)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    output = Path(args.output or named_after(args.voice, ".emotion.png"))
+    kind = check_picture(output, args.voice)
 
     from ..checkpoint.layout import EMOTION_HEAD, find
     from ..encoders.emotion2vec import Emotion2Vec
@@ -23,7 +29,7 @@ def detect(args: argparse.Namespace) -> int:
     from ..inputs.recording import Recording
     from ..inputs.speech import count_frames
     from ..judging.drawings.emotion import draw_emotion
-    from ..release import EMOTIONS, SAMPLE_RATE, WINDOW
+    from ..release import EMOTIONS, FPS, SAMPLE_RATE, WINDOW
 
     folder = find(args.checkpoint)
     recording = Recording(args.voice)
@@ -40,5 +46,5 @@ def detect(args: argparse.Namespace) -> int:
     for first, last in zip(changes, changes[1:]):
         mean = float(track.probabilities[first:last, labels[first]].mean())
         print(f"{times[first]:7.2f} s {times[last]:7.2f} s  {EMOTIONS[labels[first]]:<10} {mean:11.2f}")
-    _save_picture(draw_emotion(track, waveform, SAMPLE_RATE), output, kind)
+    save_picture(draw_emotion(track, waveform, SAMPLE_RATE), output, kind)
     return OK

@@ -12,29 +12,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.layout import VOCAL_SEPARATOR
 from ..errors import MemoError
 from ..release import FPS
-from .arguments import _add_checkpoint, _positive_int, _seconds, _size
-from .output import INTERRUPTED, OK, _check_output, _named_after, _say
+from .arguments import add_checkpoint, positive_int, seconds, size
+from .output import INTERRUPTED, OK, check_output, named_after, say
 
 if TYPE_CHECKING:
     import torch
 
     from ..memory.state import MemoryState
-    from ..sampling.clip import Window
+    from ..sampling.renderer import Window
     from ..sampling.store import WindowStore
     from ..video.write import VideoWriter
 
 
-def _add_generate(sub: argparse.ArgumentParser) -> None:
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+
     def add(name: str, text: str, **more: Any) -> None:
         sub.add_argument(name, help=text, **more)
 
     add("portrait", "a picture of a face", metavar="PORTRAIT")
     add("voice", "any file with sound, also a video", metavar="VOICE")
     sub.add_argument("-o", "--output", metavar="OUT.mp4", help="the video (default: VOICE.mp4, here)")
-    _add_checkpoint(sub)
+    add_checkpoint(sub)
     add(
         "--lora",
         "an adapter to merge into the checkpoint, and how much of it (default: 1); several add up",
@@ -53,7 +54,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
         default="exact",
     )
     add("--emotion", "detect, null (none), or one by name: happy, sad, ... (default: %(default)s)", default="detect")
-    add("--size", "pixels, multiples of 64 (default: as trained)", type=_size, metavar="N|WxH")
+    add("--size", "pixels, multiples of 64 (default: as trained)", type=size, metavar="N|WxH")
     add("--crop", "around the face, or the middle (default: %(default)s)", choices=("face", "none"), default="face")
     add("--face", "which face, 0 is the largest (default: the largest)", type=int, metavar="N")
     add("--require-face", "stop where no face is found, rather than go on without one", action="store_true")
@@ -66,11 +67,11 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
         metavar="auto|whole|local|SECONDS",
     )
     add("--separate-vocals", "let the voice alone drive the face, without music (audio-separator)", action="store_true")
-    add("--start", "begin here in VOICE (default: 0)", type=_seconds, default=0.0, metavar="SECONDS")
-    add("--duration", "make this much (default: all to the end)", type=_seconds, metavar="SECONDS")
+    add("--start", "begin here in VOICE (default: 0)", type=seconds, default=0.0, metavar="SECONDS")
+    add("--duration", "make this much (default: all to the end)", type=seconds, metavar="SECONDS")
     add("--memory-in", "go on from this memory state", metavar="STATE")
     add("--memory-out", "save the memory state after the last frame", metavar="STATE")
-    add("--horizon", "remember only the last N windows (default: all the past)", type=_positive_int, metavar="N")
+    add("--horizon", "remember only the last N windows (default: all the past)", type=positive_int, metavar="N")
     add(
         "--store",
         "keep finished windows here and never make the same one twice (default: ComfyUI's, inside of it; else 10 GB in "
@@ -87,20 +88,12 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     )
 
 
-# --- memo generate ----------------------------------------------------------------------------------------------------
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    output = _output(args)
 
-
-def generate(args: argparse.Namespace) -> int:
-    output = Path(args.output or _named_after(args.voice, ".mp4"))
-    adapters = [file for file, _ in args.lora or ()]
-    _check_output(output, "-o", args.portrait, args.voice, args.memory_in, args.memory_out, *adapters)
-    _check_output(args.memory_out, "--memory-out", args.portrait, args.voice, *adapters)
-    if output.suffix.lower() not in (".mp4", ".m4v"):
-        raise MemoError(f"{output} does not end in .mp4; only MP4 is written")
-    if args.memory_in and args.horizon:
-        raise MemoError("--horizon is for a new video; the state given with --memory-in brings its own")
-
-    from ..inputs.emotion import EmotionTrack, emotion_index
+    from ..checkpoint.layout import VOCAL_SEPARATOR
+    from ..inputs.emotion import EmotionTrack
     from ..inputs.pictures import open_picture
     from ..inputs.portrait import check_size
     from ..inputs.recording import Recording
@@ -108,7 +101,7 @@ def generate(args: argparse.Namespace) -> int:
     from ..inputs.speech import count_frames
     from ..memory.state import MemoryState
     from ..pipeline import MemoPipeline
-    from ..release import EMOTIONS, SAMPLE_RATE
+    from ..release import SAMPLE_RATE
     from ..running.options import Options
     from ..sampling.job import check_memory
     from ..sampling.settings import Settings
@@ -116,15 +109,7 @@ def generate(args: argparse.Namespace) -> int:
 
     # What can be found wrong without the networks, before they are loaded.
     settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed, speed=args.speed)
-    if args.emotion == "none":  # as the nodes call it
-        args.emotion = "null"
-    if args.emotion in [str(index) for index in range(len(EMOTIONS))]:
-        args.emotion = EMOTIONS[int(args.emotion)]
-    if args.emotion not in ("detect", "null"):
-        try:
-            emotion_index(args.emotion)
-        except MemoError as error:
-            raise MemoError(f"--emotion may be detect, null (or none), or one by name: {error}") from error
+    args.emotion = _emotion(args.emotion)
     if args.size is not None:
         check_size(args.size)
     memory = MemoryState.load(args.memory_in) if args.memory_in else MemoryState.empty(args.horizon)
@@ -166,11 +151,11 @@ def generate(args: argparse.Namespace) -> int:
             waveform, rate = separate_vocals(recording.read(), recording.sample_rate, separator)
         context = None if args.context == "whole" else args.context
         audio = pipe.encode_audio(waveform, rate, FPS, context, num_frames=num_frames)
+        emotion: EmotionTrack | None = None
         if args.emotion == "detect":
             emotion = pipe.detect_emotion(waveform, rate, audio.num_padded_frames, FPS)
-        else:
-            label = args.emotion
-            emotion = None if label == "null" else EmotionTrack.constant(label, audio.num_padded_frames, FPS)
+        elif args.emotion != "null":
+            emotion = EmotionTrack.constant(args.emotion, audio.num_padded_frames, FPS)
         del waveform
         with _Bar(count) as bar:
             job = pipe.job(
@@ -196,6 +181,36 @@ def generate(args: argparse.Namespace) -> int:
     found = f", {stored} of {job.windows} windows from the store" if stored else ""
     print(f"{output}: {count} frames, {count / FPS:.2f} s, {width}x{height}, {count / bar.seconds:.2f} frames/s{found}")
     return OK
+
+
+def _output(args: argparse.Namespace) -> Path:
+    """The video; MemoError where files cannot be written, would replace others, or do not go together."""
+    output = Path(args.output or named_after(args.voice, ".mp4"))
+    adapters = [file for file, _ in args.lora or ()]
+    check_output(output, "-o", args.portrait, args.voice, args.memory_in, args.memory_out, *adapters)
+    check_output(args.memory_out, "--memory-out", args.portrait, args.voice, *adapters)
+    if output.suffix.lower() not in (".mp4", ".m4v"):
+        raise MemoError(f"{output} does not end in .mp4; only MP4 is written")
+    if args.memory_in and args.horizon:
+        raise MemoError("--horizon is for a new video; the state given with --memory-in brings its own")
+    return output
+
+
+def _emotion(name: str) -> str:
+    """What --emotion says: detect, null, or the name of an emotion."""
+    from ..inputs.emotion import emotion_index
+    from ..release import EMOTIONS
+
+    if name == "none":  # as the nodes call it
+        return "null"
+    if name in [str(index) for index in range(len(EMOTIONS))]:
+        return EMOTIONS[int(name)]
+    if name not in ("detect", "null"):
+        try:
+            emotion_index(name)
+        except MemoError as error:
+            raise MemoError(f"--emotion may be detect, null (or none), or one by name: {error}") from error
+    return name
 
 
 def _begun(pieces: Iterator[Any]) -> Iterator[Any]:
@@ -259,7 +274,7 @@ def _stopped(
     if not done:
         if not isinstance(reason, KeyboardInterrupt):
             raise reason
-        _say("interrupted before the first frames were finished; no file was written")
+        say("interrupted before the first frames were finished; no file was written")
         return INTERRUPTED
     state = args.memory_out or str(writer.path.with_suffix(".memory.safetensors"))
     memory.save(state)
@@ -268,7 +283,7 @@ def _stopped(
     if args.duration is not None:
         changes["duration"] = args.duration - done / FPS
     holds = f"{writer.path} holds the first {done} frames ({done / FPS:.2f} s)"
-    _say(f"interrupted: {holds}. To go on: {_command(args, changes)}")
+    say(f"interrupted: {holds}. To go on: {_command(args, changes)}")
     if not isinstance(reason, KeyboardInterrupt):
         raise reason
     return INTERRUPTED
@@ -277,7 +292,7 @@ def _stopped(
 def _command(args: argparse.Namespace, changes: dict[str, object]) -> str:
     """The command line of `memo generate` with these arguments, some of them changed."""
     defaults = argparse.ArgumentParser()
-    _add_generate(defaults)
+    add_arguments(defaults)
     words = ["memo", "generate", args.portrait, args.voice]
     for name, value in (vars(args) | changes).items():
         if name in ("portrait", "voice", "run") or value == defaults.get_default(name):
@@ -330,8 +345,8 @@ def _device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     except RuntimeError as error:
         raise MemoError(f"--device is {args.device!r}; allowed are auto, cpu, cuda, cuda:0, ...") from error
     # What torch has a name for need not be there; on `meta` nothing is ever computed.
-    found = getattr(torch, device.type, None)
-    count = 1 if device.type == "cpu" else found.device_count() if hasattr(found, "device_count") else 0
+    counted = getattr(getattr(torch, device.type, None), "device_count", lambda: 0)
+    count = 1 if device.type == "cpu" else counted()
     if (device.index or 0) >= count:
         seen = f"torch {torch.__version__} sees {count} devices of that kind"
         raise MemoError(f"--device is {args.device!r}, but {seen}; allowed are auto, cpu, cuda, cuda:0, ...")
@@ -379,4 +394,4 @@ def _adapter(text: str) -> tuple[str, float]:
 
 
 def _context(text: str) -> float | str:
-    return text if text in ("auto", "whole", "local") else _seconds(text)
+    return text if text in ("auto", "whole", "local") else seconds(text)

@@ -13,14 +13,11 @@ from ..files import replace_whole
 if TYPE_CHECKING:
     from PIL import Image
 
-
 OK, FAILED, INTERRUPTED = 0, 1, 130  # exit codes; argparse adds 2 for wrong usage
 
 
-# --- Helpers ----------------------------------------------------------------------------------------------------------
-
-
-def _save_picture(picture: Image.Image, path: Path, kind: str) -> None:
+def save_picture(picture: Image.Image, path: Path, kind: str) -> None:
+    """Writes a picture and says where; MemoError where it cannot be written."""
     try:
         with replace_whole(path) as temporary:
             picture.save(temporary, kind)
@@ -29,14 +26,14 @@ def _save_picture(picture: Image.Image, path: Path, kind: str) -> None:
     print(path)
 
 
-def _named_after(source: str, suffix: str) -> str:
+def named_after(source: str, suffix: str) -> str:
     """Name of a file here for what is made of `source`."""
     if not Path(source).name:
         raise MemoError(f"{source!r} is no file")
     return Path(source).stem + suffix
 
 
-def _check_output(path: str | Path | None, option: str, *others: str | Path | None) -> None:
+def check_output(path: str | Path | None, option: str, *others: str | Path | None) -> None:
     """MemoError, before anything is done, where a file cannot be written or would replace one of the others."""
     if path is None:
         return
@@ -44,7 +41,9 @@ def _check_output(path: str | Path | None, option: str, *others: str | Path | No
         raise MemoError(f"cannot write {path}: there is no folder {Path(path).parent}")
     if os.path.isdir(path):
         raise MemoError(f"cannot write {path}: it is a folder")
-    for other in filter(None, others):
+    for other in others:
+        if not other:
+            continue
         if os.path.abspath(path) == os.path.abspath(other) or _are_one(path, other):
             raise MemoError(f"{path} would replace {other}; name another with {option}")
 
@@ -56,21 +55,23 @@ def _are_one(a: str | Path, b: str | Path) -> bool:
         return False
 
 
-def _check_picture(path: Path, source: str) -> str:
-    """What `_check_output` checks, and the kind of picture that the name stands for."""
+def check_picture(path: Path, source: str) -> str:
+    """What `check_output` checks, and the kind of picture that the name stands for."""
     from PIL import Image
 
-    _check_output(path, "-o", source)
+    check_output(path, "-o", source)
     kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
+    if kind is None or kind not in Image.SAVE:
         raise MemoError(f"cannot write {path}: name a .png")
     return kind
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a line on stderr."""
     print(f"memo: {text}", file=sys.stderr)
 
 
-def _fail(text: str) -> int:
-    _say(f"error: {text}")
+def fail(text: str) -> int:
+    """Says what went wrong; gives the exit code."""
+    say(f"error: {text}")
     return FAILED

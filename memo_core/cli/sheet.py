@@ -8,20 +8,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import MemoError
-from .output import OK, _check_picture, _named_after, _save_picture
+from .arguments import positive_int
+from .output import OK, check_picture, named_after, save_picture
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 
-def sheet(args: argparse.Namespace) -> int:
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    sub.add_argument("video", metavar="VIDEO")
+    sub.add_argument("-o", "--output", metavar="PNG", help="the picture (default: VIDEO.png, here)")
+    sub.add_argument("--frames", type=positive_int, default=12, help="how many frames (default: %(default)s)")
+    sub.add_argument("--columns", type=positive_int, default=4, help="how many side by side (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
     from PIL import Image, ImageDraw, ImageFont
 
     from ..video.read import read_video
 
-    output = Path(args.output or _named_after(args.video, ".png"))
-    kind = _check_picture(output, args.video)
+    output = Path(args.output or named_after(args.video, ".png"))
+    kind = check_picture(output, args.video)
     about, frames = read_video(args.video)
     count = about.frames
     pictures = _evenly(frames, count, args.frames)
@@ -38,7 +48,7 @@ def sheet(args: argparse.Namespace) -> int:
         x, y = place % columns * width, place // columns * (height + 20)
         picture.paste(Image.fromarray(pixels), (x, y))
         draw.text((x + 4, y + height + 3), f"{number / about.fps:.2f} s", fill="black", font=font)
-    _save_picture(picture, output, kind)
+    save_picture(picture, output, kind)
     return OK
 
 

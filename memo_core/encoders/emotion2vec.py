@@ -151,8 +151,7 @@ class _AudioEncoder(nn.Module):
             ],
         )
         extra = torch.zeros(1, audio["num_extra_tokens"], dim)
-        if not extra.is_meta:
-            extra[:, 1:].normal_()
+        extra[:, 1:].normal_()
         self.extra_tokens = nn.Parameter(extra)
         self.alibi_scale = nn.Parameter(torch.full((1, 1, audio["num_alibi_heads"], 1, 1), float(audio["alibi_scale"])))
         self.num_heads = conf["num_heads"]
@@ -250,8 +249,6 @@ class _TrimEven(nn.Module):
 
 
 def _init_weights(module: nn.Module) -> None:
-    if any(weight.is_meta for weight in module.parameters(recurse=False)):
-        return  # to be loaded: random numbers of no value would have torch import its compiler
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

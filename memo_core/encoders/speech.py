@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from ..checks import shown
 from ..errors import CheckpointError
@@ -249,13 +250,26 @@ class _Positions(nn.Module):
         super().__init__()
         width, kernel = config["hidden_size"], config["num_conv_pos_embeddings"]
         groups = config["num_conv_pos_embedding_groups"]
-        convolution = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
-        self.conv = nn.utils.parametrizations.weight_norm(convolution, dim=2)
+        self.conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
+        register_parametrization(self.conv, "weight", _WeightNorm(), unsafe=True)
         self.activation = _ACTIVATIONS[config["feat_extract_activation"]]
 
     def forward(self, hidden: Tensor) -> Tensor:
         placed = self.conv(hidden.transpose(1, 2))[..., : hidden.shape[1]]  # an even kernel makes one more
         return self.activation(placed).transpose(1, 2)
+
+
+class _WeightNorm(nn.Module):
+    """A weight [out, in, K] as its lengths [1, 1, K] and its directions [out, in, K], under the names torch gives them.
+
+    torch's own would compute the lengths of a weight that is about to be loaded.
+    """
+
+    def forward(self, lengths: Tensor, directions: Tensor) -> Tensor:
+        return torch._weight_norm(directions, lengths, 2)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.new_ones(1, 1, weight.shape[2]), weight
 
 
 class _Layer(nn.Module):

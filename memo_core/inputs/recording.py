@@ -11,15 +11,16 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..errors import AudioError
 from ..files import open_regular
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,6 @@ class Recording:
         sample_rate: in Hz, of the first sample.
         channels: of the first sample.
         declared: seconds that the file says it lasts, 0 where it does not.
-        num_samples: how many there are; known after the first complete pass, None before.
 
     Raises:
         AudioError: the file is absent, cannot be decoded, has no sound, or is longer than MAX_SECONDS.
@@ -99,17 +99,22 @@ class Recording:
         self.path = path
         self.sample_rate = self.channels = 0
         self.declared = 0.0
-        self.num_samples: int | None = None
+        self._num_samples: int | None = None  # known after the first complete pass
         self._warned = False
         next(self.blocks(), None)  # its first samples say what it is
 
     @property
-    def seconds(self) -> float:
-        """How long it is; decodes it for that where nothing has yet."""
-        if self.num_samples is None:
+    def num_samples(self) -> int:
+        """How many there are; decodes it for that where nothing has yet."""
+        if self._num_samples is None:
             for _ in self.blocks():
                 pass
-        assert self.num_samples is not None
+        assert self._num_samples is not None
+        return self._num_samples
+
+    @property
+    def seconds(self) -> float:
+        """How long it is; decodes it for that where nothing has yet."""
         return self.num_samples / self.sample_rate
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
@@ -139,6 +144,8 @@ class Recording:
 
     def read(self) -> Tensor:
         """All of it at its own rate, [channels, T] float32; AudioError where that is more than MAX_BYTES, or memory."""
+        import torch
+
         samples = _Growing(self.channels, self.declared * self.sample_rate)
         for block in self.blocks():
             if (samples.filled + block.shape[1]) * self.channels * 4 > MAX_BYTES:
@@ -155,6 +162,7 @@ class Recording:
         The same samples as `audio.prepare_waveform` makes of `read`, without holding that.
         """
         import soxr
+        import torch
 
         samples = _Growing(1, self.declared * rate)
         stream = None if rate == self.sample_rate else soxr.ResampleStream(self.sample_rate, rate, 1, quality="HQ")
@@ -215,7 +223,7 @@ class Recording:
             count = f"{damage.packets} packet{'s' * (damage.packets > 1)}"
             logger.warning("%s is damaged: %s of sound left out", self.path, count)
             self._warned = True
-        self.num_samples = end
+        self._num_samples = end
 
     def _is_believed(self, moved: float, place: int) -> bool:
         """Whether a jump of so many seconds in the time stamps is a hole or an overlap, and no other clock."""
@@ -264,11 +272,12 @@ def sound_pieces(
     """
     import av
 
-    converter, kind = None, None
+    converter: av.AudioResampler | None = None
+    kind = None
     for frame in _frames(container, damage):
         if not frame.samples or not frame.sample_rate:
             continue
-        rate = rate or frame.sample_rate
+        rate = rate or int(frame.sample_rate)
         if kind != (kind := (frame.sample_rate, frame.layout.name, frame.format.name)):
             if converter is not None:
                 yield from ((None, rate, _channels(rest)) for rest in converter.resample(None))
@@ -309,7 +318,8 @@ def _frames(container: Any, damage: Damage) -> Iterator[Any]:
 
 class _Growing:
     """Samples [channels, T] that come one after the other. Room that is never filled costs no memory: the system gives
-    pages when they are written."""
+    pages when they are written.
+    """
 
     def __init__(self, channels: int, expected: float) -> None:
         expected = min(expected, MAX_BYTES / 4 / channels)  # whatever the file claims

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..checks import shown, whole
 from ..errors import PortraitError
+from ..tensorfile import tensors_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +59,3 @@ class Reference:
                 raise PortraitError(f"the reference's {name} hold NaN or infinite values")
         pixels = ((self.pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
         object.__setattr__(self, "digest", tensors_digest(pixels))
-
-
-def tensors_digest(*tensors: Tensor) -> str:
-    """Shapes and float32 values, hashed to 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str(tuple(tensor.shape)).encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

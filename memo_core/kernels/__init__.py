@@ -23,8 +23,8 @@ from .naive import Memory
 __all__ = [
     "add",
     "add_norm",
-    "fuses",
     "as_shapes",
+    "fuses",
     "geglu",
     "geglu_linear",
     "group_norm",

@@ -8,7 +8,6 @@ left out.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,17 +17,15 @@ from torch import Tensor
 
 from ..checks import number, shown, whole
 from ..errors import MemoryStateError
-from ..inputs.reference import tensors_digest
 from ..release import WINDOW
 from ..running.precision import HALF
-from . import file, recurrence
+from ..tensorfile import open_tensors, tensors_digest
+from . import facts, file, recurrence
 
 KEEP = 6 * WINDOW  # frames kept at least
 ROOM = 4 * (KEEP + WINDOW)  # bytes of all frames' latents, per number of one: what does not fit makes only KEEP stay
 MOST_WINDOWS = 12  # likewise; the oldest of fourteen is forgotten by its weight, one after the other
-_FORGOTTEN = 1e-9  # weight below which an entry is dropped
-_MAX_WEIGHT = 1e3  # a window just seen weighs 1
-_ALL_FADED = 1000  # frames after which no weight is left above _FORGOTTEN
+_ALL_FADED = 1000  # frames after which no weight is left above `facts.FORGOTTEN`
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,21 +52,16 @@ class MemoryEntry:
                 what = str(tensor.dtype) if isinstance(tensor, Tensor) else shown(tensor)
                 kinds = "float32, bfloat16 or float16" if name == "latents" else "float32"
                 raise MemoryStateError(f"an entry's {name} must be a {kinds} tensor, received {what}")
-        shape = list(self.latents.shape)
-        if len(shape) != 4 or not 0 < shape[0] <= WINDOW or shape[1] != 4 or 0 in shape:
-            raise MemoryStateError(f"an entry's latents are [F, 4, h, w] with F from 1 to {WINDOW}, received {shape}")
-        if tuple(self.face_embedding.shape) != (1, 512):
-            raise MemoryStateError(f"an entry's face embedding is [1, 512], received {list(self.face_embedding.shape)}")
-        if not (torch.isfinite(self.latents).all() and torch.isfinite(self.face_embedding).all()):
-            raise MemoryStateError("an entry holds NaN or infinite values")
-        weight = number(self.weight, 0, _MAX_WEIGHT)
-        if not weight:
-            raise MemoryStateError(
-                f"an entry's weight is above 0 and at most {_MAX_WEIGHT:g}, received {shown(self.weight)}"
-            )
-        object.__setattr__(self, "weight", weight)
+        facts.check_shapes(self.latents.shape, self.face_embedding.shape)
+        facts.check_finite(self.latents, self.face_embedding)
+        object.__setattr__(self, "weight", facts.check_weight(self.weight))
         if not self.digest:
             object.__setattr__(self, "digest", tensors_digest(self.latents, self.face_embedding))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.latents.nbytes + self.face_embedding.nbytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,26 +89,16 @@ class MemoryState:
         if not isinstance(entries, (tuple, list)) or not all(isinstance(entry, MemoryEntry) for entry in entries):
             raise MemoryStateError(f"a memory's entries are MemoryEntry values, received {shown(entries)}")
         object.__setattr__(self, "entries", tuple(entries))
-        if self.horizon is not None:
-            horizon = whole(self.horizon, 1)
-            if horizon is None:
-                raise MemoryStateError(
-                    f"horizon must be None (all of the past) or a whole number from 1, received {shown(self.horizon)}"
-                )
-            object.__setattr__(self, "horizon", horizon)
-        windows = whole(self.windows)
-        if windows is None:
-            raise MemoryStateError(f"windows must be a whole number from 0, received {shown(self.windows)}")
-        object.__setattr__(self, "windows", windows)
-        for name, text in (("model", self.model), ("reference", self.reference)):
-            if not isinstance(text, str) or len(text) > 200 or not text.isprintable():
-                raise MemoryStateError(f"a memory's {name} is the digest of one, received {shown(text)}")
-        sizes = {tuple(entry.latents.shape[1:]) for entry in self.entries}
-        if len(sizes) > 1:
-            raise MemoryStateError(f"all windows of a memory have one latent size, received {sorted(map(list, sizes))}")
-        parts = [self.model, self.reference, str(self.horizon)]
-        parts += [f"{entry.digest}:{entry.weight:.12g}" for entry in self.entries]
-        object.__setattr__(self, "digest", hashlib.sha256("|".join(parts).encode()).hexdigest()[:16])
+        told = self._facts()
+        for name in ("horizon", "windows", "digest"):
+            object.__setattr__(self, name, getattr(told, name))
+
+    def _facts(self) -> facts.StateFacts:
+        entries = tuple(
+            facts.EntryFacts(tuple(entry.latents.shape), entry.digest, entry.weight, entry.nbytes)
+            for entry in self.entries
+        )
+        return facts.StateFacts(entries, self.horizon, self.windows, self.model, self.reference)
 
     @classmethod
     def empty(cls, horizon: int | None = None) -> MemoryState:
@@ -135,7 +117,7 @@ class MemoryState:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors on the wire; at most 8 MiB at 512 x 512, however long the video."""
-        return sum(e.latents.nbytes + e.face_embedding.nbytes for e in self.entries)
+        return sum(entry.nbytes for entry in self.entries)
 
     def with_horizon(self, horizon: int | None) -> MemoryState:
         """The state that remembers only the last `horizon` windows from here on; None: all of the past it still has."""
@@ -192,8 +174,11 @@ class MemoryState:
             raise MemoryStateError(f"windows must be a whole number from 0, received {shown(windows)}")
         # Copies: nobody who holds the tensors given here can change the state through them.
         dtypes = (latents.dtype if latents.dtype in HALF else torch.float32, torch.float32)
-        given = zip((latents, face_embedding), dtypes)
-        entry = MemoryEntry(*(tensor.detach().to("cpu", dtype, copy=True).contiguous() for tensor, dtype in given))
+        copied, face = (
+            tensor.detach().to("cpu", dtype, copy=True).contiguous()
+            for tensor, dtype in zip((latents, face_embedding), dtypes, strict=True)
+        )
+        entry = MemoryEntry(copied, face)
         entries = _recent((*self._faded(len(entry.latents)), entry))
         if self.horizon is not None:
             entries = entries[-self.horizon :]
@@ -224,39 +209,26 @@ class MemoryState:
         for state in (a, b):
             if not isinstance(state, MemoryState):
                 raise MemoryStateError(f"two memory states can be blended, received {shown(state)}")
-        if number(weight, 0, 1) is None:
+        share_of_b = number(weight, 0, 1)
+        if share_of_b is None:
             raise MemoryStateError(f"weight must be from 0 to 1, received {shown(weight)}")
-        weight = number(weight)
         if a.entries and b.entries:
             b.require(a.model, a.reference)
         weights: dict[str, float] = {}
-        for state, share in ((a, 1 - weight), (b, weight)):
+        for state, share in ((a, 1 - share_of_b), (b, share_of_b)):
             for entry in state.entries:
                 weights[entry.digest] = weights.get(entry.digest, 0.0) + share * entry.weight
         joined = {entry.digest: entry for entry in (*a.entries, *b.entries)}
         by_weight = sorted(joined, key=lambda digest: (weights[digest], digest))
         entries = _weighted((joined[digest], weights[digest]) for digest in by_weight)
-        horizon = None if None in (a.horizon, b.horizon) else max(a.horizon, b.horizon)
+        horizon = None if a.horizon is None or b.horizon is None else max(a.horizon, b.horizon)
         return MemoryState(
             _recent(entries), horizon, max(a.windows, b.windows), a.model or b.model, a.reference or b.reference
         )
 
     def inspect(self) -> str:
         """Windows, horizon, weights, digests and size, in words."""
-        horizon = "all past" if self.horizon is None else f"last {self.horizon} window{'s' * (self.horizon > 1)}"
-        lines = [
-            f"memory state {self.digest}",
-            f"windows      {self.windows} seen, {len(self.entries)} remembered",
-            f"horizon      {horizon}",
-            f"checkpoint   {self.model or '-'}",
-            f"reference    {self.reference or '-'}",
-            f"bytes        {self.nbytes}",
-        ]
-        for entry in reversed(self.entries):
-            frames, _, height, width = entry.latents.shape
-            size = f"{frames} frames at {height} x {width} latents"
-            lines.append(f"  {entry.digest[:8]}  weight {entry.weight:.3g}  {size}")
-        return "\n".join(lines)
+        return self._facts().describe()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically.
@@ -275,24 +247,12 @@ class MemoryState:
         Raises:
             MemoryStateError: no such file, not a memory state, of a later version, too large or damaged.
         """
-        with file.reading(path) as (entries, about, digest):
-            try:
-                made = tuple(MemoryEntry(*entry) for entry in entries)
-                if any(entry.weight <= _FORGOTTEN for entry in made):
-                    raise MemoryStateError(f"a window weighs {_FORGOTTEN} or less")
-                loaded = cls(made, about["horizon"], about["windows"], about["model"], about["reference"])
-            except MemoryStateError as error:
-                raise MemoryStateError(f"is damaged: {error}") from error
-            if loaded.digest != digest:
-                raise MemoryStateError(
-                    f"is damaged: its contents have digest {loaded.digest}, its header says {shown(digest)}"
-                )
-            return loaded
+        return file.read(path, open_tensors, MemoryEntry, cls)
 
 
 def _weighted(entries: Iterable[tuple[MemoryEntry, float]]) -> tuple[MemoryEntry, ...]:
     """Entries with new weights, without those that are forgotten."""
-    return tuple(replace(entry, weight=weight) for entry, weight in entries if weight > _FORGOTTEN)
+    return tuple(replace(entry, weight=weight) for entry, weight in entries if weight > facts.FORGOTTEN)
 
 
 def _recent(entries: tuple[MemoryEntry, ...]) -> tuple[MemoryEntry, ...]:

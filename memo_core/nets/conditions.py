@@ -60,8 +60,8 @@ class Prepared(NamedTuple):
 
     def half(self, number: int) -> Prepared:
         """Those of the batch's first half (0), which does without the reference, or of its second (1); views."""
-        tree = _half((self.layers, self.audio), number, self.batch)
-        return Prepared(*tree, self.frames, self.batch // 2)
+        layers, audio = _half((self.layers, self.audio), number, self.batch)
+        return Prepared(layers, audio, self.frames, self.batch // 2)
 
 
 def _half(tree: Any, number: int, batch: int) -> Any:

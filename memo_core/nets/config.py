@@ -105,6 +105,43 @@ class LayerKind:
     frames: int = 0
 
 
+def _refuse_others(config: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]]) -> None:
+    for name, allowed in only.items():
+        if name in config and config[name] not in allowed:
+            raise CheckpointError(
+                f"config.json: {name} = {shown(config[name])} is not supported, only {allowed[0]!r} is"
+            )
+
+
+def _motion(config: Mapping[str, Any], window: int) -> tuple[dict[str, Any], int]:
+    """Settings of the temporal modules, and how many places in a window they know."""
+    given = config.get("motion_module_kwargs") or {}
+    if not isinstance(given, dict):
+        raise CheckpointError(f"config.json: motion_module_kwargs = {shown(given)} must hold settings by name")
+    for name, allowed in _ONLY_MOTION.items():
+        values = given.get(name, allowed)
+        if any(value != allowed for value in (values if isinstance(values, (list, tuple)) else [values])):
+            raise CheckpointError(f"config.json: motion_module_kwargs.{name} = {shown(values)} must be {allowed!r}")
+    motion = settings_like(
+        given,
+        {
+            "num_attention_heads": 8,
+            "num_transformer_block": 1,
+            "attention_block_types": ("Temporal_Self",) * 2,
+            "temporal_position_encoding": False,
+            "temporal_position_encoding_max_len": 24,
+        },
+        "config.json: motion_module_kwargs",
+    )
+    positions = motion["temporal_position_encoding_max_len"] if motion["temporal_position_encoding"] else 0
+    if 0 < positions < window:
+        raise CheckpointError(
+            f"config.json: motion_module_kwargs.temporal_position_encoding_max_len = {positions} is less than the "
+            f"{window} frames of a window"
+        )
+    return motion, positions
+
+
 def _kinds(config: Mapping[str, Any], name: str, default: str, levels: int) -> tuple[LayerKind, ...]:
     """The kinds of layer modules in a setting: one for all levels, or a list of one each; a kind is its name, or an
     object with the name under `kind` and its `frames`.
@@ -163,11 +200,7 @@ class NetConfig:
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> NetConfig:
         """Reads a config.json in the released form; raises CheckpointError for a setting that is not implemented."""
-        for name, allowed in _ONLY.items():
-            if name in config and config[name] not in allowed:
-                raise CheckpointError(
-                    f"config.json: {name} = {shown(config[name])} is not supported, only {allowed[0]!r} is"
-                )
+        _refuse_others(config, _ONLY)
         # Every setting that is read, with the released value, which also tells its kind.
         read = settings_like(
             config,
@@ -201,34 +234,11 @@ class NetConfig:
             raise CheckpointError(
                 f"config.json: block_out_channels has {levels} levels, down_block_types {len(attention)}"
             )
-        motion = config.get("motion_module_kwargs") or {}
-        if not isinstance(motion, dict):
-            raise CheckpointError(f"config.json: motion_module_kwargs = {shown(motion)} must hold settings by name")
-        for name, allowed in _ONLY_MOTION.items():
-            values = motion.get(name, allowed)
-            if any(value != allowed for value in (values if isinstance(values, (list, tuple)) else [values])):
-                raise CheckpointError(f"config.json: motion_module_kwargs.{name} = {shown(values)} must be {allowed!r}")
-        motion = settings_like(
-            motion,
-            {
-                "num_attention_heads": 8,
-                "num_transformer_block": 1,
-                "attention_block_types": ("Temporal_Self",) * 2,
-                "temporal_position_encoding": False,
-                "temporal_position_encoding_max_len": 24,
-            },
-            "config.json: motion_module_kwargs",
-        )
-        positions = motion["temporal_position_encoding_max_len"] if motion["temporal_position_encoding"] else 0
-        if 0 < positions < read["window_frames"]:
-            raise CheckpointError(
-                f"config.json: motion_module_kwargs.temporal_position_encoding_max_len = {positions} is less than the "
-                f"{read['window_frames']} frames of a window"
-            )
+        motion, positions = _motion(config, read["window_frames"])
         everywhere = {"motion_module_resolutions": tuple(2**i for i in range(levels))}
-        resolutions = settings_like(config, everywhere, "config.json")
-        if config.get("motion_module_resolutions") == []:  # a net without memory
-            resolutions = {"motion_module_resolutions": ()}
+        resolutions = settings_like(config, everywhere, "config.json")["motion_module_resolutions"]
+        if config.get("motion_module_resolutions") == []:  # a net without memory but in the middle
+            resolutions = ()
         made = cls(
             in_channels=read["in_channels"],
             out_channels=read["out_channels"],
@@ -240,7 +250,7 @@ class NetConfig:
             norm_num_groups=read["norm_num_groups"],
             norm_eps=read["norm_eps"],
             audio_attention_dim=read["audio_attention_dim"],
-            memory=tuple(2**i in resolutions["motion_module_resolutions"] for i in range(levels)),
+            memory=tuple(2**i in resolutions for i in range(levels)),
             memory_heads=motion["num_attention_heads"],
             memory_blocks=motion["num_transformer_block"],
             memory_layers_per_block=len(motion["attention_block_types"]),
@@ -252,14 +262,18 @@ class NetConfig:
             noise_levels=_noise_levels(read["noise_levels"]) if config.get("noise_levels") is not None else (),
             guidance_embedded=read["guidance_embedded"],
         )
-        for i, width in enumerate(channels):
-            parts = [("norm_num_groups", made.norm_num_groups)]
-            parts += [("attention_head_dim", made.heads)] * (attention[i] or i == levels - 1)
-            parts += [("motion_module_kwargs.num_attention_heads", made.memory_heads)] * made.memory[i]
+        made._check_widths()
+        return made
+
+    def _check_widths(self) -> None:
+        last = len(self.block_out_channels) - 1
+        for i, width in enumerate(self.block_out_channels):
+            parts = [("norm_num_groups", self.norm_num_groups)]
+            parts += [("attention_head_dim", self.heads)] * (self.attention[i] or i == last)
+            parts += [("motion_module_kwargs.num_attention_heads", self.memory_heads)] * self.memory[i]
             for name, value in parts:
                 if width % value:
                     raise CheckpointError(f"config.json: {name} = {value} does not divide block_out_channels = {width}")
-        return made
 
     def layers(self, memory: bool) -> int:
         """Residual blocks, and with `memory` the memory layers beside them: no net of these sizes has fewer tensors."""

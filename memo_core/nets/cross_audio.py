@@ -54,6 +54,8 @@ class _CrossBlock(nn.Module):
 class CrossAudioModule(LayerModule):
     """Arguments as for `multimodal.AudioModule`; every one reads the sound as it enters the net."""
 
+    transformer_blocks: Any
+
     part = "audio"
     adapted = r".+\.attn[12]\.to_(q|k|v|out\.0)"
     outside_forward = ("prepare",)
@@ -72,8 +74,8 @@ class CrossAudioModule(LayerModule):
         if conditions.emotion is None or conditions.audio_tokens is None:
             return None
         block, dtype = self.transformer_blocks[0], conditions.face_tokens.dtype
-        norms = (norm.modulation(conditions.emotion, dtype) for norm in (block.norm1, block.norm2))
-        return CrossAudio(*norms, block.attn2.keys_values(conditions.audio_tokens.flatten(0, 1)))
+        first, second = (norm.modulation(conditions.emotion, dtype) for norm in (block.norm1, block.norm2))
+        return CrossAudio(first, second, block.attn2.keys_values(conditions.audio_tokens.flatten(0, 1)))
 
     def begin(self, audio: Tensor, prepared: CrossAudio) -> Tensor:
         """The sound as it is."""

@@ -25,6 +25,10 @@ class _Level(Level):
     audio module, a temporal module.
     """
 
+    attentions: Any
+    audio_modules: Any
+    motion_modules: Any
+
     def spatial(self, i: int) -> SpatialTransformer | None:
         return self.attentions[i] if hasattr(self, "attentions") else None
 
@@ -42,6 +46,8 @@ class DiffusionNet(UNet):
         config: sizes, and the kinds of layers.
         ops: namespace of layer classes.
     """
+
+    conv_norm_out: Any
 
     outside_forward = ("predict",)  # as `LayerModule` declares it
 

@@ -24,6 +24,8 @@ class _LabelEmbedding(nn.Module):
 class EmotionAdaNorm(nn.Module):
     """Layer norm whose shift and scale come from the emotion label (MEMO section 3.3, emotion-adaptive layer norm)."""
 
+    adaLN_modulation: Any
+
     def __init__(self, dim: int, ops: Any = nn):
         super().__init__()
         self.class_embedder = _LabelEmbedding(dim, ops)

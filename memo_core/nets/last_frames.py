@@ -24,6 +24,7 @@ class LastFramesAttention(TemporalAttention):
         self.carries = LastFrames(frames)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, memory: Memory | None) -> Tensor:
+        """As MEMO's, with sums of the frames that there are."""
         if memory is None:
             return kernels.memory_attention(query, key, value, None)
         pairs, there = memory[0].to(key.dtype).permute(0, 3, 1, 2, 4), memory[1].to(key.dtype)  # [B, f, N, H, 2 D]
@@ -35,4 +36,6 @@ class LastFramesAttention(TemporalAttention):
 
 
 class LastFramesModule(TemporalModule):
+    """Temporal module of such layers."""
+
     attention = LastFramesAttention

@@ -23,12 +23,12 @@ from .. import devices, kernels
 # (`precision`): a layer reads them rounded, and what it adds is rounded once. Layers' formats are those of their norms.
 
 
-def narrowed(x: Tensor, norm: nn.Module) -> Tensor:
+def narrowed(x: Tensor, norm: Any) -> Tensor:
     """x in the norm's number format, where x has a finer one."""
     return x.to(norm.weight.dtype) if norm.weight.dtype.itemsize < x.dtype.itemsize else x
 
 
-def widened(y: Tensor, carried: torch.dtype, norm: nn.Module) -> Tensor:
+def widened(y: Tensor, carried: torch.dtype, norm: Any) -> Tensor:
     """y in the carried format, where that is finer than the norm's and no kernel reads y as it is."""
     finer = norm.weight.dtype.itemsize < carried.itemsize
     return y.to(carried) if finer and not norm_is_kernel(y, norm) else y
@@ -44,7 +44,7 @@ def as_laid_out(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if kernels.fuses(x) else x
 
 
-def norm_is_kernel(x: Tensor, norm: nn.Module) -> bool:
+def norm_is_kernel(x: Tensor, norm: Any) -> bool:
     """Whether a norm of x is one of the kernels: its weights are at hand, as they are not with a host that brings or
     patches them at use.
     """
@@ -81,19 +81,19 @@ def add_layer_normed(norm: nn.LayerNorm, x: Tensor, y: Tensor, carried: torch.dt
     return x, layer_normed(norm, x)
 
 
-def added(x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+def added(x: Tensor, y: Tensor, norm: Any) -> Tensor:
     """x + y for what reads the norm's format."""
     return kernels.add(x, y, norm.weight.dtype) if norm_is_kernel(x, norm) else narrowed(x + y, norm)
 
 
-def residual(x: Tensor, y: Tensor, norm: nn.Module, carried: torch.dtype | None = None) -> Tensor:
+def residual(x: Tensor, y: Tensor, norm: Any, carried: torch.dtype | None = None) -> Tensor:
     """x + y in the format of x, or in a finer one."""
     if norm_is_kernel(x, norm):
         return kernels.add(x, y, x.dtype if carried is None else carried)
     return (x if carried is None else x.to(carried)) + y
 
 
-def in_full(layer: nn.Module, x: Tensor) -> Tensor:
+def in_full(layer: Any, x: Tensor) -> Tensor:
     """What a layer makes of x in x's own format, where that is finer than the layer's weights."""
     if type(layer) not in (nn.GroupNorm, nn.Conv2d) or layer.weight.dtype.itemsize >= x.dtype.itemsize:
         return layer(x)  # a host's layers bring their weights to x's format by themselves
@@ -116,7 +116,7 @@ def into_place(layer: nn.Module, x: Tensor) -> bool:
     return type(layer) is nn.Linear and layer.weight.dtype == x.dtype and kernels.fuses(x)
 
 
-def linear_into(layer: nn.Linear, x: Tensor, out: Tensor) -> Tensor:
+def linear_into(layer: Any, x: Tensor, out: Tensor) -> Tensor:
     """What a linear layer makes of x [..., C], written into `out`, whose rows follow each other in memory."""
     width = out.shape[-1]
     torch.addmm(layer.bias, x.reshape(-1, x.shape[-1]), layer.weight.t(), out=out.view(-1, width))
@@ -139,7 +139,7 @@ class FusedLinear(nn.Linear):
         if bias:
             self.bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]), requires_grad=False)
 
-    def forward(self, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, names: tuple[str, ...] = ()) -> Any:
         """What the layers of these names, neighbours in their order, make of x."""
         start = self.names.index(names[0])
         before, widths = sum(self.widths[:start]), self.widths[start : start + len(names)]
@@ -220,6 +220,8 @@ KeysValues = tuple[Tensor, Tensor]  # [B, H, M, D] each
 class Attention(nn.Module):
     """Multi-head attention of [B, N, query_dim] tokens; head width is inner_dim / heads."""
 
+    to_out: Any
+
     def __init__(self, query_dim: int, inner_dim: int, heads: int, context_dim: int | None = None, ops: Any = nn):
         super().__init__()
         self.heads, self.of_context = heads, context_dim is not None
@@ -240,7 +242,8 @@ class Attention(nn.Module):
 
     def cross(self, x: Tensor, given: KeysValues) -> Tensor:
         """Attention of x to the given keys and values alone, x [B, N, query_dim]."""
-        return self._attend(*project(self, ("to_q",), x), given)
+        (query,) = project(self, ("to_q",), x)
+        return self._attend(query, given)
 
     def folded(self, context: Tensor) -> KeysValues | None:
         """For `cross`, of a few tokens [B, M, context_dim]: what queries and outputs are projected by, multiplied with
@@ -267,10 +270,10 @@ class Attention(nn.Module):
         S samples, of which its frames see set k in frames k, k + K, ...; written `into` a tensor if one is given.
         """
         query, *own = project(self, QUERY_KEY_VALUE, x)
-        given = tuple(split_heads(part, self.heads) for part in own)
+        key, value = (split_heads(part, self.heads) for part in own)
         if more is not None:
-            given = tuple(self._joined(mine, others) for mine, others in zip(given, more))
-        return self._attend(query, given, into)
+            key, value = (self._joined(own, others) for own, others in zip((key, value), more, strict=True))
+        return self._attend(query, (key, value), into)
 
     @staticmethod
     def _joined(own: Tensor, more: Tensor) -> Tensor:
@@ -292,6 +295,7 @@ class GEGLU(nn.Module):
         self.proj = ops.Linear(dim, inner_dim * 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] -> [..., inner_dim]."""
         if kernels.fuses(x):
             if type(self.proj) is nn.Linear and self.proj.weight.dtype == x.dtype:
                 return kernels.geglu_linear(x, self.proj.weight, self.proj.bias)
@@ -307,12 +311,15 @@ FEED_FORWARD_TOKENS = {True: 1024, False: 65536}  # at once, on a CPU and elsewh
 class FeedForward(nn.Module):
     """Position-wise feed-forward layer of width 4 * dim."""
 
+    net: Any
+
     def __init__(self, dim: int, ops: Any = nn):
         super().__init__()
         # The checkpoint numbers a dropout layer in between.
         self.net = nn.ModuleList([GEGLU(dim, dim * 4, ops), nn.Identity(), ops.Linear(dim * 4, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] -> the same."""
         most = FEED_FORWARD_TOKENS[x.device.type == "cpu"]
         if torch.is_grad_enabled() or x[..., 0].numel() <= most:
             return self.net[2](self.net[0](x))
@@ -337,6 +344,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = ops.Linear(channels * 4, channels * 4)
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """timestep [B] -> [B, 4 * channels] in `dtype`."""
         half = self.channels // 2
         frequency = torch.exp(
             -math.log(10000.0) / half * torch.arange(half, device=timestep.device, dtype=torch.float32)
@@ -385,6 +393,7 @@ class Downsample(nn.Module):
         self.conv = ops.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [R, C, h, w] -> [R, C, h / 2, w / 2], rounded up."""
         return self.conv(x)
 
 
@@ -396,6 +405,7 @@ class Upsample(nn.Module):
         self.conv = ops.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """x [R, C, h, w] -> [R, C, *size]."""
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 

@@ -15,8 +15,11 @@ class MemoryAttention(TemporalAttention):
     carries = LinearSums()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, memory: Memory | None) -> Tensor:
+        """MEMO's equation 2 (`kernels.naive.memory_attention`)."""
         return kernels.memory_attention(query, key, value, memory)
 
 
 class MemoryModule(TemporalModule):
+    """MEMO's temporal module (section 3.2)."""
+
     attention = MemoryAttention

@@ -56,6 +56,8 @@ _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 class JointAttention(nn.Module):
     """One attention over the concatenation of frame tokens and audio tokens, with projections of their own."""
 
+    to_out: Any
+
     def __init__(self, dim: int, audio_dim: int, heads: int, final: bool, ops: Any):
         super().__init__()
         self.heads = heads
@@ -76,9 +78,11 @@ class JointAttention(nn.Module):
 
     def of_audio(self, audio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of audio tokens [B * F, tokens, audio_dim]."""
-        return project(self, _ADDED, audio)
+        query, key, value = project(self, _ADDED, audio)
+        return query, key, value
 
     def forward(self, x: Tensor, context: AudioContext) -> tuple[Tensor, Tensor | None]:
+        """x [B * F, N, dim] -> what is added to the frames, and to the audio [B * F, tokens, audio_dim]."""
         own = project(self, QUERY_KEY_VALUE, x)
         query, key, value = (
             split_heads(torch.cat(pair, dim=1), self.heads) for pair in zip(own, context[2:], strict=True)
@@ -143,6 +147,8 @@ class AudioModule(LayerModule):
         final: the net's last audio module, which returns no audio tokens.
         ops: namespace of layer classes.
     """
+
+    transformer_blocks: Any
 
     part = "audio"
     adapted = r".+\.(audio_)?attn[12]\.(to_(q|k|v|out\.0)|add_[qkv]_proj|to_add_out)"

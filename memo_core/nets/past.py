@@ -52,16 +52,20 @@ class LinearSums:
     frames: int | None = None
 
     def of_window(self, key: Tensor, value: Tensor) -> Memory:
+        """Sums over the window (`kernels.naive.memory_sums`)."""
         return kernels.memory_sums(key, value)
 
     def add(self, memory: Memory, factor: float, window: Memory) -> Memory:
+        """M <- factor M + window."""
         kv, z = memory
         return kv * factor + window[0], z * factor + window[1]
 
     def update(self, memory: Memory, factor: float, key: Tensor, value: Tensor) -> Memory:
+        """The same in one pass, in place."""
         return kernels.update_memory(memory, factor, key, value)
 
     def fade(self, memory: Memory, factor: float) -> Memory:
+        """Both parts, in place."""
         kv, z = memory
         return kv.mul_(factor), z.mul_(factor)
 
@@ -75,18 +79,22 @@ class LastFrames:
         self.frames: int | None = frames
 
     def of_window(self, key: Tensor, value: Tensor) -> Memory:
+        """Of the window's last frames."""
         pairs = torch.cat([key, value], dim=-1)[:, -self._most :].permute(0, 2, 3, 1, 4)
         return pairs.contiguous(), pairs.new_ones(pairs.shape[:-1])
 
     def add(self, memory: Memory, factor: float, window: Memory) -> Memory:
+        """The last of both."""
         pairs = torch.cat([memory[0], window[0]], dim=-2)[..., -self._most :, :]
         there = torch.cat([memory[1], window[1]], dim=-1)[..., -self._most :]
         return pairs.contiguous(), there.contiguous()
 
     def update(self, memory: Memory, factor: float, key: Tensor, value: Tensor) -> Memory:
+        """The last of both."""
         return self.add(memory, factor, self.of_window(key, value))
 
     def fade(self, memory: Memory, factor: float) -> Memory:
+        """As it was."""
         return memory
 
     @property

@@ -21,6 +21,7 @@ class PastAttention(TemporalAttention):
         self.carries = LastFrames(frames or WINDOW)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, memory: Memory | None) -> Tensor:
+        """Softmax attention of the window's frames to the past ones that there are, and to each other."""
         query, key, value = (part.permute(0, 2, 3, 1, 4) for part in (query, key, value))  # [B, N, H, F, D]
         mask = None
         if memory is not None:
@@ -33,4 +34,6 @@ class PastAttention(TemporalAttention):
 
 
 class PastAttentionModule(TemporalModule):
+    """Temporal module of such layers."""
+
     attention = PastAttention

@@ -46,6 +46,8 @@ class _TransformerBlock(nn.Module):
 
 
 class _Transformer(nn.Module):
+    transformer_blocks: Any
+
     recomputed: ClassVar[bool] = True  # as `LayerModule`
 
     def __init__(self, dim: int, config: NetConfig, final: bool = False, ops: Any = nn):
@@ -104,7 +106,7 @@ class ReferenceNet(UNet):
         """
         features: list[Tensor] = []
 
-        def beside(level: Level, i: int, x: Tensor) -> Tensor:
+        def beside(level: Any, i: int, x: Tensor) -> Tensor:
             x, feature = level.attentions[i](x, face_tokens) if hasattr(level, "attentions") else (x, to_tokens(x))
             features.append(feature)
             return x

@@ -74,6 +74,8 @@ class _SpatialBlock(nn.Module):
 class SpatialTransformer(LayerModule):
     """Self-attention within a frame, extended by the reference's tokens; then cross-attention to the face tokens."""
 
+    transformer_blocks: Any
+
     part = "spatial"
     begins_silent = False  # it begins as Stable Diffusion's
     adapted = r".+\.attn[12]\.to_(q|k|v|out\.0)"

@@ -39,6 +39,8 @@ class PositionEncoding(nn.Module):
         frames: of the longest window.
     """
 
+    pe: Tensor
+
     def __init__(self, dim: int, frames: int):
         super().__init__()
         angle = torch.arange(frames).unsqueeze(1) * torch.exp(torch.arange(0, dim, 2) * (-math.log(10000.0) / dim))
@@ -64,6 +66,8 @@ class TemporalAttention(nn.Module):
     Attributes:
         carries: what it remembers, and how that goes on.
     """
+
+    to_out: Any
 
     carries: Recurrence
 
@@ -107,6 +111,11 @@ class TemporalAttention(nn.Module):
 
 
 class _TemporalBlock(nn.Module):
+    attention_blocks: Any
+    norms: Any
+    ff: Any
+    ff_norm: Any
+
     def __init__(self, dim: int, attention: Iterable[TemporalAttention], ops: Any):
         super().__init__()
         self.attention_blocks = nn.ModuleList(attention)
@@ -116,6 +125,11 @@ class _TemporalBlock(nn.Module):
 
 
 class _TemporalTransformer(nn.Module):
+    norm: Any
+    proj_in: Any
+    transformer_blocks: Any
+    proj_out: Any
+
     def __init__(self, dim: int, blocks: Iterable[Iterable[TemporalAttention]], groups: int, ops: Any):
         super().__init__()
         self.norm = ops.GroupNorm(groups, dim, eps=1e-6)
@@ -136,6 +150,8 @@ class TemporalModule(LayerModule):
         frames, positions: as for `TemporalAttention`.
         ops: namespace of layer classes.
     """
+
+    temporal_transformer: Any
 
     part = "memory"
     adapted = r".+\.attention_blocks\.\d+\.to_(q|k|v|out\.0)"

@@ -54,6 +54,8 @@ class Level(nn.Module):
         resample: "down" or "up" after the last layer.
     """
 
+    resnets: Any
+
     def __init__(
         self,
         widths: Sequence[tuple[int, int]],
@@ -85,6 +87,11 @@ class UNet(nn.Module):
             "mid" and "up".
         ops: namespace of layer classes.
     """
+
+    conv_in: Any
+    down_blocks: Any
+    mid_block: Any
+    up_blocks: Any
 
     def __init__(
         self, config: NetConfig, level: Callable[[str, int, Sequence[tuple[int, int]], str], Level], ops: Any = nn
@@ -120,7 +127,7 @@ class UNet(nn.Module):
         return [resnet.shift(time) for level in levels for resnet in level.resnets]
 
     def walk(
-        self, maps: Tensor, shifts: Sequence[Tensor], beside: Callable[[Any, int, Tensor], Tensor], norm: nn.Module
+        self, maps: Tensor, shifts: Sequence[Tensor], beside: Callable[[Any, int, Tensor], Tensor], norm: Any
     ) -> Tensor:
         """Down, through the middle and up.
 

@@ -6,10 +6,11 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..checks import shown
 from ..errors import CheckpointError
@@ -17,6 +18,7 @@ from ..files import open_regular
 from .reading import MAX_DEPTH, WEIGHTS, read_json, read_text, reading
 
 __all__ = ["WEIGHTS", "built", "check_fit", "load_strict", "on_meta", "read_json", "read_tensors", "read_text"]
+_Module = TypeVar("_Module", bound=nn.Module)
 _SHARED = 16  # times the size of their file that the tensors of a torch file may have, where some share their numbers
 
 
@@ -107,12 +109,12 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: object
 
 
 def built(
-    build: Callable[[], nn.Module],
+    build: Callable[[], _Module],
     tensors: Mapping[str, Tensor],
     source: Path,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> Any:
+) -> _Module:
     """The module of `build` with these tensors, ready to run. It takes no memory before they are found to fit.
 
     Raises:
@@ -120,15 +122,15 @@ def built(
     """
     module = on_meta(build, source)
     check_fit(module, tensors, source)
-    module = module.to(dtype).to_empty(device=device)
-    load_strict(module, tensors, source)
+    copies = {name: value.to(device, dtype, copy=True).contiguous() for name, value in tensors.items()}
+    module.load_state_dict(copies, assign=True)
     return module.eval()
 
 
-def on_meta(build: Callable[[], nn.Module], source: Path) -> Any:
+def on_meta(build: Callable[[], _Module], source: Path) -> _Module:
     """The module of `build`, without memory; CheckpointError where the settings beside `source` make none."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             return build()
     except CheckpointError:
         raise
@@ -136,3 +138,14 @@ def on_meta(build: Callable[[], nn.Module], source: Path) -> Any:
         raise CheckpointError(f"{source} lacks {error}, which gives the network's size") from error
     except Exception as error:  # what libraries raise for settings that contradict each other is theirs to choose
         raise CheckpointError(f"no network fits {source} and the configuration beside it: {shown(error)}") from error
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves weights as they are made: filling those without memory is of no use, and has torch import its compiler."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        fills = getattr(function, "__module__", "") == "torch.nn.init" or function is Tensor.normal_
+        return (args[0] if args else kwargs["tensor"]) if fills else function(*args, **kwargs)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.networks import Networks
-from ..inputs.reference import Reference, tensors_digest
+from ..inputs.reference import Reference
 from ..memory.cache import MemoryCache
 from ..memory.state import MemoryEntry, MemoryState
 from ..memory.stream import WindowMemory
@@ -20,12 +19,10 @@ from ..nets.conditions import Conditions
 from ..nets.temporal import TemporalAttention
 from ..release import NULL_EMOTION
 from ..running import offload, precision
+from ..tensorfile import tensors_digest
 from .job import WindowInputs
+from .plan import Plan
 from .settings import Settings
-
-if TYPE_CHECKING:
-    from .plan import Plan
-
 
 # To be raised whenever the same inputs come to give another window: stored ones are then not found.
 WINDOW_VERSION = 3
@@ -133,7 +130,7 @@ class Conditioner:
             for frame in range(frames)
         ]
         distinct = list(dict.fromkeys(wanted))  # a frame with the same tokens is looked at once
-        which, token_rows = zip(*distinct)
+        which, token_rows = zip(*distinct, strict=True)
         rows = None
         if len(distinct) < len(wanted):
             rows = torch.tensor([distinct.index(row) for row in wanted], device=self.device)

@@ -21,7 +21,8 @@ class Guidance(Protocol):
         rows: of the batch, for every video: 2, unconditional and conditional, or 1.
     """
 
-    rows: int
+    @property
+    def rows(self) -> int: ...  # noqa: D102
 
     def both(self, sigma: float) -> bool:
         """Whether a step at this noise level needs both rows; otherwise the conditional one alone."""
@@ -70,4 +71,6 @@ class Unguided:
 
 def guidance_of(settings: Settings) -> Guidance:
     """What the settings ask for."""
-    return ClassifierFree(settings.guidance_scale, *settings.speed.guidance) if settings.guided else Unguided()
+    if not settings.guided:
+        return Unguided()
+    return ClassifierFree(settings.guidance_scale, *settings.speed.guidance)

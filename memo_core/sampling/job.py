@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from ..checkpoint.networks import Networks
 from ..checks import shown, whole
 from ..errors import SamplingError
 from ..inputs.emotion import EmotionTrack
-from ..inputs.reference import Reference, tensors_digest
+from ..inputs.reference import Reference
 from ..inputs.speech import AudioTrack
 from ..memory.state import MemoryState
 from ..release import NULL_EMOTION, WINDOW
 from ..running import precision
+from ..tensorfile import tensors_digest
 from .settings import Settings
 
 
@@ -29,7 +31,7 @@ class Job:
         memory: what came before.
         settings: how to sample.
         start: first frame, at any phase; windows begin at start, start + F, ...
-        num_frames: None for up to the end of the audio.
+        num_frames: how many, from 1; up to the end of the audio at most.
         noise: [windows, 4, F, h, w] instead of the seeded noise.
         window: frames of a window, F, filled in by `checked`.
     """
@@ -39,8 +41,8 @@ class Job:
     emotion: EmotionTrack | None
     memory: MemoryState
     settings: Settings
+    num_frames: int
     start: int = 0
-    num_frames: int | None = None
     noise: Tensor | None = None
     window: int = WINDOW
 
@@ -51,17 +53,18 @@ class Job:
             SamplingError: arguments out of range or of the wrong shape. MemoryStateError: a memory of another
                 checkpoint or reference.
         """
-        for name, value, kind in (
+        kinds: tuple[tuple[str, Any, Any], ...] = (
             ("reference", self.reference, Reference),
             ("audio", self.audio, AudioTrack),
             ("emotion", self.emotion, (EmotionTrack, type(None))),
             ("memory", self.memory, MemoryState),
             ("settings", self.settings, Settings),
             ("noise", self.noise, (Tensor, type(None))),
-        ):
+        )
+        for name, value, kind in kinds:
             if not isinstance(value, kind):
-                wanted = kind[0] if isinstance(kind, tuple) else kind
-                raise SamplingError(f"{name} must be of type {wanted.__name__}, received {shown(value)}")
+                name_of_kind = (kind[0] if isinstance(kind, tuple) else kind).__name__
+                raise SamplingError(f"{name} must be of type {name_of_kind}, received {shown(value)}")
         features = nets.audio_proj.proj1.in_features
         start, num_frames = _check_span(self.audio, self.emotion, self.start, self.num_frames, features)
         wanted = [-(-num_frames // nets.window), 4, nets.window, *self.reference.latents.shape[2:]]
@@ -78,6 +81,7 @@ class Job:
 
     @property
     def windows(self) -> int:
+        """How many windows it has."""
         return -(-self.num_frames // self.window)
 
     def entering(self, nets: Networks) -> MemoryState:
@@ -137,7 +141,7 @@ def check_memory(memory: MemoryState, nets: Networks, reference: Reference) -> N
 
 
 def _check_span(
-    audio: AudioTrack, emotion: EmotionTrack | None, start: int, num_frames: int | None, features: int
+    audio: AudioTrack, emotion: EmotionTrack | None, start: int, num_frames: int, features: int
 ) -> tuple[int, int]:
     """First frame and number of frames to sample; SamplingError where the arguments do not fit each other."""
     first = whole(start, 0, audio.num_frames - 1)
@@ -146,7 +150,7 @@ def _check_span(
             f"start must be a frame from 0 to {audio.num_frames - 1} (the audio's last), received {shown(start)}"
         )
     left = audio.num_frames - first
-    count = left if num_frames is None else whole(num_frames, 1, left)
+    count = whole(num_frames, 1, left)
     if count is None:
         raise SamplingError(
             f"num_frames must be from 1 to {left} (from frame {first} to the audio's end), received {shown(num_frames)}"

@@ -85,7 +85,7 @@ class Settings:
         emotion_per: "window" gives every frame of a window the most frequent label, as released; "frame" its own.
         face_token_rows: with guidance the released code hands the two sets of face tokens to the Reference Net's rows
             in turn ("released"); "grouped" gives each batch row its own.
-        speed: which approximations are allowed: the name of a preset (`speed.PRESETS`), or a bundle of one's own.
+        speed: which approximations are allowed: the name of a preset (`PRESETS`), or a bundle of one's own.
     """
 
     steps: int = 20
@@ -93,7 +93,7 @@ class Settings:
     seed: int = 42
     emotion_per: str = "window"
     face_token_rows: str = "released"
-    speed: str | Speed = "exact"
+    speed: Speed = PRESETS["exact"]
 
     def __post_init__(self) -> None:
         for name, low, high, what in (

@@ -7,6 +7,7 @@ asks for every step but the last sigma, which is 0, once and in order: progress 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ Velocity = Callable[[Tensor, int], Tensor]
 
 def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Euler's method, as released."""
-    for step, (here, there) in enumerate(zip(sigmas, sigmas[1:])):
+    for step, (here, there) in enumerate(pairwise(sigmas)):
         x = x + (there - here) * velocity(x, step)
     return x
 
@@ -23,7 +24,7 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 def ab2(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Adams-Bashforth's method of second order for uneven steps: one evaluation a step, as Euler's."""
     before, width_before = None, 0.0
-    for step, (here, there) in enumerate(zip(sigmas, sigmas[1:])):
+    for step, (here, there) in enumerate(pairwise(sigmas)):
         v, width = velocity(x, step), there - here
         ahead = v if before is None else v + width / (2 * width_before) * (v - before)
         x, before, width_before = x + width * ahead, v, width

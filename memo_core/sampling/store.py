@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -96,10 +97,8 @@ class WindowStore:
             logger.warning("a stored window is damaged and is made anew: %s (%s)", path, error)
             _remove(path)
             return None
-        try:
+        with suppress(OSError):
             os.utime(path)  # used now: the last to go
-        except OSError:
-            pass
         return tensors
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -170,10 +169,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _remove(path: Path) -> None:
-    try:
+    with suppress(OSError):  # someone reads it, or the folder is read-only: it stays
         path.unlink(missing_ok=True)
-    except OSError:  # someone reads it, or the folder is read-only: it stays
-        pass
 
 
 def _user_cache() -> Path:

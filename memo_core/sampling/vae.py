@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def few_frames(height: int, width: int) -> int:
 
 @torch.no_grad()
 def decode_latents(
-    vae, latents: Tensor, device: torch.device | None = None, at_once: int | None = None, on_threads: bool = False
+    vae: Any, latents: Tensor, device: torch.device | None = None, at_once: int | None = None, on_threads: bool = False
 ) -> Tensor:
     """Scaled latents [4, F, h, w] -> frames [F, 3, H, W] in [0, 1], computed on `device` (None: where the VAE is),
     `at_once` frames at once (None: `few_frames`); with `on_threads`, on a CPU, half of these on each of two threads,
@@ -40,7 +41,7 @@ def decode_latents(
 
 
 def encode_frames(
-    vae, frames: Tensor, device: torch.device | None = None, at_once: int | None = None, on_threads: bool = False
+    vae: Any, frames: Tensor, device: torch.device | None = None, at_once: int | None = None, on_threads: bool = False
 ) -> Tensor:
     """Frames [F, 3, H, W] in [-1, 1] -> scaled VAE means [F, 4, h, w], float32, computed as by `decode_latents`.
 

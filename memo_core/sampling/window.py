@@ -14,7 +14,7 @@ from ..nets.conditions import Conditions, Prepared
 from ..nets.diffusion_net import DiffusionNet
 from ..nets.past import Memory, in_turn
 from ..running import precision
-from ..running.graphs import GraphedStep
+from ..running.graphs import GraphedStep, Step
 from ..running.parallel import run_in_parallel
 from . import schedule, solvers
 from .guidance import guidance_of
@@ -57,14 +57,15 @@ def sample_window(
     sigmas = schedule.of(net.config, settings.steps)
     # All that is the same at every step, or known before the first one.
     shifts = net.time_shifts(torch.tensor(sigmas[:-1], device=noise.device) * 1000, dtype)
-    whole: _Pass | GraphedStep = _Pass(net, net.prepare(conditions), memory)
-    rows: list[_Pass | GraphedStep] = [whole.half(number) for number in (0, 1)] if guidance.rows == 2 else [whole]
+    whole_pass = _Pass(net, net.prepare(conditions), memory)
+    whole: Step = whole_pass
+    rows: list[Step] = [whole_pass.half(number) for number in (0, 1)] if guidance.rows == 2 else [whole_pass]
     options = getattr(nets, "options", None)  # networks in training have none
     on_host = isinstance(memory, WindowMemory) and memory.on_host
     if options and options.cuda_graphs and not on_host:
         with torch.cuda.device(noise.device):
             pool = torch.cuda.graph_pool_handle()
-        whole, *rows = (GraphedStep(step, pool) for step in (whole, *rows))
+        whole, rows = GraphedStep(whole, pool), [GraphedStep(row, pool) for row in rows]
     in_parallel = bool(options and options.rows_on_threads) and not row_by_row
 
     def velocity(latents: Tensor, step: int) -> Tensor:

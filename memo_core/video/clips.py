@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AudioError, SamplingError
-from ..release import WINDOW
+from ..release import VAE_SCALE, WINDOW
+from .kept import KeptFrames
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class Sound:
 
     @property
     def seconds(self) -> float:
+        """How long it lasts."""
         return self.waveform.shape[1] / self.sample_rate
 
     def span(self, start: float, seconds: float) -> Sound:
@@ -82,6 +84,8 @@ class Clip(_Frames):
         stopped: sampling was interrupted before the last frame asked for.
         sound: the whole recording that the frames are counted in, if known.
         about: what made it, for the video file's metadata: model, seed, steps, guidance.
+        window: frames that were denoised, and are decoded, together.
+        kept: frames that were decoded while it was sampled, by window; the others are decoded when they are looked at.
     """
 
     latents: Tensor
@@ -91,6 +95,8 @@ class Clip(_Frames):
     stopped: bool = False
     sound: Sound | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    window: int = WINDOW
+    kept: KeptFrames | None = None
 
     def __post_init__(self) -> None:
         if self.latents.ndim != 4 or len(self.latents) != 4:
@@ -101,27 +107,29 @@ class Clip(_Frames):
 
     @property
     def num_frames(self) -> int:
+        """How many there are."""
         return self.latents.shape[1]
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return 8 * self.latents.shape[2], 8 * self.latents.shape[3]
+        return VAE_SCALE * self.latents.shape[2], VAE_SCALE * self.latents.shape[3]
 
     def frames(self) -> Iterator[np.ndarray]:
-        """Decodes window by window; yields uint8 [H, W, 3]."""
-        for window in self._windows():
-            yield from to_uint8(self.decode(window))
+        """Window by window; yields uint8 [H, W, 3]."""
+        for number, window in enumerate(self._windows()):
+            kept = None if self.kept is None else self.kept.get(number)
+            yield from to_uint8(self.decode(window)) if kept is None else kept
 
     def to_tensor(self) -> Tensor:
         """All frames, float32 [F, H, W, 3] in [0, 1]."""
         frames = torch.empty(self.num_frames, *self.size, 3)
         for i, window in enumerate(self._windows()):
-            frames[i * WINDOW : (i + 1) * WINDOW] = self.decode(window).permute(0, 2, 3, 1)
+            frames[i * self.window : (i + 1) * self.window] = self.decode(window).permute(0, 2, 3, 1)
         return frames
 
     def _windows(self) -> Iterator[Tensor]:
-        return (window for window in self.latents.split(WINDOW, dim=1) if window.shape[1])
+        return (window for window in self.latents.split(self.window, dim=1) if window.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +158,7 @@ class ImageClip(_Frames):
 
     @property
     def num_frames(self) -> int:
+        """How many there are."""
         return len(self.images)
 
     @property

@@ -114,11 +114,16 @@ def window_store() -> WindowStore | None:
     return WindowStore.default(user_folder() / "windows")
 
 
-def temporary_video() -> Path:
-    """A new file name in the host's temporary folder."""
+def temporary_folder() -> Path:
+    """The host's, which it empties when it starts."""
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"memo_{uuid.uuid4().hex}.mp4"
+    return folder
+
+
+def temporary_video() -> Path:
+    """A new file name in the host's temporary folder."""
+    return temporary_folder() / f"memo_{uuid.uuid4().hex}.mp4"
 
 
 _written: list[Path] = []

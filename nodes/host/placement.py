@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import comfy.model_management as management
 import comfy.model_patcher
 import comfy.utils
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...memo_core import devices
 from ...memo_core.budget.counting import vae_bytes
 from ...memo_core.budget.plan import choose_plan, least_plan, smaller_plan
 from ...memo_core.checkpoint.load import load as load_checkpoint
 from ...memo_core.checkpoint.networks import Networks
+from ...memo_core.checks import shown
 from ...memo_core.errors import MemoError, SamplingError
+from ...memo_core.memory.cache import MemoryCache
 from ...memo_core.nets.layers import attention_fused
 from ...memo_core.pipeline import MemoPipeline
 from ...memo_core.running.options import Options
@@ -46,8 +49,13 @@ class MEMOListeners(nn.ModuleDict):
     """The speech encoder, the emotion encoder and the emotion head."""
 
 
-class HostPipeline(MemoPipeline):
-    """A pipeline whose networks the host moves on and off the device.
+class HostPlacement:
+    """Has the host move a pipeline's networks on and off the device (`memo_core.budget.placement.Placement`).
+
+    Args:
+        nets: the networks; `nets.device` becomes the host's.
+        memory: the resident memory, of which the host does not know.
+        attention: a key of ATTENTION, or "auto".
 
     Attributes:
         patcher: the MEMO networks, as the host manages them.
@@ -55,8 +63,8 @@ class HostPipeline(MemoPipeline):
         listeners: speech and emotion networks; on the device only while they listen.
     """
 
-    def __init__(self, nets: Networks, attention: str = "auto"):
-        super().__init__(nets)
+    def __init__(self, nets: Networks, memory: MemoryCache, attention: str = "auto"):
+        self.nets, self.memory = nets, memory
         nets.device = management.get_torch_device()
         if nets.device.type == "cpu":  # where threads that share an operation would wait for each other under load
             nets.options = Options(channels_last=False, fuse_qkv=False, rows_on_threads=True)
@@ -71,25 +79,6 @@ class HostPipeline(MemoPipeline):
         self.patcher = managed(MEMO, "reference_net", "diffusion_net", "image_proj", "audio_proj")
         self.pictures = managed(MEMOPictures, "vae")
         self.listeners = managed(MEMOListeners, "speech_encoder", "emotion_encoder", "emotion_head")
-
-    @classmethod
-    def load(cls, folder: Path, dtype: str, attention: str, lora: Sequence[tuple[Path, float]] = ()) -> HostPipeline:
-        """Loads a checkpoint onto the host's offload device.
-
-        Args:
-            dtype: a key of DTYPES, or "auto": what the host finds fastest on its device.
-            attention: a key of ATTENTION, or "auto".
-            lora: adapters to merge, each a file and its strength.
-        """
-        import comfy.ops
-
-        device = management.get_torch_device()
-        if dtype == "auto":
-            half = "fp16" if management.should_use_fp16(device) else "fp32"
-            dtype = "bf16" if management.should_use_bf16(device) else half
-        ops = comfy.ops.manual_cast
-        nets = load_checkpoint(folder, management.unet_offload_device(), DTYPES[dtype], ops=ops, lora=lora)
-        return cls(nets, attention)
 
     def to_device(self, working: int) -> None:
         """Has the host load all that samples and keep `working` bytes free besides."""
@@ -107,7 +96,7 @@ class HostPipeline(MemoPipeline):
         most = int(0.95 * total_bytes(device)) - kept_by_host(device)
         room = min(int(share * free_bytes(device)) - kept_by_host(device), most)
         how: dict[str, Any] = {"host_moves_weights": True, "streamed_weights": self._streamed_weights(most)}
-        with self.attention():
+        with self.computing():
             try:
                 return choose_plan(self.nets, height, width, job.settings, room, **how)
             except SamplingError:  # others may let go of some
@@ -124,33 +113,15 @@ class HostPipeline(MemoPipeline):
     def smaller_plan(self, job: Job, than: Plan) -> Plan | None:
         """The next plan that takes less; None after the last."""
         height, width = job.reference.pixels.shape[1:]
-        with self.attention():
+        with self.computing():
             how: dict[str, Any] = {"host_moves_weights": True, "streamed_weights": self._streamed_weights(than.peak)}
             return smaller_plan(self.nets, height, width, job.settings, than, **how)
 
-    def encode_reference(self, image: Any, *args: Any, size: Any = None, **more: Any) -> Any:
-        """As `MemoPipeline`'s, with the VAE on the device."""
-        side = size if isinstance(size, int) else max(size or self.default_size)
-        management.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, side, side))
-        return super().encode_reference(image, *args, size=size, **more)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """As `MemoPipeline`'s, with the VAE on the device; the frames are on the CPU."""
-        height, width = (8 * side for side in latents.shape[2:])
+    def look(self, height: int, width: int) -> None:
+        """Has the host load the VAE."""
         management.load_models_gpu([self.pictures], memory_required=vae_bytes(self.nets, height, width))
-        return super().decode(latents).cpu()
 
-    def sample_windows(self, *args: Any, **more: Any) -> Iterator[Any]:
-        """As `MemoPipeline`'s, with the chosen attention kernel; the networks are where `to_device` had them put."""
-        windows = super().sample_windows(*args, **more)
-        while True:
-            with self.attention():
-                window = next(windows, None)
-            if window is None:
-                return
-            yield window
-
-    def attention(self) -> Any:
+    def computing(self) -> AbstractContextManager[object]:
         """A context in which the chosen attention kernel runs, and a slower one where it cannot."""
         if self._attention == "auto":
             return nullcontext()
@@ -171,22 +142,50 @@ class HostPipeline(MemoPipeline):
 
         The host does not know of them and other nodes want their room. The next clip builds them again from the state.
         """
-        if self._memory.nbytes > KEPT_SUMS:
-            self._memory.clear()
+        if self.memory.nbytes > KEPT_SUMS:
+            self.memory.clear()
             management.soft_empty_cache()
 
     def forget(self) -> None:
         """Frees what can be made again: the resident memory sums, and other models on the device."""
-        self._memory.clear()
+        self.memory.clear()
         management.free_memory(2**62, self.nets.device, keep_loaded=[])
         management.soft_empty_cache(True)
 
-    def _listen(self, seconds: float) -> None:
+    def listen(self, seconds: float) -> None:
+        """Has the host load what listens."""
         needed = LISTENING_BYTES + self.nets.speech_encoder.working_bytes(seconds)
         management.load_models_gpu([self.listeners], memory_required=needed, force_full_load=True)
 
-    def _stop_listening(self) -> None:
+    def stop_listening(self) -> None:
         """The host sends them off when it needs their room."""
+
+
+def load_model(folder: Path, dtype: str, attention: str, lora: Sequence[tuple[Path, float]] = ()) -> MemoPipeline:
+    """Loads a checkpoint onto the host's offload device, to be placed by the host.
+
+    Args:
+        folder: in the released layout.
+        dtype: a key of DTYPES, or "auto": what the host finds fastest on its device.
+        attention: a key of ATTENTION, or "auto".
+        lora: adapters to merge, each a file and its strength.
+    """
+    import comfy.ops
+
+    device = management.get_torch_device()
+    if dtype == "auto":
+        half = "fp16" if management.should_use_fp16(device) else "fp32"
+        dtype = "bf16" if management.should_use_bf16(device) else half
+    ops = comfy.ops.manual_cast
+    nets = load_checkpoint(folder, management.unet_offload_device(), DTYPES[dtype], ops=ops, lora=lora)
+    return MemoPipeline(nets, partial(HostPlacement, attention=attention))
+
+
+def placement_of(model: MemoPipeline) -> HostPlacement:
+    """The host's placement of a model that `load_model` loaded."""
+    if not isinstance(model.placement, HostPlacement):
+        raise MemoError(f"a model is what Load MEMO gives, received {shown(model)}")
+    return model.placement
 
 
 def _cast_on_the_fly(module: nn.Module) -> None:

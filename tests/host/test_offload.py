@@ -20,11 +20,11 @@ import torch
 spec = importlib.util.spec_from_file_location("pack", {root!r} + "/__init__.py", submodule_search_locations=[{root!r}])
 sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
-from pack.nodes import host
-from pack.memo_core import checkpoint
+from pack.nodes.host.placement import load_model
+from pack.memo_core.checkpoint.layout import assets
 
-pipe = host.HostPipeline.load(checkpoint.assets() / "toon", "fp32", "auto")
-patchers = (pipe.patcher, pipe.pictures)
+pipe = load_model(assets() / "toon", "fp32", "auto")
+patchers = (pipe.placement.patcher, pipe.placement.pictures)
 own = [name for patcher in patchers for name, layer in patcher.model.named_modules()
        if any(True for _ in layer.parameters(recurse=False)) and not hasattr(layer, "comfy_cast_weights")]
 print("layers that keep their weights:", own)

@@ -88,8 +88,9 @@ def geglu_linear_kernel(
         gate += dot(a, tl.load(at + N * C, mask=inside, other=0.0))
     value += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     gate += tl.load(bias + N + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    value *= gelu(gate)
     inside = (row[:, None] < rows) & (column[None, :] < N)
-    tl.store(out + row[:, None] * N + column[None, :], (value * gelu(gate)).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row[:, None] * N + column[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
 @operator("geglu_linear(Tensor x, Tensor weight, Tensor bias) -> Tensor")

@@ -427,6 +427,8 @@ def test_networks_on_the_kernels_are_the_same_networks(monkeypatch: pytest.Monke
     """A step of both rows and of one, and the Reference Net: maps channels-last, hidden states as `precision` says."""
     dtype, tolerance = torch.bfloat16, 4e-2  # in float32, 2e-5 holds
     from benchmarks import networks
+    from memo_core.nets.conditions import Conditions
+    from memo_core.nets.past import in_turn, rows_of
     from memo_core.running import precision
     from memo_core.running.options import Options, optimise
 
@@ -440,20 +442,21 @@ def test_networks_on_the_kernels_are_the_same_networks(monkeypatch: pytest.Monke
     def run(nets: networks.Networks) -> list[Tensor]:
         net, pictures = nets.diffusion_net, past.to(dtype)
         features = nets.reference_net(pictures, face.to(dtype).repeat_interleave(frames, dim=0))
-        sums = list(net.memory_sums(features, side, side, frames))
-        given = net.prepare(
+        memory = [layer.carries.of_window(*pair) for layer, *pair in net.past(features, side, side, frames)]
+        conditions = Conditions(
             reference=[feature[:2][None] for feature in features],
             face_tokens=face.to(dtype),
             audio_tokens=tokens,
             emotion=torch.tensor([9, 3], device=DEVICE),
             frames=frames,
         )
+        prepared = net.prepare(conditions)
         shifts = net.time_shifts(torch.tensor([700.0], device=DEVICE), dtype)
         latents = noise.to(precision.carried(dtype))
-        second = [(kv[1:], z[1:]) for kv, z in sums]
+        second = [rows_of(pair, slice(1, None)) for pair in memory]
         return [
-            net(latents, shifts, given, sums),
-            net(latents, shifts, given.half(1), second),
+            net(latents, shifts, prepared, in_turn(memory)),
+            net(latents, shifts, prepared.half(1), in_turn(second)),
             features[0],
             features[-1],
         ]

@@ -341,7 +341,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from memo_core import MemoPipeline
-from memo_core.store import WindowStore
+from memo_core.sampling.store import WindowStore
 import torch
 pipe = MemoPipeline.from_pretrained({checkpoint!r})
 ref = pipe.encode_reference(torch.zeros(3, 64, 64))
