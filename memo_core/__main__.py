@@ -1,5 +1,7 @@
-"""`python -m memo_core`, or `python .../memo_core/__main__.py`: the `memo` command where it is not installed, as inside
-ComfyUI's custom_nodes."""
+"""`python -m memo_core`, or `python .../memo_core/__main__.py`: the `memo` command where it is not installed.
+
+As inside ComfyUI's custom_nodes.
+"""
 
 import runpy
 import sys

@@ -33,8 +33,8 @@ from memo_core.release import WINDOW
 from .batches import Batch
 from .config import Stage, override
 from .engine import prepare_to_learn
-from .flow import FlowModel
 from .nets import RELEASED, Nets, Sizes
+from .objectives.flow import FlowModel
 
 GIB = 2**30
 # Dense bf16 products with float32 sums, operations per second, as the manufacturer states; and memory in bytes.

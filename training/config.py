@@ -143,11 +143,13 @@ class Stage:
 
     train: parts that learn: reference (the Reference Net), spatial (attention within a frame, to portrait and face),
         backbone (what else Stable Diffusion's UNet has), face (its projection), audio (modules and projection), memory.
+    objective: of `training.objectives`.
     join_step: the parts in `join` stand still until then, while new modules warm up.
     """
 
     name: str
     steps: int
+    objective: str = "flow"
     train: tuple[str, ...] = ("reference", "spatial", "backbone", "face", "audio", "memory")
     join: tuple[str, ...] = ()
     join_step: int = 0
@@ -162,6 +164,7 @@ class Stage:
 
 PARTS = ("reference", "spatial", "backbone", "face", "audio", "memory")
 _CHOICES = {
+    "objective": ("flow",),
     "train": PARTS,
     "join": PARTS,
     "loss.weighting": ("logit_normal", "mode", "cosmap", "sigma_sqrt", "uniform"),

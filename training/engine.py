@@ -26,8 +26,8 @@ from memo_core.files import replace_whole
 
 from . import batches, lora, losses, run
 from .config import ConfigError, Stage, flatten, from_json, to_json
-from .flow import FlowModel
 from .nets import Nets, check_encoders, checkpoint_gradients, link_encoders
+from .objectives import objective_of
 from .reading import fits, parse_json, read_json
 
 AVERAGE = "average.safetensors"
@@ -133,7 +133,7 @@ class Trainer:
                 "gradient_accumulation_steps": config.optimizer.accumulate,
                 "gradient_clipping": config.optimizer.max_grad_norm,
             }
-        self.model, self.optimizer = accelerator.prepare(FlowModel(nets, config.loss), optimizer)
+        self.model, self.optimizer = accelerator.prepare(objective_of(config, nets), optimizer)
         if accelerator.distributed_type == DistributedType.FSDP:
             gather_outside_forward(self.model)
         self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -207,7 +207,7 @@ def begin_from_nothing(nets: Nets) -> None:
 
 def checkpoint_gradients(nets: nn.Module) -> None:
     """Keeps no activations inside residual blocks and the modules beside them; the backward pass computes them again,
-    and with them what temporal modules remember (`flow.memory_of_modules`).
+    and with them what temporal modules remember (`objectives.flow.memory_of_modules`).
     """
     for module in nets.modules():
         if getattr(module, "recomputed", False):

@@ -20,8 +20,8 @@ from memo_core.sampling.window import sample_window
 from . import run
 from .batches import Batch, TrainingSet, collate
 from .config import Drop
-from .flow import memory_of
 from .nets import Nets
+from .objectives.flow import memory_of
 
 STEPS = 10
 SHOWN = 4  # frames of a window

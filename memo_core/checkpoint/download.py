@@ -83,10 +83,12 @@ class ReleaseFile:
 
     @property
     def repository(self) -> str:
+        """Of its component, on the hub."""
         return COMPONENTS[self.component].repository
 
     @property
     def licence(self) -> str:
+        """Of its component, in plain words."""
         return COMPONENTS[self.component].licence
 
 

@@ -239,7 +239,8 @@ def _modules(file: Any, about: Mapping[str, str], name: str) -> dict[str, tuple[
     """The factors in an open safetensors file; CheckpointError with the first ten that do not fit."""
     problems: list[str] = []
     shapes: dict[str, dict[str, list[int]]] = {}
-    for key in file.keys():
+    keys = file.keys()
+    for key in keys:
         entry, match = file.get_slice(key), _KEY.fullmatch(key)
         if match is None:
             problems.append(f"unexpected {key[:200]}")

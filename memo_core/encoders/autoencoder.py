@@ -66,8 +66,9 @@ class Config:
 
 
 class AutoencoderKL(nn.Module):
-    """The VAE, with the numbers and the state-dict names of diffusers' AutoencoderKL, and as much of its interface as is
-    used here, so that functions take either.
+    """The VAE, with the numbers and the state-dict names of diffusers' AutoencoderKL.
+
+    And with as much of its interface as is used here, so that functions take either.
 
     Args:
         settings: fields of `Config`.

@@ -176,7 +176,8 @@ class _AudioEncoder(nn.Module):
 
     def _alibi(self, hidden: Tensor) -> Tensor:
         """Symmetric ALiBi (Press et al. 2021): minus the distance in time, times a slope per head, times a learned
-        scale. Extra tokens have no place in time, hence no bias; heads beyond the ALiBi ones have none either."""
+        scale. Extra tokens have no place in time, hence no bias; heads beyond the ALiBi ones have none either.
+        """
         position = torch.arange(hidden.shape[1], device=hidden.device)
         distance = (position[:, None] - position).abs().to(hidden.dtype)
         scale = self.alibi_scale.clamp_min(0)[0, 0]  # [alibi heads, 1, 1]
@@ -258,7 +259,8 @@ def _init_weights(module: nn.Module) -> None:
 
 def _slopes(heads: int) -> list[float]:
     """ALiBi's geometric slopes; for a number of heads that is no power of two, those of the next lower power and then
-    every other one of the next higher."""
+    every other one of the next higher.
+    """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     return slopes + [2 ** (-4 * (i + 1) / power) for i in range(2 * power)][::2][: heads - power]

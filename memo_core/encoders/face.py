@@ -54,6 +54,7 @@ class Face:
 
     @property
     def area(self) -> float:
+        """Of its box, in square pixels."""
         return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
 
 

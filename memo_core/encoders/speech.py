@@ -77,7 +77,8 @@ class SpeechEncoder(nn.Module):
 
     def working_bytes(self, seconds: float) -> int:
         """What encoding so many seconds at once takes besides the weights, about: three maps of the first convolution,
-        whose features are the most numerous (1.8 GiB each for 300 s at released sizes)."""
+        whose features are the most numerous (1.8 GiB each for 300 s at released sizes).
+        """
         features = seconds * SAMPLE_RATE / self.config["conv_stride"][0]
         return int(3 * 4 * features * self.config["conv_dim"][0])
 

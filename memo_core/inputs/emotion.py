@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import number, shown, whole
 from ..errors import EmotionError
 from ..release import EMOTION_LABELS, EMOTIONS, SAMPLE_RATE, WINDOW
-from .emotion_lines import _bad_line, _edits, _frame_at, _time_of
+from .emotion_lines import bad_line, frame_at, read_edits, time_of
 from .sound import prepare_waveform
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class EmotionTrack:
             raise EmotionError(
                 f"the span {start!r} to {end!r} s does not lie within the track, 0 to {self.seconds:.3f} s"
             )
-        first, last = (min(max(_frame_at(time, self.fps), 0), self.num_frames) for time in (start, end))
+        first, last = (min(max(frame_at(time, self.fps), 0), self.num_frames) for time in (start, end))
         if first == last:
             raise EmotionError(f"the span {start!r} to {end!r} s holds no frame at {self.fps:g} fps")
         labels, strengths = self.labels.clone(), self.strengths.clone()
@@ -139,15 +139,15 @@ class EmotionTrack:
         an end of up to a window (16 frames) beyond it means its end.
         """
         track = self
-        for count, line, start, end, label, strength in _edits(text):
+        for count, line, start, end, label, strength in read_edits(text):
             if start >= self.seconds:
-                raise _bad_line(count, line, f"it starts after the track's end at {self.seconds:.3f} s")
+                raise bad_line(count, line, f"it starts after the track's end at {self.seconds:.3f} s")
             if end < math.inf and end > self.seconds + WINDOW / self.fps:
-                raise _bad_line(count, line, f"it ends at {end:g} s, the track at {self.seconds:.3f} s; write 'end'")
+                raise bad_line(count, line, f"it ends at {end:g} s, the track at {self.seconds:.3f} s; write 'end'")
             try:
                 track = track.with_label(start, min(end, self.seconds), label, strength)
             except EmotionError as error:
-                raise _bad_line(count, line, str(error)) from error
+                raise bad_line(count, line, str(error)) from error
         return track
 
     def spans(self) -> list[tuple[int, int, int, float]]:
@@ -160,7 +160,7 @@ class EmotionTrack:
         """One line per span, `0.0-2.5 happy` or `2.5-4.0 angry 0.7`: as `edited` on a track of this length reads it."""
         lines = []
         for first, last, label, strength in self.spans():
-            line = f"{_time_of(first, self.fps)}-{_time_of(last, self.fps)} {EMOTIONS[label]}"
+            line = f"{time_of(first, self.fps)}-{time_of(last, self.fps)} {EMOTIONS[label]}"
             # The shortest decimal that is this float32.
             lines.append(line if strength == 1 else f"{line} {np.format_float_positional(np.float32(strength))}")
         return "\n".join(lines)

@@ -26,10 +26,10 @@ def parse_emotion_lines(text: str) -> list[tuple[float, float, str, float]]:
     Raises:
         EmotionError: a line that cannot be read, with its number (from 1), its text and the allowed emotions.
     """
-    return [edit[2:] for edit in _edits(text)]
+    return [edit[2:] for edit in read_edits(text)]
 
 
-def _edits(text: str) -> list[tuple[int, str, float, float, str, float]]:
+def read_edits(text: str) -> list[tuple[int, str, float, float, str, float]]:
     """As `parse_emotion_lines`, with each line's number and text in front."""
     if not isinstance(text, str):
         raise EmotionError(f"edits of emotions are lines of text, received {shown(text)}")
@@ -40,24 +40,25 @@ def _edits(text: str) -> list[tuple[int, str, float, float, str, float]]:
             continue
         match = _LINE.fullmatch(line)
         if match is None:
-            raise _bad_line(count, line, "it does not read START-END EMOTION [STRENGTH], like 2.5-4 angry 0.7")
+            raise bad_line(count, line, "it does not read START-END EMOTION [STRENGTH], like 2.5-4 angry 0.7")
         start, end, label, strength = match.groups()
         if label.lower() not in EMOTIONS:
-            raise _bad_line(count, line, f"{label!r} is not an emotion")
+            raise bad_line(count, line, f"{label!r} is not an emotion")
         start, end = _seconds(start), _seconds(end)
         if not start < end:
-            raise _bad_line(count, line, "it does not end after it starts")
+            raise bad_line(count, line, "it does not end after it starts")
         try:
             share = 1.0 if strength is None else float(strength)
         except ValueError:
             share = math.nan
         if not 0 <= share <= 1:
-            raise _bad_line(count, line, f"the strength {strength!r} is not a number from 0 to 1")
+            raise bad_line(count, line, f"the strength {strength!r} is not a number from 0 to 1")
         edits.append((count, line, start, end, label.lower(), share))
     return edits
 
 
-def _bad_line(number: int, line: str, problem: str) -> EmotionError:
+def bad_line(number: int, line: str, problem: str) -> EmotionError:
+    """What is said of a line that cannot be used."""
     return EmotionError(f'line {number}, "{line}": {problem}. Emotions are {", ".join(EMOTIONS)}')
 
 
@@ -69,15 +70,15 @@ def _seconds(time: str) -> float:
     return 60 * int(minutes or 0) + float(seconds)
 
 
-def _frame_at(time: float, fps: float) -> int:
+def frame_at(time: float, fps: float) -> int:
     """The first frame whose middle does not lie before `time`."""
     return math.ceil(time * fps - 0.5)
 
 
-def _time_of(frame: int, fps: float) -> str:
-    """The shortest decimal number of seconds that `_frame_at` takes for `frame`."""
+def time_of(frame: int, fps: float) -> str:
+    """The shortest decimal number of seconds that `frame_at` takes for `frame`."""
     for digits in range(1, 12):
         text = f"{frame / fps:.{digits}f}"
-        if _frame_at(float(text), fps) == frame:
+        if frame_at(float(text), fps) == frame:
             break
     return text

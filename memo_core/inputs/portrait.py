@@ -171,7 +171,8 @@ def _cut(pixels: NDArray[np.uint8], region: tuple[int, int, int, int], height: i
 
 def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width of a video; PortraitError, with the nearest allowed ones, unless both are multiples of 64 up to
-    MAX_SIDE."""
+    MAX_SIDE.
+    """
     sides = [whole(side, -(2**53)) for side in (size if isinstance(size, (tuple, list)) else (size, size))]
     if len(sides) != 2 or None in sides:
         raise PortraitError(f"size is {shown(size)}; it is a whole number, or two: height and width")
@@ -192,7 +193,8 @@ def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def read_box(face_box: Any, height: int, width: int) -> Box:
     """Left, top, right, bottom from four numbers, clipped to the picture, or from a mask [H, W] or [1, H, W] that is
-    above 0.5 on the face; PortraitError where that is no part of the picture."""
+    above 0.5 on the face; PortraitError where that is no part of the picture.
+    """
     try:
         given = np.asarray(face_box.detach().cpu() if isinstance(face_box, Tensor) else face_box, np.float64)
     except (TypeError, ValueError) as error:

@@ -59,7 +59,8 @@ def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 class _Source:
     """What PyAV asks of a file. A place that does not exist, which damaged files name, is no exception: PyAV would
-    print it."""
+    print it.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.name, self.read, self.tell, self._file = os.fspath(file.name), file.read, file.tell, file
@@ -188,13 +189,7 @@ class Recording:
         put = end = 0  # where the next decoded sample belongs, and how many were handed over
         shift, damage = 0, Damage()
         with open_media(self.path) as container:
-            if not container.streams.audio:
-                raise AudioError(f"{self.path} has no audio stream")
-            if container.streams.audio[0].codec_context is None:
-                raise AudioError(f"the sound of {self.path} is coded in a way that FFmpeg does not know")
-            self.declared = max(0, container.duration or 0) / 1_000_000
-            if self.declared > MAX_SECONDS:
-                raise too_long(self.declared)
+            self._check(container)
             zero = (container.start_time or 0) / 1_000_000
             for time, rate, samples in sound_pieces(container, damage):
                 samples = self._as_channels(samples, rate)
@@ -225,6 +220,15 @@ class Recording:
             self._warned = True
         self._num_samples = end
 
+    def _check(self, container: Any) -> None:
+        if not container.streams.audio:
+            raise AudioError(f"{self.path} has no audio stream")
+        if container.streams.audio[0].codec_context is None:
+            raise AudioError(f"the sound of {self.path} is coded in a way that FFmpeg does not know")
+        self.declared = max(0, container.duration or 0) / 1_000_000
+        if self.declared > MAX_SECONDS:
+            raise too_long(self.declared)
+
     def _is_believed(self, moved: float, place: int) -> bool:
         """Whether a jump of so many seconds in the time stamps is a hole or an overlap, and no other clock."""
         if moved > 0:
@@ -251,6 +255,7 @@ class Damage:
     first: BaseException | None = None
 
     def add(self, error: BaseException) -> None:
+        """Counts a packet."""
         self.packets, self.first = self.packets + 1, self.first or error
 
     def __str__(self) -> str:
@@ -273,21 +278,22 @@ def sound_pieces(
     import av
 
     converter: av.AudioResampler | None = None
-    kind = None
+    kind, target = None, rate or 0
     for frame in _frames(container, damage):
         if not frame.samples or not frame.sample_rate:
             continue
-        rate = rate or int(frame.sample_rate)
-        if kind != (kind := (frame.sample_rate, frame.layout.name, frame.format.name)):
+        target = target or frame.sample_rate
+        found = (frame.sample_rate, frame.layout.name, frame.format.name)
+        if converter is None or kind != found:
             if converter is not None:
-                yield from ((None, rate, _channels(rest)) for rest in converter.resample(None))
+                yield from ((None, target, _channels(rest)) for rest in converter.resample(None))
             # Channels are kept: FFmpeg's own mixing makes the sum of two equal ones louder.
-            converter = av.AudioResampler(format="flt", layout=frame.layout, rate=rate)
+            converter, kind = av.AudioResampler(format="flt", layout=frame.layout, rate=target), found
         pieces = converter.resample(frame)
-        yield frame.time, rate, np.empty((frame.layout.nb_channels, 0), np.float32)  # also where no piece comes yet
-        yield from ((None, rate, _channels(piece)) for piece in pieces)
+        yield frame.time, target, np.empty((frame.layout.nb_channels, 0), np.float32)  # also where no piece comes yet
+        yield from ((None, target, _channels(piece)) for piece in pieces)
     if converter is not None:
-        yield from ((None, rate, _channels(rest)) for rest in converter.resample(None))
+        yield from ((None, target, _channels(rest)) for rest in converter.resample(None))
 
 
 def _channels(frame: Any) -> NDArray[np.float32]:

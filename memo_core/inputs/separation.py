@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import AudioError
-from .sound import _check_rate, _mono, as_channels, load_audio, resample, to_float
+from .sound import as_channels, check_rate, load_audio, resample, to_float, to_mono
 
 _SEPARATOR_RATE = 44100
 _SEPARATOR_LOG_LEVEL = 30  # warnings
@@ -53,7 +53,7 @@ def separate_vocals(waveform: Tensor | np.ndarray, sample_rate: float, model: st
             fails.
     """
     model = Path(model)
-    rate = _check_rate(sample_rate)
+    rate = check_rate(sample_rate)
     waveform = as_channels(waveform)
     if not model.is_file():
         raise AudioError(f"{model} does not exist; it comes with the released weights (memo download)")
@@ -63,7 +63,7 @@ def separate_vocals(waveform: Tensor | np.ndarray, sample_rate: float, model: st
         raise AudioError(
             f'separating vocals needs the audio-separator package: pip install "audio-separator[cpu]" ({error})'
         ) from error
-    _mono(waveform, rate)  # the same checks as everywhere
+    to_mono(waveform, rate)  # the same checks as everywhere
     mixture = torch.stack([resample(to_float(channel), rate, _SEPARATOR_RATE) for channel in waveform[:2]])
     with tempfile.TemporaryDirectory(prefix="memo-vocals-") as folder:
         models, output = Path(folder, "models"), Path(folder, "output")
@@ -114,9 +114,9 @@ def separate_vocals_spectral(waveform: Tensor | np.ndarray, sample_rate: float) 
     Raises:
         AudioError: bad recording.
     """
-    rate = _check_rate(sample_rate)
+    rate = check_rate(sample_rate)
     channels = as_channels(waveform)
-    _mono(channels, rate)  # the same checks as everywhere
+    to_mono(channels, rate)  # the same checks as everywhere
     channels = torch.stack([to_float(channel) for channel in channels])
     length = channels.shape[1]
     block, overlap = round(_SPECTRAL_BLOCK * rate), round(_SPECTRAL_OVERLAP * rate)

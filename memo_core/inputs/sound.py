@@ -55,20 +55,22 @@ def prepare_waveform(waveform: Tensor | np.ndarray, sample_rate: float) -> Tenso
         AudioError: wrong shape or number format, no samples, samples that are not finite, a rate out of
             range, more than MAX_SECONDS.
     """
-    rate = _check_rate(sample_rate)
-    mono = _mono(as_channels(waveform), rate)
+    rate = check_rate(sample_rate)
+    mono = to_mono(as_channels(waveform), rate)
     return mono if rate == SAMPLE_RATE else resample(mono, rate, SAMPLE_RATE)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, or a tensor or array of one."""
     try:
         return not isinstance(value, (bool, str)) and math.isfinite(value)
     except (TypeError, ValueError, OverflowError):
         return False
 
 
-def _check_rate(sample_rate: Any) -> float:
-    if not _is_number(sample_rate) or not 0 < sample_rate <= MAX_RATE:
+def check_rate(sample_rate: Any) -> float:
+    """A sample rate in Hz; AudioError for what is none."""
+    if not is_number(sample_rate) or not 0 < sample_rate <= MAX_RATE:
         raise AudioError(
             f"the sample rate is {shown(sample_rate)}; it must be a number of Hz above 0, at most {MAX_RATE}"
         )
@@ -109,7 +111,7 @@ def to_float(samples: Tensor) -> Tensor:
     return samples.to(torch.float32, copy=True).sub_(offset).div_(scale)
 
 
-def _mono(channels: Tensor, rate: float) -> Tensor:
+def to_mono(channels: Tensor, rate: float) -> Tensor:
     """Averages the channels and checks length and values; [channels, T] -> [T] float32."""
     seconds = channels.shape[1] / rate
     if seconds > MAX_SECONDS:
@@ -131,8 +133,22 @@ def _mono(channels: Tensor, rate: float) -> Tensor:
 
 
 def resample(samples: Tensor, rate: float, target: float) -> Tensor:
-    """[..., T] at `rate` Hz -> [..., T * target / rate], float32 on the CPU (soxr_hq)."""
-    import librosa
+    """[..., T] at `rate` Hz -> [..., T * target / rate], float32 on the CPU (soxr_hq).
 
-    resampled = librosa.resample(samples.numpy(), orig_sr=rate, target_sr=target, res_type="soxr_hq")
-    return torch.from_numpy(np.ascontiguousarray(resampled, dtype=np.float32))
+    The samples that librosa.resample makes.
+
+    Raises:
+        AudioError: samples that are not finite.
+    """
+    import soxr
+
+    if rate == target:
+        return samples.to(torch.float32, copy=True)
+    if not samples.isfinite().all():
+        raise AudioError("samples of the recording are not finite numbers")
+    made = np.apply_along_axis(soxr.resample, -1, samples.numpy(), rate, target, "soxr_hq")
+    wanted = math.ceil(samples.shape[-1] * (float(target) / rate))
+    result = torch.zeros(*samples.shape[:-1], wanted)
+    count = min(wanted, made.shape[-1])
+    result[..., :count] = torch.from_numpy(made[..., :count])
+    return result

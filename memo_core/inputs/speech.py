@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import AudioError
 from ..release import SAMPLE_RATE
-from .sound import _check_rate, _is_number, as_channels, prepare_waveform
+from .sound import as_channels, check_rate, is_number, prepare_waveform
 
 if TYPE_CHECKING:
     from ..encoders.speech import SpeechEncoder
@@ -61,7 +61,10 @@ class AudioTrack:
 
 def count_frames(samples: int, sample_rate: float, fps: float) -> int:
     """Video frames that so many samples last, rounded up; but half a sample makes no frame: N frames of sound, to the
-    nearest sample, are N frames. (The released code, which always rounds up, then makes one more.)"""
+    nearest sample, are N frames.
+
+    (The released code, which always rounds up, then makes one more.)
+    """
     return max(1, math.ceil((samples - 0.5) / sample_rate * fps - 1e-9))
 
 
@@ -115,7 +118,7 @@ def encode_audio(
     Raises:
         AudioError: bad recording or argument, or embeddings that would exceed MAX_EMBEDDING_BYTES.
     """
-    if not _is_number(fps) or not 0 < fps <= 240:
+    if not is_number(fps) or not 0 < fps <= 240:
         raise AudioError(f"fps is {fps!r}; it must be a number above 0 and at most 240")
     if isinstance(window_frames, bool) or not isinstance(window_frames, int) or window_frames < 1:
         raise AudioError(f"window_frames is {window_frames!r}; it must be a whole number of at least 1")
@@ -157,7 +160,7 @@ def seconds_at_once(
     Raises:
         AudioError: as `encode_audio`.
     """
-    seconds = as_channels(waveform).shape[1] / _check_rate(sample_rate)
+    seconds = as_channels(waveform).shape[1] / check_rate(sample_rate)
     context = _resolve_context(context, seconds)
     if context is None:
         return seconds
@@ -176,7 +179,7 @@ def _resolve_context(context: Any, seconds: float) -> float | Literal["local"] |
                 f'{MAX_WHOLE_SECONDS} s, beyond that give context in seconds or "auto"'
             )
         return None
-    if not _is_number(context) or not 0 <= context <= MAX_CONTEXT_SECONDS:
+    if not is_number(context) or not 0 <= context <= MAX_CONTEXT_SECONDS:
         raise AudioError(
             f'context is {context!r}; None, "auto", "local" or seconds from 0 to {MAX_CONTEXT_SECONDS} are allowed'
         )

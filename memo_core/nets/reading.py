@@ -97,7 +97,8 @@ def list_weights(path: Path) -> dict[str, Any] | None:
     if path.suffix != ".safetensors":
         return _listed(path)
     with reading(path), open_arrays(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()} if file.all_known else None
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names} if file.all_known else None
 
 
 def _listed(path: Path) -> dict[str, Any] | None:

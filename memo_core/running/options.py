@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,10 +16,8 @@ from .. import devices, kernels
 from ..checks import shown
 from ..errors import CheckpointError
 from ..nets.diffusion_net import DiffusionNet
-from ..nets.layers import Attention, ResnetBlock
-from ..nets.memory_module import MemoryAttention, MemoryModule
-from ..nets.multimodal import AudioModule, JointAttention
-from ..nets.spatial import SpatialTransformer
+from ..nets.layers import ResnetBlock
+from ..nets.module import LayerModule
 from .fp8 import keep_in_fp8
 
 GRAPHS = 256  # that one piece of code may be compiled to: kinds of blocks times shapes, far more than any net has
@@ -103,9 +101,10 @@ def optimise(nets: LoadedNetworks, options: Options) -> None:
     asked, options = options, _decided(nets, options)
     big: tuple[nn.Module, ...] = (nets.diffusion_net, nets.reference_net)
     if options.fuse_qkv:
-        for module in (module for net in big for module in net.modules()):
-            if isinstance(module, (Attention, JointAttention, MemoryAttention)):
-                module.fuse()
+        for module in [module for net in big for module in net.modules()]:
+            fuse: Any = getattr(module, "fuse", None)
+            if fuse is not None:
+                fuse()
     if options.fp8_weights:  # after fusing: the scales are per output channel, the same either way
         for net in big:
             keep_in_fp8(net)
@@ -140,16 +139,15 @@ def _decided(nets: LoadedNetworks, options: Options) -> Options:
 def repeated_blocks(nets: LoadedNetworks) -> Iterator[nn.Module]:
     """What is compiled: the parts of a step that hold nearly all of its work, and those of the VAE's decoder.
 
-    Of a memory module its parts: what is remembered may have to be brought from the host between them.
+    Of a layer module what it says of itself (`LayerModule.compiled`).
     """
     from ..encoders.autoencoder import PictureAttention, PictureBlock
 
     for module in nets.diffusion_net.modules():
-        if isinstance(module, (ResnetBlock, SpatialTransformer, AudioModule)):
+        if isinstance(module, LayerModule):
+            yield from module.compiled()
+        elif isinstance(module, ResnetBlock):
             yield module
-        elif isinstance(module, MemoryModule):
-            for block in module.temporal_transformer.transformer_blocks:
-                yield from (*block.attention_blocks, block.ff)
     for module in nets.vae.get_submodule("decoder").modules():
         if isinstance(module, (PictureBlock, PictureAttention)):
             yield module

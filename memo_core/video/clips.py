@@ -178,7 +178,8 @@ class ImageClip(_Frames):
 
 def check_finite(images: Tensor) -> None:
     """SamplingError that names the first of the frames [F, ...] with NaN or infinite values, which would be saved as
-    black or as noise."""
+    black or as noise.
+    """
     if not images.is_floating_point():
         return
     for first in range(0, len(images), WINDOW):

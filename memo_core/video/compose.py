@@ -62,6 +62,7 @@ class Box:
 
     @property
     def side(self) -> int:
+        """Pixels along an edge."""
         return self.right - self.left
 
 

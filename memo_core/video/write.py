@@ -209,7 +209,8 @@ class VideoWriter:
 
     def _run(self, work: Callable[[], _Result], wait: bool = True) -> _Result | None:
         """Runs `work` in the writer's thread and waits, for what was begun before at least; errors of FFmpeg and of the
-        system become VideoError."""
+        system become VideoError.
+        """
         try:
             if self._begun is not None:
                 self._begun.result()  # an interrupt here leaves it to the next call
@@ -345,7 +346,8 @@ def _check_size(width: int, height: int) -> None:
 
 def _without_avx512() -> dict[str, str]:
     """An option for x264, whose AVX-512 code reads memory that nobody wrote: small pictures then come out as other
-    bytes at every run."""
+    bytes at every run.
+    """
     import torch
 
     # Only where AVX-512 is there may x264 be told to use AVX2: it does not ask the processor again.

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from training import budget, presets
 from training.config import Data, Lora, Optimizer
-from training.flow import FlowModel
 from training.nets import Nets, Sizes, checkpoint_gradients
+from training.objectives.flow import FlowModel
 from training.shards import ShardWriter
 
 LEVELS = {

@@ -42,9 +42,10 @@ from memo_core.sampling.conditions import Conditioner
 from memo_core.sampling.settings import Settings
 from memo_core.sampling.window import sample_window
 from training import __main__ as command
-from training import batches, config, engine, flow, losses, presets
+from training import batches, config, engine, losses, presets
 from training.config import ConfigError, Drop, Engine, Loss, Optimizer, Stage
 from training.nets import Nets, begin_from_nothing, checkpoint_gradients, link_encoders
+from training.objectives import flow
 from training.shards import Shards, ShardWriter
 from training.toon import sizes
 

@@ -510,8 +510,8 @@ def test_the_version_is_that_of_the_package(capsys):
 
 
 def test_every_folder_of_modules_is_packed():
-    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
-    listed = next(ast.literal_eval(line.split("=", 1)[1].strip()) for line in lines if line.startswith("packages"))
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[tool.setuptools]\npackages = ")[2]
+    listed = ast.literal_eval(settings.partition("]")[0] + "]")
     folders = {path.parent for path in (ROOT / "memo_core").rglob("*.py")}
     assert {".".join(path.relative_to(ROOT).parts) for path in folders} | {"memo_core.assets"} == set(listed)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
 from memo_core.errors import MemoryStateError, SamplingError
-from memo_core.sampling.renderer import Window
 from memo_core.sampling.noise import window_noise
+from memo_core.sampling.renderer import Window
 from memo_core.sampling.store import WindowStore
 from memo_core.sampling.vae import decode_latents
 

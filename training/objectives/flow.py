@@ -14,10 +14,10 @@ from memo_core.nets.conditions import Conditions
 from memo_core.nets.past import Memory, MemoryOfModule
 from memo_core.nets.temporal import TemporalModule
 
-from . import losses
-from .batches import Batch
-from .config import Loss
-from .nets import Nets
+from .. import losses
+from ..batches import Batch
+from ..config import Loss
+from ..nets import Nets
 
 
 class FlowModel(nn.Module):
@@ -99,7 +99,7 @@ def memory_of_modules(
     with torch.no_grad():  # the past is given: only what the temporal layers make of it is learned
         rows = face_tokens.detach().repeat_interleave(frames, dim=0)
         features = nets.reference_net(past.flatten(0, 1), rows)
-    for (level, index, resolution), feature in zip(nets.diffusion_net.layers(), features, strict=True):
+    for (level, index, resolution), feature in zip(nets.diffusion_net.layers(), features, strict=False):
         module = level.temporal(index)
         if module is None:
             continue
