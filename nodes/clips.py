@@ -278,8 +278,7 @@ def write_video(
     node_id: str | None = None,
 ) -> Path:
     """Encodes clips into a new temporary file. See ConcatClips."""
-    from ..memo_core.video.compose import cross_fade as joined
-    from ..memo_core.video.write import VideoWriter
+    from ..memo_core.video.join import join
 
     height, width = parts[0].size
     for name, part in zip(names, parts):
@@ -290,72 +289,14 @@ def write_video(
             )
         if not fps and part.fps != parts[0].fps:
             raise ComposeError(f"{name} has {part.fps:g} fps and {names[0]} {parts[0].fps:g}: set fps in Concat Clips")
+    bar: Progress | None = None
+
+    def on_frames(done: int, total: int) -> None:
+        nonlocal bar
+        stop_if_interrupted()
+        bar = bar or Progress(node_id, total)
+        if done:
+            bar.update(done)
+
     fps = fps or parts[0].fps
-    total = sum(frames_at(part, fps) for part in parts)
-    rate = sound.sample_rate if sound is not None else next((p.sound.sample_rate for p in parts if p.sound), None)
-    about = next((dict(part.about) for part in parts if part.about), {})
-    bar = Progress(node_id, total)
-
-    def frames_of(part: AnyClip) -> Iterator[np.ndarray]:
-        for frame in paced(watched(part.frames()), part, fps):
-            if part.size != (height, width):
-                frame = fitted(frame, height, width)
-            # H.264 wants even sizes: the last row and column stand twice.
-            yield np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
-
-    even = (width + width % 2, height + height % 2)
-    with VideoWriter(temporary_video(), *even, fps, rate, about) as writer:
-        if sound is not None:
-            writer.write_audio(sound.waveform)
-        elif rate is not None:
-            frames = 0
-            for part in parts:
-                # From frame to frame of the video: rounded for each by itself, many short clips would drift.
-                began, frames = frames, frames + frames_at(part, fps)
-                writer.write_audio(sound_at(part, round(frames / fps * rate) - round(began / fps * rate), rate))
-        for number, frame in enumerate(joined(map(frames_of, parts), cross_fade), 1):
-            writer.write_frames(frame)
-            if number % WINDOW == 0 or number == total:
-                bar.update(number)
-    return writer.path
-
-
-def fitted(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A frame scaled to fit, in its own proportions, with black bars."""
-    from ..memo_core.video.compose import resize_frames
-
-    scale = min(height / frame.shape[0], width / frame.shape[1])
-    small = np.asarray(resize_frames(frame, *(max(1, round(scale * side)) for side in frame.shape[:2])))
-    top, left = (height - small.shape[0]) // 2, (width - small.shape[1]) // 2
-    result = np.zeros((height, width, 3), np.uint8)
-    result[top : top + small.shape[0], left : left + small.shape[1]] = small
-    return result
-
-
-def frames_at(part: AnyClip, fps: float) -> int:
-    """Frames that a clip takes in a video of `fps` frames a second."""
-    return max(1, round(part.seconds * fps)) if part.num_frames else 0
-
-
-def paced(frames: Iterator[np.ndarray], part: AnyClip, fps: float) -> Iterator[np.ndarray]:
-    """The clip's frames at another speed: repeated or left out, each time the one that is due."""
-    if part.fps == fps:
-        yield from frames
-        return
-    number = -1
-    for wanted in range(frames_at(part, fps)):
-        due = min(int((wanted + 0.5) * part.fps / fps), part.num_frames - 1)
-        while number < due:
-            current, number = next(frames), number + 1
-        yield current
-
-
-def sound_at(part: AnyClip, samples: int, rate: int) -> Tensor:
-    """The clip's sound, [channels, samples] at `rate`; silence for one without and where it ends before."""
-    from ..memo_core.inputs.sound import resample
-
-    if part.sound is None:
-        return torch.zeros(1, samples)
-    own = part.sound.span(part.start / part.fps, samples / rate)
-    found = own.waveform if own.sample_rate == rate else resample(own.waveform, own.sample_rate, rate)
-    return torch.nn.functional.pad(found, (0, samples - found.shape[1]))  # which also cuts
+    return join(temporary_video(), parts, fps=fps, sound=sound, cross_fade=cross_fade, on_frames=on_frames)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Tests run beside each other, each on one thread, and so do the processes that they start: for networks so small more
+# threads take longer. Read when numpy and torch are imported.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
@@ -12,15 +17,22 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from common import FIXTURES
+from common import FIXTURES, PROFILE
 from hypothesis import settings
 from safetensors.torch import load_file
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
 
-# An example's time says more about what else the machine does than about the code.
-settings.register_profile("memo", deadline=None)
-settings.load_profile("memo")
+# An example's time says more about what else the machine does than about the code. `make test` chooses "fast".
+settings.register_profile("full", deadline=None)
+settings.register_profile("fast", deadline=None, max_examples=20)
+settings.load_profile(PROFILE)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test is marked with the folder it lies in."""
+    for item in items:
+        item.add_marker(item.path.relative_to(FIXTURES.parent).parts[0])
 
 
 @pytest.fixture(autouse=True)
