@@ -15,7 +15,7 @@ class MemoryAttention(TemporalAttention):
     carries = LinearSums()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, memory: Memory | None) -> Tensor:
-        """MEMO's equation 2 (`kernels.naive.memory_attention`)."""
+        """MEMO's equation 4 (`kernels.naive.memory_attention`)."""
         return kernels.memory_attention(query, key, value, memory)
 
 

@@ -2,11 +2,11 @@
 
 past <- the portrait, held still                        before a video's first window
 for every window of 16 frames:
-    memory <- 0.9^16 memory + sums(past)                memory/recurrence.py; kernels/naive.py, equations 3 and 4
+    memory <- 0.9^16 memory + sums(past)                memory/recurrence.py; kernels/naive.py, equations 2 and 3
     x <- noise                                          noise.py
     for every step, from sigma 1 to 0:                  schedule.py, solvers.py
         v <- unconditional + scale (conditional - unconditional), both by the Diffusion Net under
-             portrait, sound, emotion and memory        guidance.py, conditions.py; kernels/naive.py, equation 2
+             portrait, sound, emotion and memory        guidance.py, conditions.py; kernels/naive.py, equation 4
         x <- x + (next sigma - sigma) v
     frames <- decode(x); past <- encode(frames)         vae.py
 """
