@@ -71,7 +71,7 @@ class MemoPipeline:
 
         Args:
             lora: adapter files to merge, or pairs of file and strength (1 is as trained); they add up.
-            options: how the networks compute; see `optimise.Options`.
+            options: how the networks compute; see `running.options.Options`.
 
         Raises:
             CheckpointError: names the files, or the first ten keys or layers, that do not fit; or an option that the
@@ -92,7 +92,7 @@ class MemoPipeline:
         context: float | Literal["auto", "local"] | None = "auto",
         **more: Any,
     ) -> AudioTrack:
-        """Speech features for every video frame; see `audio.encode_audio`, also for further arguments.
+        """Speech features for every video frame; see `inputs.speech.encode_audio`, also for further arguments.
 
         Args:
             waveform: [T] or [channels, T], any rate.
@@ -121,7 +121,7 @@ class MemoPipeline:
         sensitivity: float = 1.0,
         smoothing: float = 0.0,
     ) -> EmotionTrack:
-        """Emotion label of every video frame; see `emotion.detect_emotion`."""
+        """Emotion label of every video frame; see `inputs.emotion.detect_emotion`."""
         self.placement.listen(SECONDS_AT_ONCE)
         return detect_emotion(
             waveform,
@@ -155,7 +155,7 @@ class MemoPipeline:
         face_box: Any = None,
         no_face: Literal["warn", "error"] = "warn",
     ) -> Reference:
-        """The portrait as the networks see it; `face.prepare_portrait` describes what happens to the picture.
+        """The portrait as the networks see it; what happens to the picture: `inputs.portrait.prepare_portrait`.
 
         Args:
             image: float tensor [3, H, W] in [-1, 1], uint8 [H, W, 3], or a PIL image.
@@ -331,7 +331,7 @@ class MemoPipeline:
 
         Args:
             size: height and width of the video; None: `default_size`.
-            settings: those of `job.Settings` that will be sampled with; guidance and speed matter.
+            settings: those of `sampling.settings.Settings` that will be sampled with; guidance and speed matter.
 
         Raises:
             SamplingError: it does not fit; names the largest size that does.
@@ -365,8 +365,8 @@ class MemoPipeline:
             ref, audio, emotion: from the three calls above; without an emotion track the null emotion is used.
             memory: what came before; None is a new video.
             start, num_frames: in frames; None for up to the audio's end.
-            steps, guidance_scale, seed, emotion_per, face_token_rows: see `job.Settings`.
-            speed: "exact", "balanced" or "draft", or a bundle of one's own; see `speed.Speed`.
+            steps, guidance_scale, seed, emotion_per, face_token_rows: see `sampling.settings.Settings`.
+            speed: "exact", "balanced" or "draft", or a bundle of one's own; see `sampling.settings.Speed`.
             noise: [windows, 4, 16, h, w] instead of the seeded noise.
             store: where finished windows are kept, so that none is sampled twice.
             on_progress: called as (steps done, steps in all).

@@ -293,7 +293,7 @@ def _count(nets: Networks, height: int, width: int, batch: int, how: tuple[bool,
     whole = peak_of(lambda: step(prepared, sums), *how)[0]
     by_row = whole
     if batch == 2:
-        by_row = peak_of(lambda: step(prepared.half(1), [(kv[:1], z[:1]) for kv, z in sums]), *how)[0]
+        by_row = peak_of(lambda: step(prepared.guidance_row(1), [(kv[:1], z[:1]) for kv, z in sums]), *how)[0]
     need = Needs(
         reference_net=module_bytes(nets.reference_net),
         diffusion_net=module_bytes(net),

@@ -63,12 +63,12 @@ class OwnPlacement:
     def listen(self, seconds: float) -> None:
         """Brings them to the device."""
         for net in self._listeners():
-            offload.enter(net, self.nets.device)
+            offload.to_device(net, self.nets.device)
 
     def stop_listening(self) -> None:
         """Sends them to host memory."""
         for net in self._listeners():
-            offload.leave(net)
+            offload.to_host(net)
 
     def look(self, height: int, width: int) -> None:
         """Nothing: the VAE stays on the device."""

@@ -44,10 +44,10 @@ def load(
             released.
         ops: namespace of layer classes for the MEMO networks.
         lora: adapters to merge, each a file and its strength (`lora.apply`).
-        options: how the networks compute (`optimise.optimise`); None leaves them as they were saved, to be trained,
-            changed or saved again.
+        options: how the networks compute (`running.options.optimise`); None leaves them as they were saved, to be
+            trained, changed or saved again.
         large_nets_wait: on a device with memory of its own the Reference Net and the Diffusion Net stay in host memory
-            until something is sampled (`offload.enter` brings them).
+            until something is sampled (`offload.to_device` brings them).
 
     Raises:
         CheckpointError: files or keys are missing, extra or misshapen, or a setting is not supported; an adapter
@@ -124,7 +124,7 @@ def load(
         optimise(nets, options)
     if large_nets_wait and device.type not in ("cpu", "meta"):
         for large in (reference_net, diffusion_net):
-            offload.wait(large)
+            offload.start_on_host(large)
     return nets
 
 

@@ -41,7 +41,8 @@ class Emotion2Vec(nn.Module):
         super().__init__()
         conf, audio = emotion_settings(config)
         require_layers(conf["depth"] + audio["prenet_depth"] + audio["conv_pos_depth"], num_tensors, "emotion2vec")
-        self.config = {"model": "Emotion2vec", "model_conf": copy.deepcopy(conf | {"modalities": {"audio": audio}})}
+        self.config: dict[str, Any] = {"model": "Emotion2vec"}
+        self.config["model_conf"] = copy.deepcopy(conf | {"modalities": {"audio": audio}})
         self.modality_encoders = nn.ModuleDict({"AUDIO": _AudioEncoder(conf, audio)})
         self.dropout_input = nn.Dropout(conf["dropout_input"])
         self.blocks = nn.ModuleList(_Block(conf) for _ in range(conf["depth"]))
@@ -55,7 +56,13 @@ class Emotion2Vec(nn.Module):
     @property
     def min_samples(self) -> int:
         """Samples that the convolutions need to make one feature (400 for the released sizes)."""
-        return self.modality_encoders["AUDIO"].min_samples
+        return self._audio.min_samples
+
+    @property
+    def _audio(self) -> _AudioEncoder:
+        audio = self.modality_encoders["AUDIO"]
+        assert isinstance(audio, _AudioEncoder)
+        return audio
 
     def forward(self, waveform: Tensor) -> Tensor:
         """Recordings -> features.
@@ -68,11 +75,11 @@ class Emotion2Vec(nn.Module):
             [B, T', C], about 50 features a second.
         """
         waveform = F.pad(waveform, (0, max(0, self.min_samples - waveform.shape[-1])))
-        hidden, bias = self.modality_encoders["AUDIO"](waveform)
+        hidden, bias = self._audio(waveform)
         hidden = self.dropout_input(hidden)
         for block in self.blocks:
             hidden = block(hidden, bias)
-        return hidden[:, self.modality_encoders["AUDIO"].extra_tokens.shape[1] :]
+        return hidden[:, self._audio.extra_tokens.shape[1] :]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Emotion2Vec:
@@ -121,12 +128,11 @@ class _AudioEncoder(nn.Module):
             self.min_samples = (self.min_samples - 1) * stride + kernel
         if self.min_samples > LARGEST:
             raise CheckpointError(f"emotion2vec: the first feature takes {self.min_samples} samples, at most {LARGEST}")
-        self.local_encoder = nn.Module()
-        self.local_encoder.conv_layers = nn.ModuleList()
+        conv_layers = nn.ModuleList()
         width = 1
         for channels, kernel, stride in layers:
             # The placeholders keep the released names: 0 is the convolution, 2.1 its norm.
-            self.local_encoder.conv_layers.append(
+            conv_layers.append(
                 nn.Sequential(
                     nn.Conv1d(width, channels, kernel, stride, bias=False),
                     nn.Identity(),
@@ -135,6 +141,7 @@ class _AudioEncoder(nn.Module):
                 )
             )
             width = channels
+        self.local_encoder = nn.ModuleDict({"conv_layers": conv_layers})
         self.project_features = nn.Sequential(nn.Identity(), nn.LayerNorm(width), nn.Linear(width, dim))
         kernel = max(3, audio["conv_pos_width"] // audio["conv_pos_depth"])
         groups = audio["conv_pos_groups"]
@@ -155,22 +162,25 @@ class _AudioEncoder(nn.Module):
         self.extra_tokens = nn.Parameter(extra)
         self.alibi_scale = nn.Parameter(torch.full((1, 1, audio["num_alibi_heads"], 1, 1), float(audio["alibi_scale"])))
         self.num_heads = conf["num_heads"]
-        self.context_encoder = nn.Module()
-        self.context_encoder.blocks = nn.ModuleList(_Block(conf) for _ in range(audio["prenet_depth"]))
-        self.context_encoder.norm = nn.LayerNorm(dim, eps=conf["norm_eps"])
-        self.context_encoder.dropout = nn.Dropout(audio["prenet_dropout"])
+        self.context_encoder = nn.ModuleDict(
+            {
+                "blocks": nn.ModuleList(_Block(conf) for _ in range(audio["prenet_depth"])),
+                "norm": nn.LayerNorm(dim, eps=conf["norm_eps"]),
+                "dropout": nn.Dropout(audio["prenet_dropout"]),
+            }
+        )
 
     def forward(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T] -> hidden states [B, extra tokens + T', C] and the attention bias [1, heads, N, N]."""
         hidden = waveform[:, None]
-        for layer in self.local_encoder.conv_layers:
+        for layer in self.local_encoder["conv_layers"].children():
             hidden = layer(hidden)
         hidden = self.project_features(hidden.transpose(1, 2))
         hidden = hidden + self.relative_positional_encoder(hidden.transpose(1, 2)).transpose(1, 2)
         bias = self._alibi(hidden)
         hidden = torch.cat([self.extra_tokens.expand(len(hidden), -1, -1), hidden], dim=1)
-        hidden = self.context_encoder.dropout(self.context_encoder.norm(hidden))
-        for block in self.context_encoder.blocks:
+        hidden = self.context_encoder["dropout"](self.context_encoder["norm"](hidden))
+        for block in self.context_encoder["blocks"].children():
             hidden = block(hidden, bias)
         return hidden, bias
 
@@ -195,17 +205,20 @@ class _Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=conf["norm_eps"])
         self.norm2 = nn.LayerNorm(dim, eps=conf["norm_eps"])
         self.attn = _Attention(dim, conf["num_heads"], conf["attention_dropout"], conf["encoder_dropout"])
-        self.mlp = nn.Module()
-        self.mlp.fc1 = nn.Linear(dim, hidden)
-        self.mlp.fc2 = nn.Linear(hidden, dim)
-        self.mlp.dropout = nn.Dropout(conf["activation_dropout"])
+        self.mlp = nn.ModuleDict(
+            {
+                "fc1": nn.Linear(dim, hidden),
+                "fc2": nn.Linear(hidden, dim),
+                "dropout": nn.Dropout(conf["activation_dropout"]),
+            }
+        )
         self.post_mlp_dropout = nn.Dropout(conf["post_mlp_drop"])
 
     def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
         """[B, N, C], [1, heads, N, N] -> [B, N, C]."""
         hidden = self.norm1(hidden + self.attn(hidden, bias))
-        update = self.mlp.dropout(F.gelu(self.mlp.fc1(hidden)))
-        update = self.mlp.dropout(self.mlp.fc2(update))
+        update = self.mlp["dropout"](F.gelu(self.mlp["fc1"](hidden)))
+        update = self.mlp["dropout"](self.mlp["fc2"](update))
         return self.norm2(hidden + self.post_mlp_dropout(update))
 
 

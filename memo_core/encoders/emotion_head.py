@@ -25,12 +25,16 @@ class EmotionHead(nn.Module):
         hidden_dim: width of the hidden layers (2048).
         classes: number of emotions (9).
         depth: number of linear layers, at least 2 (5).
+
+    Attributes:
+        feature_dim, classes: as given.
     """
 
     def __init__(self, feature_dim: int = 1024, hidden_dim: int = 2048, classes: int = 9, depth: int = 5):
         super().__init__()
         if depth < 2:
             raise CheckpointError(f"an emotion head needs at least 2 layers, got {depth}")
+        self.feature_dim, self.classes = feature_dim, classes
         widths = [feature_dim] + [hidden_dim] * (depth - 1) + [classes]
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i in range(1, depth + 1):
@@ -42,16 +46,6 @@ class EmotionHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Features averaged over time [B, C] -> logits [B, classes]; their softmax over dim 1 are the probabilities."""
         return self.layers(features)
-
-    @property
-    def feature_dim(self) -> int:
-        """Width of the features it reads."""
-        return self.layers.fc1.in_features
-
-    @property
-    def classes(self) -> int:
-        """Number of emotion classes."""
-        return self.layers[-1].out_features
 
     @classmethod
     def from_config(cls, config: dict[str, int]) -> EmotionHead:

@@ -8,7 +8,7 @@ Wav2Vec2Model; the interpolation between the convolutions and the transformer, o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..release import SAMPLE_RATE
 from ..tensorfile import save_tensors
 from .files import SPEECH_SETTINGS, find_speech, speech_weights
 
-_ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 class SpeechEncoder(nn.Module):
@@ -41,7 +41,8 @@ class SpeechEncoder(nn.Module):
             (`do_normalize` of preprocessor_config.json).
 
     Raises:
-        CheckpointError: for a setting that is not implemented.
+        CheckpointError: for a variant that is not implemented.
+        ValueError: for settings that are not understood, or contradict each other.
     """
 
     def __init__(self, config: Mapping[str, Any], normalize: bool = True):
@@ -132,9 +133,9 @@ class SpeechEncoder(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        given = {name: list(value) if isinstance(value, tuple) else value for name, value in self.config.items()}
-        # No masking in training, so that transformers does not look for the embedding of masked frames.
-        config = Wav2Vec2Config(**(given | {"mask_time_prob": 0.0}))
+        given: dict[str, Any] = {key: list(v) if isinstance(v, tuple) else v for key, v in self.config.items()}
+        given["mask_time_prob"] = 0.0  # so that transformers does not look for the embedding of masked frames
+        config = Wav2Vec2Config(**given)
         config.architectures = ["Wav2Vec2Model"]
         config.save_pretrained(folder)
         settings = {
@@ -162,15 +163,12 @@ def _check(config: Mapping[str, Any]) -> None:
         ("feat_extract_norm", ("group", "layer")),
     ):
         if config[name] not in allowed:
-            raise CheckpointError(f"speech encoder: {name} = {shown(config[name])}; allowed are {', '.join(allowed)}")
+            raise ValueError(f"{name} = {shown(config[name])}; allowed are {', '.join(allowed)}")
     if config["hidden_size"] % config["num_attention_heads"]:
-        raise CheckpointError(
-            f"speech encoder: num_attention_heads {config['num_attention_heads']} does not divide "
-            f"{config['hidden_size']}"
-        )
+        raise ValueError(f"num_attention_heads {config['num_attention_heads']} does not divide {config['hidden_size']}")
     lengths = [len(config[name]) for name in ("conv_dim", "conv_kernel", "conv_stride")]
     if len(set(lengths)) > 1:
-        raise CheckpointError(f"speech encoder: conv_dim, conv_kernel and conv_stride have {lengths} layers")
+        raise ValueError(f"conv_dim, conv_kernel and conv_stride have {lengths} layers")
 
 
 class _FeatureExtractor(nn.Module):

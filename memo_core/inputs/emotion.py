@@ -255,7 +255,7 @@ def detect_emotion(
     embeddings.)
 
     Args:
-        waveform: [T] or [channels, T]; see `audio.prepare_waveform`.
+        waveform: [T] or [channels, T]; see `inputs.sound.prepare_waveform`.
         sample_rate: in Hz.
         num_padded_frames: length of the track, `AudioTrack.num_padded_frames`.
         fps: frames a second.

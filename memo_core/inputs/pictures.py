@@ -26,7 +26,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     """
     try:
         with open_regular(path) as file:
-            picture = Image.open(file, formats=_formats())
+            picture: Image.Image = Image.open(file, formats=_formats())
             full = picture.size
             picture.draft(None, _smaller(full))  # JPEG only
             if picture.width * picture.height > MAX_PIXELS:

@@ -173,8 +173,9 @@ def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width of a video; PortraitError, with the nearest allowed ones, unless both are multiples of 64 up to
     MAX_SIDE.
     """
-    sides = [whole(side, -(2**53)) for side in (size if isinstance(size, (tuple, list)) else (size, size))]
-    if len(sides) != 2 or None in sides:
+    given = size if isinstance(size, (tuple, list)) else (size, size)
+    sides = [side for side in (whole(value, -(2**53)) for value in given) if side is not None]
+    if not len(given) == len(sides) == 2:
         raise PortraitError(f"size is {shown(size)}; it is a whole number, or two: height and width")
     height, width = sides
     if max(height, width) > MAX_SIDE:

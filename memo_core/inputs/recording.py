@@ -160,7 +160,7 @@ class Recording:
     def mono(self, rate: int) -> Tensor:
         """All of it as one channel at `rate` Hz, [T] float32: channels are averaged, then resampled (soxr_hq).
 
-        The same samples as `audio.prepare_waveform` makes of `read`, without holding that.
+        The same samples as `inputs.sound.prepare_waveform` makes of `read`, without holding that.
         """
         import soxr
         import torch

@@ -161,7 +161,9 @@ def _describe_separator_model(model: Path, folder: Path) -> None:
 
     shutil.copyfile(model, folder / model.name)
     digest = hashlib.md5(model.read_bytes()[-10000 * 1024 :], usedforsecurity=False).hexdigest()
-    lists = {name: {} for name in _SEPARATOR_LISTS} | {"mdx_download_list": {model.stem: model.name}}
+    lists: dict[str, dict[str, str]] = {name: {} for name in _SEPARATOR_LISTS} | {
+        "mdx_download_list": {model.stem: model.name}
+    }
     (folder / "download_checks.json").write_text(json.dumps(lists))
     (folder / "vr_model_data.json").write_text("{}")
     (folder / "mdx_model_data.json").write_text(json.dumps({digest: _SEPARATOR_SETTINGS}))

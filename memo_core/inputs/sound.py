@@ -23,7 +23,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def load_audio(path: str | os.PathLike[str]) -> tuple[Tensor, int]:
     """Reads the first audio stream of any file that PyAV opens (wav, mp3, flac, m4a, the sound of a video, ...).
 
-    Samples lie at their times in the file: see `media.Recording`, which also reads it piece by piece.
+    Samples lie at their times in the file: see `inputs.recording.Recording`, which also reads it piece by piece.
 
     Returns:
         waveform [channels, T] float32 in [-1, 1], and its sample rate in Hz.

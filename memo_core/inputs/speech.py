@@ -261,8 +261,8 @@ def _silent_frames(samples: Tensor, fps: float, padded: int) -> Tensor:
         quiet[begin:end] &= end - begin >= enough
     edges = np.arange(padded + 1) * SAMPLE_RATE / fps / block
     loud = np.r_[0, np.cumsum(~quiet)]
-    first, last = np.floor(edges[:-1]).astype(int), np.ceil(edges[1:]).astype(int)
-    return torch.from_numpy(loud[first] == loud[last])
+    begins, ends = np.floor(edges[:-1]).astype(int), np.ceil(edges[1:]).astype(int)
+    return torch.from_numpy(loud[begins] == loud[ends])
 
 
 def _with_neighbours(hidden: Tensor) -> Tensor:

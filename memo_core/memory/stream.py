@@ -33,7 +33,7 @@ class WindowMemory(Sequence[Memory]):
         """The same memory for these batch rows alone."""
         return WindowMemory(self._layers, rows, self._buffers)
 
-    def half(self, number: int) -> WindowMemory:
+    def guidance_row(self, number: int) -> WindowMemory:
         """For the batch's first half (0) or its second (1)."""
         rows = len(self._layers[0].z) // 2
         return self.rows(slice(number * rows, (number + 1) * rows))
@@ -134,8 +134,8 @@ class _Buffers:
         return parts
 
 
-def half_of(memory: Sequence[Memory], number: int) -> Sequence[Memory]:
+def guidance_row_of(memory: Sequence[Memory], number: int) -> Sequence[Memory]:
     """The memory of the batch's first half (0) or its second (1)."""
     if isinstance(memory, WindowMemory):
-        return memory.half(number)
+        return memory.guidance_row(number)
     return [(kv.chunk(2)[number], z.chunk(2)[number]) for kv, z in memory]

@@ -58,7 +58,7 @@ class Prepared(NamedTuple):
     frames: int
     batch: int
 
-    def half(self, number: int) -> Prepared:
+    def guidance_row(self, number: int) -> Prepared:
         """Those of the batch's first half (0), which does without the reference, or of its second (1); views."""
         layers, audio = _half((self.layers, self.audio), number, self.batch)
         return Prepared(layers, audio, self.frames, self.batch // 2)

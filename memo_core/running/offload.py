@@ -33,14 +33,14 @@ _homes: weakref.WeakKeyDictionary[nn.Module, _Home] = weakref.WeakKeyDictionary(
 _away: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def wait(module: nn.Module) -> None:
-    """Of a network whose weights were read into host memory, though it belongs on a device: `enter` brings it there."""
+def start_on_host(module: nn.Module) -> None:
+    """Of a network whose weights were read into host memory, though it belongs on a device: `to_device` brings it there."""
     tensors = _tensors(module)
     _homes[module] = _Home([], [tensor.data for tensor in tensors], [None] * len(tensors))
     _away.add(module)
 
 
-def leave(module: nn.Module) -> None:
+def to_host(module: nn.Module) -> None:
     """Moves a network's weights from the device to host memory, locked for a CUDA device.
 
     Nothing for one that is there already, or on the CPU.
@@ -60,7 +60,7 @@ def leave(module: nn.Module) -> None:
             home.memories.append(memory)
             for place, view in zip(places, views):
                 home.views[place] = view
-    _away.add(module)  # first: of a network that an interrupt left halfway, `enter` brings back the rest
+    _away.add(module)  # first: of a network that an interrupt left halfway, `to_device` brings back the rest
     here = [place for place, (t, view) in enumerate(zip(tensors, home.views)) if t.data_ptr() != view.data_ptr()]
     for place, now in zip(here, _fingerprints([tensors[place] for place in here])):
         tensor, view = tensors[place], home.views[place]
@@ -71,7 +71,7 @@ def leave(module: nn.Module) -> None:
             tensor.data = view
 
 
-def enter(module: nn.Module, device: torch.device) -> None:
+def to_device(module: nn.Module, device: torch.device) -> None:
     """Brings a network back that had left; nothing for any other one, whose place is someone else's affair."""
     if module not in _away:
         return
@@ -83,7 +83,7 @@ def enter(module: nn.Module, device: torch.device) -> None:
     _away.discard(module)
 
 
-def forget(module: nn.Module) -> None:
+def free_host_copy(module: nn.Module) -> None:
     """Gives a network's host memory back where the network is on the device."""
     if module not in _away:
         _homes.pop(module, None)

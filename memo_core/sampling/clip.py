@@ -121,8 +121,8 @@ class DiffusionRenderer:
         nets, plan, settings = self.nets, conditioner.plan, conditioner.settings
         if plan is None or plan.reference_net_stays:
             for net in (nets.reference_net, nets.diffusion_net):
-                offload.enter(net, nets.device)
-                offload.forget(net)
+                offload.to_device(net, nets.device)
+                offload.free_host_copy(net)
         shape = (4, nets.window, *conditioner.reference.latents.shape[2:])
         noise = window_noise(settings.seed, inputs.start, shape) if inputs.noise is None else inputs.noise
         made = sample_window(

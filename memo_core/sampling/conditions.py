@@ -83,13 +83,13 @@ class Conditioner:
         if self.plan is None or self.plan.reference_net_stays:
             yield
             return
-        offload.leave(self.nets.diffusion_net)
+        offload.to_host(self.nets.diffusion_net)
         try:
-            offload.enter(self.nets.reference_net, self.device)
+            offload.to_device(self.nets.reference_net, self.device)
             yield
         finally:
-            offload.leave(self.nets.reference_net)
-            offload.enter(self.nets.diffusion_net, self.device)
+            offload.to_host(self.nets.reference_net)
+            offload.to_device(self.nets.diffusion_net, self.device)
 
     def announce(self, entries: list[MemoryEntry]) -> None:
         """Says which windows `past_of` will be asked for next: where the nets take turns, the Reference Net looks at

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.networks import Networks
-from ..memory.stream import WindowMemory, half_of
+from ..memory.stream import WindowMemory, guidance_row_of
 from ..nets.conditions import Conditions, Prepared
 from ..nets.diffusion_net import DiffusionNet
 from ..nets.past import Memory, in_turn
@@ -59,7 +59,7 @@ def sample_window(
     shifts = net.time_shifts(torch.tensor(sigmas[:-1], device=noise.device) * 1000, dtype)
     whole_pass = _Pass(net, net.prepare(conditions), memory)
     whole: Step = whole_pass
-    rows: list[Step] = [whole_pass.half(number) for number in (0, 1)] if guidance.rows == 2 else [whole_pass]
+    rows: list[Step] = [whole_pass.guidance_row(number) for number in (0, 1)] if guidance.rows == 2 else [whole_pass]
     options = getattr(nets, "options", None)  # networks in training have none
     on_host = isinstance(memory, WindowMemory) and memory.on_host
     if options and options.cuda_graphs and not on_host:
@@ -95,9 +95,9 @@ class _Pass:
     def __init__(self, net: DiffusionNet, prepared: Prepared, memory: Sequence[Memory] | None):
         self.net, self.prepared, self.memory = net, prepared, memory
 
-    def half(self, number: int) -> _Pass:
-        memory = None if self.memory is None else half_of(self.memory, number)
-        return _Pass(self.net, self.prepared.half(number), memory)
+    def guidance_row(self, number: int) -> _Pass:
+        memory = None if self.memory is None else guidance_row_of(self.memory, number)
+        return _Pass(self.net, self.prepared.guidance_row(number), memory)
 
     def __call__(self, latents: Tensor, shift: list[Tensor]) -> Tensor:
         memory = None if self.memory is None else in_turn(self.memory)

@@ -54,12 +54,17 @@ class _Frames:
 
     start: int
     fps: float
-    num_frames: int
     sound: Sound | None
     about: Mapping[str, Any]
 
     @property
+    def num_frames(self) -> int:
+        """How many there are."""
+        raise NotImplementedError
+
+    @property
     def seconds(self) -> float:
+        """How long they last."""
         return self.num_frames / self.fps
 
     @property

@@ -7,6 +7,7 @@ holds one frame, or as many as a cross fade is long.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -67,7 +68,7 @@ class Box:
 
 
 def face_square(image_size: tuple[int, int], face_box: Any, margin: float = 0.35) -> Box:
-    """The square around a face, the same that `face.prepare_portrait` cuts.
+    """The square around a face, the same that `inputs.portrait.prepare_portrait` cuts.
 
     Args:
         image_size: height and width of the picture.
@@ -186,10 +187,11 @@ def _paste(frames: Iterator[Frame], pictures: Iterator[Frame], box: Box, feather
     down = _feather(box.side, feather, box.top > 0, box.bottom < box.height)
     across = _feather(box.side, feather, box.left > 0, box.right < box.width)
     weight = (down[:, None] * across)[inside][..., None]
-    frame = below = patch = opacity = None
+    below: Tensor | None = None
+    patch: Tensor | None = None
     while True:
         new_frame, new_below = next(frames, None), next(pictures, None)
-        if frame is None and new_frame is None:
+        if patch is None and new_frame is None:
             raise ComposeError("there are no frames to paste")
         if below is None and new_below is None:
             raise ComposeError("there is no picture to paste into")
@@ -205,11 +207,12 @@ def _paste(frames: Iterator[Frame], pictures: Iterator[Frame], box: Box, feather
             if not below.is_floating_point():
                 below = to_float(below)
             weight = weight.to(below.device)
+        assert below is not None
         if new_frame is not None:
-            frame = check_frame(new_frame, transparency=True)
-            patch, opacity = _patch(to_float(frame), box.side)
+            patch, opacity = _patch(to_float(check_frame(new_frame, transparency=True)), box.side)
             patch = patch[inside].to(below.device)
             opacity = None if opacity is None else opacity[inside].to(below.device)
+        assert patch is not None
         result = below.clone()
         under = below[rows, columns].float()
         if opacity is None:
@@ -264,12 +267,13 @@ def cross_fade(parts: Iterable[Iterable[Frame]], frames: int = 0) -> Iterator[Fr
 
 
 def _fade(parts: Iterable[Iterable[Frame]], length: int) -> Iterator[Frame]:
-    last, size = None, None
+    last: Frame | None = None
+    size = None
     for number, part in enumerate(parts, 1):
         rest = iter(part)
-        begin = list(islice(rest, length)) if last is not None else []
-        before = last
-        for index, frame in enumerate(chain(begin, rest)):
+        begin = deque(islice(rest, length) if last is not None else ())
+        before, fading = last, len(begin)
+        for index, frame in enumerate(chain((begin.popleft() for _ in range(fading)), rest)):
             check_frame(frame)
             size = size or tuple(frame.shape)
             if tuple(frame.shape) != size:
@@ -277,9 +281,8 @@ def _fade(parts: Iterable[Iterable[Frame]], length: int) -> Iterator[Frame]:
                     f"clip {number} has frames of {frame.shape[1]}x{frame.shape[0]} pixels (width x height), the first "
                     f"ones {size[1]}x{size[0]}; scale them to one size first"
                 )
-            if index < len(begin):
-                frame = _mix(before, frame, float(smoothstep(torch.tensor((index + 1) / (len(begin) + 1)))))
-                begin[index] = None  # let go of it
+            if before is not None and index < fading:
+                frame = _mix(before, frame, float(smoothstep(torch.tensor((index + 1) / (fading + 1)))))
             last = frame
             yield frame
 

@@ -94,6 +94,7 @@ class VideoWriter:
             raise VideoError(f"cannot write {self.path}: it is a folder")
         self.fps = Fraction(fps).limit_denominator(1001)  # 29.97 stays 2997/100, 30000/1001 is met exactly
         self.sample_rate = sample_rate
+        self._rate = sample_rate or 0  # as a number, where there may be no sound
         self._sound: deque[NDArray[np.float32] | Iterator[ArrayLike]] = deque()  # [2, T], not encoded yet
         self._samples_written = 0
         self._to_yuv: Any = VideoReformatter()  # one for all frames: setting it up costs more than a small frame
@@ -274,13 +275,13 @@ class VideoWriter:
             self._encode_samples(samples[:, :room])
 
     def _samples_due(self) -> int:
-        return round(self.frames_written * (self.sample_rate or 0) / self.fps)
+        return round(self.frames_written * self._rate / self.fps)
 
     def _encode_samples(self, samples: NDArray[np.floating]) -> None:
         if samples.shape[1] == 0:
             return
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.clip(-1, 1)), "fltp", "stereo")
-        frame.sample_rate, frame.time_base = self.sample_rate, Fraction(1, self.sample_rate)
+        frame.sample_rate, frame.time_base = self._rate, Fraction(1, self._rate)
         frame.pts = self._samples_written
         self._samples_written += samples.shape[1]
         self._file.mux(self._audio.encode(frame))
@@ -292,7 +293,7 @@ class VideoWriter:
         if self._audio is not None:
             self._encode_sound()
             while (missing := self._samples_due() - self._samples_written) > 0:  # a second at a time: it may be an hour
-                self._encode_samples(np.zeros((2, min(missing, self.sample_rate)), np.float32))
+                self._encode_samples(np.zeros((2, min(missing, self._rate)), np.float32))
         self._file.mux(self._video.encode(None))
         if self._audio is not None:
             self._file.mux(self._audio.encode(None))
@@ -369,7 +370,7 @@ def _h264_encoder(width: int, height: int) -> str:
         if "yuv420p" not in {format.name for format in codec.video_formats or ()}:
             continue
         try:
-            context = av.CodecContext.create(codec, "w")
+            context: Any = av.CodecContext.create(codec, "w")  # of which PyAV's types do not know that it is a video's
             context.width, context.height, context.pix_fmt = width, height, "yuv420p"
             context.time_base, context.framerate = Fraction(1, 30), Fraction(30)
             context.open()

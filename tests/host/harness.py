@@ -191,6 +191,25 @@ class Host:
 
     def start(self, timeout: float = 120) -> None:
         """Start the host and wait until it answers; raises HostDied."""
+        self._spawn()
+        deadline = time.monotonic() + timeout
+        while not self._answers():
+            if not self.alive and "address already in use" in self.log() and time.monotonic() < deadline:
+                self._spawn()  # somebody took the port meanwhile
+            elif not self.alive or time.monotonic() > deadline:
+                self.kill()
+                raise HostDied(f"ComfyUI did not start:\n{self.log()[-4000:]}")
+            time.sleep(0.1)
+        self._events: list[tuple[float, str, Any]] = []
+        self._news = threading.Condition()
+        self._connected = True
+        socket_url = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
+        self._socket = websocket.create_connection(socket_url, enable_multithread=True)
+        # Previews that say whose they are.
+        self._socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
+        threading.Thread(target=self._listen, args=(self._socket,), daemon=True).start()
+
+    def _spawn(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -204,24 +223,13 @@ class Host:
             self._process = subprocess.Popen(
                 command, cwd=self.folder, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                self.get("/system_stats")
-                break
-            except OSError:
-                if not self.alive or time.monotonic() > deadline:
-                    self.kill()
-                    raise HostDied(f"ComfyUI did not start:\n{self.log()[-4000:]}") from None
-                time.sleep(0.1)
-        self._events: list[tuple[float, str, Any]] = []
-        self._news = threading.Condition()
-        self._connected = True
-        socket_url = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
-        self._socket = websocket.create_connection(socket_url, enable_multithread=True)
-        # Previews that say whose they are.
-        self._socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
-        threading.Thread(target=self._listen, args=(self._socket,), daemon=True).start()
+
+    def _answers(self) -> bool:
+        """Whether it, and not another host at its port, answers."""
+        try:
+            return str(self.base) in json.loads(self.get("/system_stats"))["system"]["argv"]
+        except OSError:
+            return False
 
     @property
     def alive(self) -> bool:

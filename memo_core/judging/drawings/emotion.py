@@ -30,7 +30,7 @@ def draw_emotion(
     of the video for the labels and of the recording for the rest.
 
     Args:
-        waveform: [T] or [channels, T], see `audio.prepare_waveform`; None leaves it out.
+        waveform: [T] or [channels, T], see `inputs.sound.prepare_waveform`; None leaves it out.
         width: of the picture in pixels, at least 600. Its height is 440 (290 without a waveform), and 24 more for each
             further row of the legend.
 

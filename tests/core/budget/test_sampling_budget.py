@@ -254,10 +254,10 @@ def test_a_network_whose_leaving_was_interrupted_comes_back_whole() -> None:
     places = [p.data_ptr() for p in net]
     net[1].stubborn = True
     with pytest.raises(KeyboardInterrupt):
-        offload.leave(net)
+        offload.to_host(net)
     assert [p.moves for p in net] == [1, 0]
-    offload.enter(net, torch.device("cpu"))
-    offload.enter(net, torch.device("cpu"))  # it is back
+    offload.to_device(net, torch.device("cpu"))
+    offload.to_device(net, torch.device("cpu"))  # it is back
     assert [p.tolist() for p in net] == [[1, 1], [1, 1]] and net[1].data_ptr() == places[1]
 
 
@@ -269,8 +269,8 @@ def test_weights_are_copied_to_the_host_once_and_again_when_they_change(monkeypa
 
     def there_and_back() -> list[torch.Size]:
         copied.clear()
-        offload.leave(net)
-        offload.enter(net, torch.device("cpu"))  # where `to` gives the host's own copy: what is on a device is another
+        offload.to_host(net)
+        offload.to_device(net, torch.device("cpu"))  # where `to` gives the host's own copy: what is on a device is another
         for parameter in net:
             Tensor.data.__set__(parameter, Tensor.data.__get__(parameter).clone())
         return list(copied)
@@ -282,27 +282,27 @@ def test_weights_are_copied_to_the_host_once_and_again_when_they_change(monkeypa
     assert there_and_back() == [(2,)] and net[1].tolist() == [2, 2]
     Tensor.data.__get__(net[0]).mul_(3)
     assert there_and_back() == [(3, 2)] and net[0].flatten().tolist() == [3] * 6
-    offload.forget(net)
+    offload.free_host_copy(net)
     assert there_and_back() == [(3, 2), (2,)]
 
 
 def test_weights_that_were_replaced_while_they_waited_come_too() -> None:
     """As by options or adapters between loading and the first window."""
     net = nn.ParameterDict({"a": OnCard(torch.ones(2)), "b": OnCard(torch.ones(3))})
-    offload.wait(net)
+    offload.start_on_host(net)
     net["a"], net["c"] = OnCard(torch.full((4,), 2.0)), OnCard(torch.full((5,), 3.0))
-    offload.enter(net, torch.device("cpu"))
+    offload.to_device(net, torch.device("cpu"))
     assert {name: p.moves for name, p in net.items()} == {"a": 1, "b": 1, "c": 1} and net not in offload._away
-    offload.leave(net)  # has another size now
+    offload.to_host(net)  # has another size now
     assert {name: p.sum().item() for name, p in net.items()} == {"a": 8, "b": 3, "c": 15}
 
 
 def test_the_order_of_weights_in_memory_survives() -> None:
     weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     net = nn.ParameterList([OnCard(weight.clone())])
-    offload.leave(net)
+    offload.to_host(net)
     assert torch.equal(net[0], weight) and net[0].stride() == weight.stride()
-    offload.enter(net, torch.device("cpu"))
+    offload.to_device(net, torch.device("cpu"))
     assert torch.equal(net[0], weight) and net[0].stride() == weight.stride()
 
 
@@ -371,8 +371,8 @@ def test_weights_moved_in_inference_mode_can_still_be_trained(made: bool, moved:
     with torch.inference_mode(made):
         net = nn.ParameterList([OnCard(torch.ones(2), requires_grad=not made)])
     with torch.inference_mode(moved):
-        offload.leave(net)
-        offload.enter(net, torch.device("cpu"))
+        offload.to_host(net)
+        offload.to_device(net, torch.device("cpu"))
     assert net[0].moves == 2 and net[0].is_inference() == made
     if not made:
         with torch.no_grad():
@@ -419,8 +419,8 @@ def test_a_rebuild_looks_at_several_windows_in_one_turn(monkeypatch: pytest.Monk
     job = networks.clip(MemoPipeline(nets), 64, 4, steps=1)
     whole = list(MemoPipeline(nets).sample_windows(job))
     plan = plan_of(needs(nets, 64, 64, job.settings), reference_net_stays=False)
-    turns, leave = [], offload.leave
-    monkeypatch.setattr(offload, "leave", lambda net: turns.append(net) or leave(net))
+    turns, leave = [], offload.to_host
+    monkeypatch.setattr(offload, "to_host", lambda net: turns.append(net) or leave(net))
     for several, wanted in ((1, 1 + 4), (2, 1 + 2), (12, 1 + 1)):  # and the portrait's turn
         rest = replace(job, start=48, num_frames=16, memory=whole[2].memory)  # by another process, as it were
         turns.clear()
@@ -465,7 +465,7 @@ def test_the_large_nets_come_to_a_device_when_they_are_to_sample(
     memo_tiny: Path, monkeypatch: pytest.MonkeyPatch, track: Any, reference: Any
 ) -> None:
     """Loaded for a device they wait in host memory: what listens, and the VAE, have its room before."""
-    came, enter, moved, to = [], offload.enter, set(), Tensor.to
+    came, enter, moved, to = [], offload.to_device, set(), Tensor.to
 
     def as_if(tensor: Tensor, *where: Any, **how: Any) -> Tensor:
         """A move to a device that is not there."""
@@ -477,7 +477,7 @@ def test_the_large_nets_come_to_a_device_when_they_are_to_sample(
         moved.add(out.data_ptr())
         return out
 
-    monkeypatch.setattr(offload, "wait", lambda net: came.append(f"{type(net).__name__} waits"))
+    monkeypatch.setattr(offload, "start_on_host", lambda net: came.append(f"{type(net).__name__} waits"))
     monkeypatch.setattr(Tensor, "to", as_if)
     for listener in (SpeechEncoder, Emotion2Vec, EmotionHead):
         monkeypatch.setattr(listener, "from_pretrained", lambda *_, **how: nn.Identity())
@@ -488,8 +488,8 @@ def test_the_large_nets_come_to_a_device_when_they_are_to_sample(
     monkeypatch.undo()
     pipe = MemoPipeline.from_pretrained(memo_tiny)
     for net in (pipe.nets.reference_net, pipe.nets.diffusion_net):
-        offload.wait(net)
-    monkeypatch.setattr(offload, "enter", lambda net, device: came.append(net) or enter(net, device))
+        offload.start_on_host(net)
+    monkeypatch.setattr(offload, "to_device", lambda net, device: came.append(net) or enter(net, device))
     (window,) = pipe.sample_windows(pipe.job(reference, track, num_frames=16, steps=1))
     assert pipe.nets.reference_net in came and pipe.nets.diffusion_net in came and not offload._away
 
@@ -699,7 +699,7 @@ def test_what_comes_from_the_host_ahead_of_its_use_is_the_layer_in_use(
     with torch.inference_mode():  # as `MemoryCache.memory_of` makes them, to be read in or outside
         buffers = _Buffers(max(layer.buffer_bytes(slice(None)) for layer in layers), torch.device("cpu"))
     whole = WindowMemory(layers, buffers=buffers)
-    views = {"whole": (whole, [0, 1]), "first": (whole.half(0), [0]), "second": (whole.half(1), [1])}
+    views = {"whole": (whole, [0, 1]), "first": (whole.guidance_row(0), [0]), "second": (whole.guidance_row(1), [1])}
     for name, length in passes:
         view, wanted = views[name]
         for i in range(min(length, len(view))):

@@ -105,7 +105,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> 
         Image.new("L", (13300, 13300)).save("big.png", compress_level=1)
         Image.new("L", (13300, 13300)).save("big.jpg")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        from memo_core.pictures import open_picture
+        from memo_core.inputs.pictures import open_picture
         try:
             open_picture("big.png")
         except ValueError as error:

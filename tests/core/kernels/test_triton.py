@@ -456,7 +456,7 @@ def test_networks_on_the_kernels_are_the_same_networks(monkeypatch: pytest.Monke
         second = [rows_of(pair, slice(1, None)) for pair in memory]
         return [
             net(latents, shifts, prepared, in_turn(memory)),
-            net(latents, shifts, prepared.half(1), in_turn(second)),
+            net(latents, shifts, prepared.guidance_row(1), in_turn(second)),
             features[0],
             features[-1],
         ]
