@@ -90,7 +90,7 @@ def picture(results: Results, path: Path) -> None:
     against = {name: found[faster][EXACT] for name, found in measured.items() if EXACT in found.get(faster, {})}
     panels.append(chart.Bars("times faster than the released schedule, exact, by part", against, "x", line=1))
     shares = {
-        f"{name}, {how}": {part: seconds for part, seconds in measured[name]["median"][how].items()}
+        f"{name}, {how}": dict(measured[name]["median"][how].items())
         for name in list(against)[:1]
         for how in (RELEASED, EXACT)
     }

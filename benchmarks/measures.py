@@ -26,9 +26,9 @@ from memo_core.nets.conditions import Conditions
 from memo_core.nets.past import Memory
 from memo_core.release import DECAY, WINDOW
 from memo_core.running import precision
-from memo_core.sampling.renderer import Window
 from memo_core.sampling.conditions import Conditioner
 from memo_core.sampling.job import Job
+from memo_core.sampling.renderer import Window
 from memo_core.sampling.settings import PRESETS
 from memo_core.sampling.window import sample_window
 
@@ -487,7 +487,8 @@ def _conditions(nets: Networks, job: Job) -> tuple[Conditions, list[Memory]]:
 
 def _joined(given: list[tuple[Conditions, list[Memory]]]) -> tuple[Conditions, list[Memory]]:
     """Conditions and memory of several portraits in one batch: first all unconditional rows, then all conditional
-    ones."""
+    ones.
+    """
 
     def rows(tensors: list[Tensor]) -> Tensor:
         halves = [tensor.chunk(2) for tensor in tensors]

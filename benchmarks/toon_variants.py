@@ -31,7 +31,8 @@ class Variant:
 
     def nets(self, start: Path, seed: int = 0) -> Nets:
         """The networks of a checkpoint, with this variant's layers. Layers of a kind that the checkpoint does not have
-        begin anew, as the seed says."""
+        begin anew, as the seed says.
+        """
         nets = Nets.from_pretrained(start)
         settings = {**nets.sizes.diffusion_net, **self.layers}
         if settings == nets.sizes.diffusion_net:

@@ -64,7 +64,7 @@ class MemoPipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         lora: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
-        options: Options = Options(),
+        options: Options = Options(),  # noqa: B008 -- it is immutable
     ) -> MemoPipeline:
         """Loads a folder in the released layout, or an embedded checkpoint by name ("toon"). On a GPU the two large
         networks come to it when something is sampled.

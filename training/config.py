@@ -186,9 +186,8 @@ def check(config: Stage) -> Stage:
             if value not in allowed:
                 raise ConfigError(f"{name}: {value!r} is none of {', '.join(map(repr, allowed))}")
     for name, value in flat.items():
-        if name.startswith("drop.") or name in ("data.start_ratio", "engine.ema"):
-            if not 0 <= value <= 1:
-                raise ConfigError(f"{name} must be between 0 and 1, got {value}")
+        if (name.startswith("drop.") or name in ("data.start_ratio", "engine.ema")) and not 0 <= value <= 1:
+            raise ConfigError(f"{name} must be between 0 and 1, got {value}")
     whole = ("steps", "data.frames", "optimizer.batch", "optimizer.accumulate")
     for name in (*whole, *(f"engine.{key}" for key in ("save_every", "keep", "sample_every", "samples", "log_every"))):
         if flat[name] < 1:

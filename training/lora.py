@@ -142,7 +142,7 @@ def load(nets: nn.Module, path: str | os.PathLike[str]) -> Adapter:
         MemoError: the file cannot be read, or has other layers, ranks or alphas than `add` was asked for.
     """
     adapter, problems = read(path), []
-    own = {name: layer for name, layer in _adapted(nets)}
+    own = dict(_adapted(nets))
     for name in sorted(own.keys() | adapter.modules.keys()):
         if name not in own or name not in adapter.modules:
             problems.append(f"{name} is only in the {'file' if name not in own else 'networks'}")

@@ -154,7 +154,7 @@ class Shards:
             raise ShardError(f"{self.folder} has samples 0 to {len(self.samples) - 1}, received {shown(number)}")
         return self.samples[place]
 
-    @lru_cache(maxsize=4096)  # one reader lives as long as its process
+    @lru_cache(maxsize=4096)  # noqa: B019 -- one reader lives as long as its process
     def _header(self, number: int) -> tuple[int, dict[str, Any]]:
         """Where a sample's data begin, and its tensors' dtypes, shapes and places there, all of which make sense."""
         sample = self._sample(number)

@@ -1,4 +1,6 @@
-"""SyncNet: do the lips move with the voice? (Chung and Zisserman 2016, "Out of time: automated lip sync in the wild")
+"""SyncNet: do the lips move with the voice?
+
+Chung and Zisserman 2016, "Out of time: automated lip sync in the wild".
 
 Two convolutional networks bring five frames of a face and the 0.2 s of sound that belong to them into one space, where
 what belongs together lies close. Layers, parameter names and every number on the way in and out are those of the

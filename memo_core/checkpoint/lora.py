@@ -127,7 +127,7 @@ class Adapter:
 def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Whether a file says that it is a MEMO adapter; its tensors are not looked at."""
     try:
-        with open_tensors(path) as file:
+        with open_arrays(path) as file:
             return (file.metadata() or {}).get("format") == FORMAT
     except UNREADABLE:
         return False

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import shown
-from ..errors import CheckpointError
 
 _EPSILON = 1e-6
 _ACTIVATIONS = {"silu": nn.SiLU, "swish": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "mish": nn.Mish}
@@ -57,12 +56,12 @@ class Config:
         for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             kinds = getattr(self, name)
             if tuple(kinds) != (kind,) * len(self.block_out_channels):
-                raise CheckpointError(
-                    f"vae: {name} = {shown(list(kinds))} is not supported, only {kind!r} for each of the "
+                raise ValueError(
+                    f"{name} = {shown(list(kinds))} is not supported, only {kind!r} for each of the "
                     f"{len(self.block_out_channels)} block_out_channels is"
                 )
         if self.act_fn not in _ACTIVATIONS:
-            raise CheckpointError(f"vae: act_fn = {shown(self.act_fn)}; allowed are {', '.join(_ACTIVATIONS)}")
+            raise ValueError(f"act_fn = {shown(self.act_fn)}; allowed are {', '.join(_ACTIVATIONS)}")
 
 
 class AutoencoderKL(nn.Module):
@@ -74,7 +73,7 @@ class AutoencoderKL(nn.Module):
         settings: fields of `Config`.
 
     Raises:
-        CheckpointError: for a setting that is not implemented.
+        ValueError: for a setting that is not implemented.
     """
 
     def __init__(self, **settings: Any):

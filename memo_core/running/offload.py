@@ -34,7 +34,7 @@ _away: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def start_on_host(module: nn.Module) -> None:
-    """Of a network whose weights were read into host memory, though it belongs on a device: `to_device` brings it there."""
+    """Of a network whose weights were read into host memory, though it belongs on a device: `to_device` brings it."""
     tensors = _tensors(module)
     _homes[module] = _Home([], [tensor.data for tensor in tensors], [None] * len(tensors))
     _away.add(module)

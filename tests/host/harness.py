@@ -8,6 +8,7 @@ host.kill(); host.restart(); host.stop()
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -245,10 +246,8 @@ class Host:
         """End it as its user does."""
         if self.alive:
             self._process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                pass
         self.kill()
 
     def restart(self) -> None:
@@ -351,9 +350,9 @@ class Host:
         with self._news:
             while True:
                 for _, event, data in self._events[seen:]:
-                    if event == kind and data.get("prompt_id") == prompt_id:
-                        if all(key in data and data[key] == value for key, value in values.items()):
-                            return data
+                    ours = event == kind and data.get("prompt_id") == prompt_id
+                    if ours and all(key in data and data[key] == value for key, value in values.items()):
+                        return data
                 seen = len(self._events)
                 if not self._connected:
                     raise HostDied(f"ComfyUI ended:\n{self.log()[-4000:]}")

@@ -107,7 +107,7 @@ def test_the_files_are_what_their_description_makes(host: Host) -> None:
     stale = [name for name, text in made.items() if (FOLDER / name).read_text(encoding="utf-8") != text]
     assert stale == []
     assert {str(path.relative_to(FOLDER).as_posix()) for path in FOLDER.rglob("*.json")} == made.keys()
-    assert {name for name in VIDEOS} == {path.stem for path in FOLDER.glob("*.json")}
+    assert set(VIDEOS) == {path.stem for path in FOLDER.glob("*.json")}
 
 
 @pytest.mark.parametrize("name", VIDEOS)

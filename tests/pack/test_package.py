@@ -186,7 +186,8 @@ def test_installing_it_changes_no_package_of_the_host(files: list[str], tmp_path
 def test_a_copy_of_the_pack_alone_finds_its_assets(files: list[str], tmp_path: Path) -> None:
     """As in custom_nodes: a folder with a space and letters that are not ASCII, memo_core imported from inside it."""
     copy_pack(tmp_path / "MÉMO pack ü")
-    code = "import importlib; c = importlib.import_module('memo_core.checkpoint.layout'); print(c.assets(), c.find('toon'))"
+    code = "import importlib; c = importlib.import_module('memo_core.checkpoint.layout')"
+    code += "; print(c.assets(), c.find('toon'))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path / "MÉMO pack ü",

@@ -455,7 +455,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(data: Path, tmp_path: Path, momen
     """kill -9 while a checkpoint is half written, and between two steps."""
     whole = engine.train(TINY, data, tmp_path / "whole", small_nets(), None)
     script = (
-        "import sys, time; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests', sys.argv[1] + '/tests/training']; import test_training as t\n"
+        "import sys, time; root = sys.argv[1]\n"
+        "sys.path[:0] = [root, root + '/tests', root + '/tests/training']; import test_training as t\n"
         "from training import engine, nets\n"
         "def wait(): print('now', flush=True); time.sleep(600)\n"
         "save, step = nets.Nets.save, engine.Trainer._step\n"
@@ -573,7 +574,8 @@ def launch(stage: Stage, data: Path, out: Path, processes: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = (
-        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests', sys.argv[1] + '/tests/training']; import test_training as t\n"
+        "import sys; root = sys.argv[1]\n"
+        "sys.path[:0] = [root, root + '/tests', root + '/tests/training']; import test_training as t\n"
         "stage = t.config.from_json(sys.argv[4])\n"
         "t.engine.train(stage, sys.argv[2], sys.argv[3], t.small_nets(), None)\n"
     )

@@ -174,11 +174,13 @@ def without_repeats(found: Found) -> Found:
 def write_rows(path: str | Path, kind: type[Clip] | type[Rejected], rows: Iterable[Clip | Rejected]) -> None:
     """Writes clips or rejected rows as CSV, whole or not at all."""
     path = Path(path)
-    with replace_whole(path) as temporary:
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            writer = csv.DictWriter(file, [item.name for item in fields(kind)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+    with (
+        replace_whole(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, [item.name for item in fields(kind)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
 
 
 def read_clips(path: str | Path) -> list[Clip]:

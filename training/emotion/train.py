@@ -224,7 +224,7 @@ def _weights(labels: Tensor, balance: str) -> Tensor:
 
 
 def _draw_batch(weights: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """[size] indices, drawn with replacement. (torch.multinomial takes no more than 2^24 choices.)"""
+    """[size] indices, drawn with replacement; torch.multinomial takes no more than 2^24 choices."""
     points = torch.rand(size, generator=generator, dtype=torch.float64) * weights[-1]
     return torch.searchsorted(weights, points, right=True).clamp_max(len(weights) - 1)
 

@@ -198,7 +198,7 @@ class EFid(_Frechet):
         super().__init__(tools)
         self._session = tools.session(FACE_3D)
         self._points = load_standard_points(tools)
-        tools.analyzer
+        _ = tools.analyzer  # says now what is missing
 
     def start(self, pair: Pair) -> None:
         super().start(pair)

@@ -60,7 +60,7 @@ class LandmarkDistance(Metric):
     def __init__(self, tools: Tools) -> None:
         super().__init__(tools)
         self._session = tools.session(LANDMARKS_2D)
-        tools.analyzer
+        _ = tools.analyzer  # says now what is missing
 
     def start(self, pair: Pair) -> None:
         self._times: list[float] = []
@@ -128,7 +128,7 @@ class HeadMotion(Metric):
     def __init__(self, tools: Tools) -> None:
         super().__init__(tools)
         self._session = tools.session(LANDMARKS_3D)
-        tools.analyzer
+        _ = tools.analyzer  # says now what is missing
 
     def start(self, pair: Pair) -> None:
         self._points: list[list[NDArray[np.float32]]] = [[], []]

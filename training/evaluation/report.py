@@ -1,6 +1,6 @@
-"""Writes what was found: report.md, report.json, videos.csv, and curves over time as pictures.
+r"""Writes what was found: report.md, report.json, videos.csv, and curves over time as pictures.
 
-Names that are not UTF-8 are written with escapes, such as \\udcff.
+Names that are not UTF-8 are written with escapes, such as \udcff.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Sync(Metric):
     def __init__(self, tools: Tools) -> None:
         super().__init__(tools)
         self._net = SyncNet.load(tools.need(FILE)).to(tools.device)
-        tools.analyzer
+        _ = tools.analyzer  # says now what is missing
 
     def start(self, pair: Pair) -> None:
         self._paths = (pair.generated, pair.real)

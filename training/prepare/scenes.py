@@ -15,7 +15,7 @@ LOOKED_AT = 256  # pixels of the longer side in which cuts are looked for
 SLACK_SECONDS, SLACK_SHARE = 2.0, 0.1  # by which a picture may be shorter than the file says
 
 
-def split(row: Row, settings: Settings) -> list[Row]:
+def split(row: Row, settings: Settings) -> list[Row]:  # noqa: C901 -- one case after the other
     """Rows of all clips of the video `row`, those that are too short with a failure.
 
     Raises:

@@ -270,7 +270,7 @@ def test_weights_are_copied_to_the_host_once_and_again_when_they_change(monkeypa
     def there_and_back() -> list[torch.Size]:
         copied.clear()
         offload.to_host(net)
-        offload.to_device(net, torch.device("cpu"))  # where `to` gives the host's own copy: what is on a device is another
+        offload.to_device(net, torch.device("cpu"))  # `to` gives the host's own copy: on a device it is another
         for parameter in net:
             Tensor.data.__set__(parameter, Tensor.data.__get__(parameter).clone())
         return list(copied)

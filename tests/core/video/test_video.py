@@ -278,10 +278,10 @@ def test_full_disk_is_an_error_and_leaves_no_broken_file(tmp_path: Path, size: i
     path = tmp_path / "a.mp4"
     noise = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
     for partial in (False, True):
-        with largest_file(size), pytest.raises(VideoError, match="cannot write"):
-            with VideoWriter(path, 64, 64, 30, 16000) as writer:
-                writer.write_frames(noise)
-                writer.finish(partial=partial)
+        refused = pytest.raises(VideoError, match="cannot write")
+        with largest_file(size), refused, VideoWriter(path, 64, 64, 30, 16000) as writer:
+            writer.write_frames(noise)
+            writer.finish(partial=partial)
         assert list(tmp_path.iterdir()) == []
 
 
