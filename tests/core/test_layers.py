@@ -1,0 +1,63 @@
+"""The house stands: modules import downwards only, and in no circle; also in functions, and for types alone."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from common import ROOT
+
+# From the ground up; a module may import from its own layer's package and from those before it.
+LAYERS = (
+    *("release", "errors", "checks", "files", "tensorfile", "devices", "kernels", "nets", "encoders", "running"),
+    *("checkpoint", "inputs", "memory", "video", "judging", "sampling", "budget", "pipeline", "cli"),
+)
+OLD = ("audio", "speed", "optimise")  # where names were before version 0.2
+
+
+def modules() -> dict[str, Path]:
+    paths = {path: path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / "memo_core").rglob("*.py")}
+    return {".".join(parts).removesuffix(".__init__"): path for path, parts in paths.items()}
+
+
+def imported(module: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of memo_core that one imports, anywhere in it."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *([node.module] if node.module else [])]
+            for alias in node.names:
+                whole = ".".join([*base, alias.name])
+                found.add(whole if whole in known else ".".join(base))
+    return found - {module}
+
+
+GRAPH = {name: imported(name, path, modules()) for name, path in modules().items()}
+
+
+def layer(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_every_module_belongs_to_a_layer() -> None:
+    assert {layer(module) for module in GRAPH} - {"", "__main__", *OLD} == set(LAYERS)
+
+
+def test_no_arrow_points_upwards() -> None:
+    upwards = [
+        f"{module} -> {other}"
+        for module, others in GRAPH.items()
+        for other in others
+        if layer(module) in LAYERS and layer(other) in LAYERS
+        if LAYERS.index(layer(other)) > LAYERS.index(layer(module))
+    ]
+    assert upwards == []
+
+
+def test_there_is_no_circle() -> None:
+    left = {module: set(others) & set(GRAPH) for module, others in GRAPH.items()}
+    while leaves := [module for module, others in left.items() if not others & set(left)]:
+        for module in leaves:
+            del left[module]
+    assert sorted(left) == []
