@@ -22,6 +22,11 @@ demo: $(VENV)/.for-demo
 test: $(VENV)/.for-test
 	$(BIN)/python -m pytest -q
 
+# The core's tests with the other Pythons and libraries; the result in tests/versions.md. ONLY="oldest newest" names some.
+.PHONY: test-versions
+test-versions:
+	$(PYTHON) tests/versions.py $(ONLY)
+
 lint: $(VENV)/.for-test build/lint/comfyui_memo
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Tests run beside each other, each on one thread, and so do the processes that they start: for networks so small more
-# threads take longer. Read when numpy and torch are imported.
+# threads take longer. Where a test wants more of them, they wait asleep. Read when numpy and torch are imported.
 if "OMP_NUM_THREADS" not in os.environ:
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -22,6 +24,9 @@ from hypothesis import settings
 from safetensors.torch import load_file
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
+from memo_core.budget import counting
+from memo_core.checkpoint.networks import Networks
+from memo_core.sampling.renderer import Window
 
 # An example's time says more about what else the machine does than about the code. `make test` chooses "fast".
 settings.register_profile("full", deadline=None)
@@ -39,6 +44,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds windows that another one left in the user's cache."""
     monkeypatch.setenv("MEMO_STORE", str(tmp_path_factory.mktemp("windows")))
+
+
+@pytest.fixture(scope="session")
+def counted() -> dict[tuple[Any, ...], Any]:
+    """What `counted_once` keeps."""
+    return {}
+
+
+@pytest.fixture
+def counted_once(monkeypatch: pytest.MonkeyPatch, counted: dict[tuple[Any, ...], Any]) -> None:
+    """What sampling needs is counted for the first pipeline of a checkpoint: it takes longer than a short video."""
+    count = counting._count
+
+    def once(nets: Networks, *how: Any) -> Any:
+        key = nets.folder, nets.diffusion_net.conv_in.weight.dtype, *how
+        if key not in counted:
+            counted[key] = count(nets, *how)
+        return counted[key]
+
+    monkeypatch.setattr(counting, "_count", once)
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +104,19 @@ def small(pipe: MemoPipeline, expected: dict[str, torch.Tensor]) -> Reference:
 def track(pipe: MemoPipeline, expected: dict[str, torch.Tensor]) -> AudioTrack:
     """The fixture's voice: 69 frames, 80 when padded to whole windows."""
     return pipe.encode_audio(expected["in.waveform"], 16000)
+
+
+@pytest.fixture(scope="session")
+def chain(
+    pipe: MemoPipeline,
+    reference: Reference,
+    track: AudioTrack,
+    emotions: EmotionTrack,
+    expected: dict[str, torch.Tensor],
+) -> list[Window]:
+    """The three windows of four steps that the reference implementation sampled, sampled here."""
+    noise = torch.cat([expected[f"clip{i}.noise"] for i in range(3)])
+    return list(pipe.sample_windows(pipe.job(reference, track, emotions, num_frames=48, steps=4, noise=noise)))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runs the core's tests with other versions of Python and of the libraries, and writes the result to versions.md beside this.
+"""Runs the core's tests with other versions of Python and of the libraries, and writes versions.md beside this.
 
     python tests/versions.py [NAME ...] [--discard]
 
@@ -22,8 +22,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".md")
-# Import, load, sample, memory, store, video, emotion, download, adapters, command. What needs a GPU, Triton or the
-# benchmarks does not depend on the libraries' versions in other ways.
+# Import, load, sample, memory, store, video, emotion, download, adapters, command.
 TESTS = [f"tests/core/{name}" for name in ("checkpoint", "cli", "inputs", "memory", "nets", "sampling", "video")]
 TESTS += ["tests/core/test_files.py", "tests/core/test_pipeline.py"]
 LIMIT = 20 * 60  # seconds for the tests of one combination
@@ -164,8 +163,8 @@ def _write(rows: dict[str, list[str]]) -> None:
     lines = [
         "# The core's tests with other versions",
         "",
-        "Written by `make test-versions`: what was really installed, on a CPU with one thread. `tests/versions.py` says what"
-        " is asked for.",
+        "Written by `make test-versions`: what was really installed, on a CPU with one thread. What is asked for stands in",
+        "`tests/versions.py`.",
         "",
         _line(head),
         _line(["---"] * len(head)),

@@ -23,21 +23,24 @@ def run(args: argparse.Namespace) -> int:
     kind = check_picture(output, args.voice)
 
     from ..checkpoint.layout import EMOTION_HEAD, find
+    from ..checkpoint.settings import read_net_config
     from ..encoders.emotion2vec import Emotion2Vec
     from ..encoders.emotion_head import EmotionHead
     from ..inputs.emotion import detect_emotion
     from ..inputs.recording import Recording
     from ..inputs.speech import count_frames
     from ..judging.drawings.emotion import draw_emotion
-    from ..release import EMOTIONS, FPS, SAMPLE_RATE, WINDOW
+    from ..release import EMOTIONS, SAMPLE_RATE
 
     folder = find(args.checkpoint)
+    config = read_net_config(folder / "diffusion_net")
     recording = Recording(args.voice)
     waveform, seconds = recording.mono(SAMPLE_RATE), recording.seconds
     encoder = Emotion2Vec.from_pretrained(folder / "emotion2vec")
     head = EmotionHead.from_pretrained(folder / EMOTION_HEAD)
-    frames = WINDOW * math.ceil(count_frames(recording.num_samples, recording.sample_rate, FPS) / WINDOW)
-    track = detect_emotion(waveform, SAMPLE_RATE, encoder, head, frames, FPS)
+    frames = count_frames(recording.num_samples, recording.sample_rate, config.fps)
+    frames = config.window * math.ceil(frames / config.window)
+    track = detect_emotion(waveform, SAMPLE_RATE, encoder, head, frames, config.fps)
 
     labels = track.probabilities.argmax(dim=1).tolist()
     times = [*track.segment_starts.tolist(), seconds]

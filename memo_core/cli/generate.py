@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MemoError
-from ..release import FPS
 from .arguments import add_checkpoint, positive_int, seconds, size
 from .output import INTERRUPTED, OK, check_output, named_after, say
 
@@ -92,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     output = _output(args)
 
-    from ..checkpoint.layout import VOCAL_SEPARATOR
+    from ..checkpoint.layout import VOCAL_SEPARATOR, find
+    from ..checkpoint.settings import read_net_config
     from ..inputs.emotion import EmotionTrack
     from ..inputs.pictures import open_picture
     from ..inputs.portrait import check_size
@@ -117,8 +117,9 @@ def run(args: argparse.Namespace) -> int:
     portrait = open_picture(args.portrait)
     recording = Recording(args.voice)
     waveform, rate = recording.mono(SAMPLE_RATE), SAMPLE_RATE  # an hour as it was recorded may not fit into memory
-    num_frames = count_frames(recording.num_samples, recording.sample_rate, FPS)
-    start, count = _span(args, num_frames, recording.seconds)
+    fps = read_net_config(find(args.checkpoint) / "diffusion_net").fps
+    num_frames = count_frames(recording.num_samples, recording.sample_rate, fps)
+    start, count = _span(args, num_frames, recording.seconds, fps)
     device, dtype = _device(args)
 
     options = Options(rows_on_threads=device.type == "cpu")
@@ -143,19 +144,19 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.speed != "exact":
         about["speed"] = args.speed
-    with VideoWriter(output, width, height, FPS, recording.sample_rate, about) as writer:
-        sound = (round(frame * recording.sample_rate / FPS) for frame in (start, start + count))
+    with VideoWriter(output, width, height, fps, recording.sample_rate, about) as writer:
+        sound = (round(frame * recording.sample_rate / fps) for frame in (start, start + count))
         writer.write_audio(_begun(recording.span(*sound)))
         if args.separate_vocals:
             separator = pipe.nets.folder / VOCAL_SEPARATOR
             waveform, rate = separate_vocals(recording.read(), recording.sample_rate, separator)
         context = None if args.context == "whole" else args.context
-        audio = pipe.encode_audio(waveform, rate, FPS, context, num_frames=num_frames)
+        audio = pipe.encode_audio(waveform, rate, fps, context, num_frames=num_frames)
         emotion: EmotionTrack | None = None
         if args.emotion == "detect":
-            emotion = pipe.detect_emotion(waveform, rate, audio.num_padded_frames, FPS)
+            emotion = pipe.detect_emotion(waveform, rate, audio.num_padded_frames, fps)
         elif args.emotion != "null":
-            emotion = EmotionTrack.constant(args.emotion, audio.num_padded_frames, FPS)
+            emotion = EmotionTrack.constant(args.emotion, audio.num_padded_frames, fps)
         del waveform
         with _Bar(count) as bar:
             job = pipe.job(
@@ -173,13 +174,13 @@ def run(args: argparse.Namespace) -> int:
             windows = pipe.sample_windows(job, store=store, on_progress=bar.steps)
             memory, stopped, stored = _write(windows, writer, memory, beside=device.type != "cpu")
     if stopped is not None and writer.frames_written < count:
-        return _stopped(args, writer, memory, start, stopped)
+        return _stopped(args, writer, memory, start, fps, stopped)
     if isinstance(stopped, Exception):
         raise stopped
     if args.memory_out:
         memory.save(args.memory_out)
     found = f", {stored} of {job.windows} windows from the store" if stored else ""
-    print(f"{output}: {count} frames, {count / FPS:.2f} s, {width}x{height}, {count / bar.seconds:.2f} frames/s{found}")
+    print(f"{output}: {count} frames, {count / fps:.2f} s, {width}x{height}, {count / bar.seconds:.2f} frames/s{found}")
     return OK
 
 
@@ -267,7 +268,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _stopped(
-    args: argparse.Namespace, writer: VideoWriter, memory: MemoryState, start: int, reason: BaseException
+    args: argparse.Namespace, writer: VideoWriter, memory: MemoryState, start: int, fps: int, reason: BaseException
 ) -> int:
     """Saves the memory after Ctrl-C or an error, and says what there is and how to go on; then raises the error."""
     done = writer.frames_written
@@ -278,11 +279,11 @@ def _stopped(
         return INTERRUPTED
     state = args.memory_out or str(writer.path.with_suffix(".memory.safetensors"))
     memory.save(state)
-    changes = {"start": (start + done) / FPS, "memory_in": state, "horizon": None, "memory_out": args.memory_out}
+    changes = {"start": (start + done) / fps, "memory_in": state, "horizon": None, "memory_out": args.memory_out}
     changes["output"] = str(writer.path.with_stem(f"{writer.path.stem}-rest"))
     if args.duration is not None:
-        changes["duration"] = args.duration - done / FPS
-    holds = f"{writer.path} holds the first {done} frames ({done / FPS:.2f} s)"
+        changes["duration"] = args.duration - done / fps
+    holds = f"{writer.path} holds the first {done} frames ({done / fps:.2f} s)"
     say(f"interrupted: {holds}. To go on: {_command(args, changes)}")
     if not isinstance(reason, KeyboardInterrupt):
         raise reason
@@ -310,14 +311,14 @@ def _command(args: argparse.Namespace, changes: dict[str, object]) -> str:
     return shlex.join(words)
 
 
-def _span(args: argparse.Namespace, end: int, seconds: float) -> tuple[int, int]:
-    """First frame and number of frames, within a recording of `end` frames, so many seconds."""
-    start = round(args.start * FPS)
+def _span(args: argparse.Namespace, end: int, seconds: float, fps: int) -> tuple[int, int]:
+    """First frame and number of frames, within a recording of `end` frames, so many seconds at `fps`."""
+    start = round(args.start * fps)
     if start >= end:
         raise MemoError(f"--start is {args.start:g} s, but {args.voice} lasts {seconds:.2f} s")
     count = end - start
     if args.duration is not None:
-        count = min(count, max(1, round(args.duration * FPS)))
+        count = min(count, max(1, round(args.duration * fps)))
     return start, count
 
 

@@ -186,13 +186,13 @@ def test_digest_names_the_weights_and_not_the_precision_they_run_in(folder: Path
 
 
 @pytest.mark.parametrize("net", ["reference_net", "diffusion_net", "image_proj", "audio_proj", "vae"])
-def test_digest_differs_when_a_network_does(folder: Path, memo_tiny: Path, net: str) -> None:
+def test_digest_differs_when_a_network_does(folder: Path, pipe: MemoPipeline, net: str) -> None:
     def change(weights: dict[str, Tensor]) -> None:
         name = next(iter(sorted(weights)))
         weights[name] = weights[name] * 1.01
 
     change_weights(folder, net, change)
-    assert load(folder).digest != load(memo_tiny).digest
+    assert load(folder).digest != pipe.nets.digest
 
 
 def test_weights_digest() -> None:

@@ -1,4 +1,4 @@
-"""Readers of what comes from strangers, given 500 kinds of damage each: their own errors, and soon."""
+"""Readers of what comes from strangers, given 500 (`make test`: 100) kinds of damage each: their own errors, soon."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from common import examples
 from fuzzing import altered, assert_no_foreign, damaged, json_text
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -25,7 +26,7 @@ from memo_core.errors import CheckpointError, EmotionError, MemoryStateError
 from memo_core.inputs.emotion import EmotionTrack
 from memo_core.nets.weights import WEIGHTS, read_json, read_tensors
 
-RUNS = 500
+RUNS = examples(500, fast=100)
 
 
 def tensors_damaged(path: Path, rng: random.Random) -> bytes:
@@ -191,6 +192,7 @@ def test_files_of_checkpoints(copied: Path, names: tuple[str, ...]) -> None:
         restore()
 
 
+@pytest.mark.slow
 def test_checkpoints(copied: Path) -> None:
     for seed in range(24):
         rng = random.Random(seed)

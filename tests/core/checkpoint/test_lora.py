@@ -58,8 +58,8 @@ def nets(pipe: MemoPipeline) -> Networks:
 
 
 @pytest.fixture
-def file(nets: Networks, tmp_path: Path) -> Path:
-    random_adapter(nets).save(tmp_path / "face.safetensors")
+def file(pipe: MemoPipeline, tmp_path: Path) -> Path:
+    random_adapter(pipe.nets).save(tmp_path / "face.safetensors")
     return tmp_path / "face.safetensors"
 
 
@@ -247,7 +247,7 @@ def test_the_command_line_refuses_a_strength_that_is_none(text: str, capsys: pyt
 
 
 def test_generate_uses_an_adapter_and_writes_so(
-    memo_tiny: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memo_tiny: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted_once: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64), "tan").save("face.png")
@@ -321,6 +321,7 @@ def tuning():
     return tuning
 
 
+@pytest.mark.slow
 def test_what_was_trained_does_the_same_merged(tuning, nets: Networks, memo_tiny: Path, tmp_path: Path) -> None:
     container = Container(nets)
     with torch.no_grad():
@@ -350,6 +351,7 @@ def test_what_was_trained_does_the_same_merged(tuning, nets: Networks, memo_tiny
     assert {name.partition(".")[0] for name in adapter.modules} == set(lora.NETS)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_file(tuning, nets: Networks, tmp_path: Path) -> None:
     def fresh(rank: int = 4, targets: tuple[str, ...] = ("attention", "audio")) -> Container:
         container = Container(copied(nets))
@@ -385,6 +387,7 @@ def test_targets_and_numbers_that_are_none_are_refused(tuning, nets: Networks) -
 RANK_16 = {"attention": 3_188_736, "audio": 6_036_480, "memory": 4_833_280, "reference": 3_092_480}
 
 
+@pytest.mark.slow
 def test_the_size_on_the_released_networks(tuning) -> None:
     from training.nets import Nets
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import ROOT
+from common import ROOT, thinned
 from PIL import Image
 
 from memo_core import MemoryState
@@ -32,6 +32,7 @@ from memo_core.sampling.settings import PRESETS
 from memo_core.video.read import probe, read_video
 from memo_core.video.write import VideoWriter
 
+pytestmark = pytest.mark.usefixtures("counted_once")
 SECONDS = 0.8  # of the voice: 24 frames, a window and a half
 
 
@@ -273,7 +274,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    "by", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)], ids=["ctrl-c", "stopped", "closed"]
+    "by",
+    thinned([signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)], fast=[signal.SIGINT]),
+    ids=["ctrl-c", "stopped", "closed"],
 )
 def test_an_interrupt_leaves_a_video_that_plays_and_the_command_that_goes_on(
     here, generate, memo_tiny, by, monkeypatch
@@ -302,6 +305,7 @@ def test_an_interrupt_leaves_a_video_that_plays_and_the_command_that_goes_on(
     assert np.abs(_frames("whole.mp4")[16:].astype(int) - _frames(rest)).mean() < 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
 def test_the_next_run_removes_what_a_killed_one_left_and_says_so(here, generate, memo_tiny, caplog):
     _interrupt_when(here, memo_tiny, "-o", "out.mp4", finished_windows=1, by=signal.SIGKILL)
@@ -317,7 +321,7 @@ def test_equal_runs_give_equal_files(here, generate):
     assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["10:30.mp4", "http:127.0.0.1.mp4"])
+@pytest.mark.parametrize("name", thinned(["10:30.mp4", "http:127.0.0.1.mp4"], fast=["http:127.0.0.1.mp4"]))
 def test_a_colon_in_a_name_is_no_address(here, generate, name):
     os.rename("voice.wav", "10:30.wav")
     assert generate("-o", name, voice="10:30.wav") == 0
@@ -330,7 +334,7 @@ def test_videos_are_as_long_as_their_sound_to_the_sample(here, generate, samples
     from memo_core.inputs.speech import count_frames
 
     seen = []
-    monkeypatch.setattr(cli_generate, "_span", lambda args, end, seconds: seen.append(end) or (0, 1))
+    monkeypatch.setattr(cli_generate, "_span", lambda args, end, seconds, fps: seen.append(end) or (0, 1))
     for rate in (16000, 44100, 48000, 22050):
         count = round(samples * rate / 16000)
         with wave.open("v.wav", "wb") as file:
@@ -362,6 +366,7 @@ def test_an_error_keeps_what_is_finished(here, generate, monkeypatch, capsys, ol
     assert MemoryState.load(kept.replace(".mp4", ".memory.safetensors")).windows == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_first_window_leaves_no_file(here, memo_tiny):
     ended = _interrupt_when(here, memo_tiny, finished_windows=0)
     assert ended.returncode == 130

@@ -1,4 +1,5 @@
-"""Sound, videos, pictures and command lines from strangers, 500 kinds of damage each: typed errors, and soon."""
+"""Sound, videos, pictures and command lines from strangers, 500 (`make test`: 100) kinds of damage each: typed errors,
+and soon."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from common import examples
 from fuzzing import assert_no_foreign, damaged
 from PIL import Image
 
@@ -22,7 +24,7 @@ from memo_core.inputs.recording import Recording
 from memo_core.pipeline import MemoPipeline
 from memo_core.video.read import read_video
 
-RUNS = 500
+RUNS = examples(500, fast=100)
 SOUNDS = {"wav": "pcm_s16le", "mp3": "mp3", "flac": "flac", "ogg": "opus", "m4a": "aac", "webm": "opus", "mkv": "ac3"}
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "EPS", "PPM", "TGA", "ICO", "DDS", "SGI", "IM", "XBM")
 

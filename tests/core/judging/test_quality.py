@@ -200,6 +200,7 @@ def test_what_cannot_be_measured_is_refused(portrait: torch.Tensor) -> None:
 # --- Collapse ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_clip_of_the_shipped_checkpoint_holds() -> None:
     pipe = MemoPipeline.from_pretrained("toon")
     waveform, rate = librosa.load(ASSETS / "voice.wav", sr=None)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import FIXTURES, relative_l2
+from common import FIXTURES, examples, relative_l2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -171,7 +171,7 @@ def test_resume(tmp_path: Path, counts: list[int], seed: int) -> None:
 
 
 @given(st.lists(st.integers(1, 16), min_size=0, max_size=300), seeds)
-@settings(max_examples=20)
+@settings(max_examples=examples(20, fast=5))
 def test_constant(counts: list[int], seed: int) -> None:
     state = make([16] * 9 + counts, seed)
     assert 96 <= sum(len(entry.latents) for entry in state.entries) <= 112
@@ -278,7 +278,7 @@ def test_a_state_is_frozen_and_keeps_its_values_when_the_given_tensor_changes() 
 
 sizes = st.sampled_from([(64, 64), (64, 128), (128, 64)])
 lengths = st.integers(1, 69)
-networks = settings(max_examples=5, suppress_health_check=list(HealthCheck))
+networks = settings(max_examples=examples(5, fast=2), suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -575,7 +575,7 @@ def test_an_empty_state_is_saved_too(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40, fast=20), suppress_health_check=list(HealthCheck))
 def test_damaged_files_are_refused(tmp_path: Path, data) -> None:
     path = tmp_path / "state"
     make([16, 16, 5]).save(path)

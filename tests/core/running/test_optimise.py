@@ -104,6 +104,7 @@ def test_by_default_the_layers_have_their_released_names(memo_tiny: Path, pipe: 
         assert getattr(pipe.nets, name).state_dict().keys() == getattr(untouched, name).state_dict().keys()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_whole_graphs_which_blocks_of_one_shape_share() -> None:
     """With all other options. Traced, but no code is generated: a graph break would be an error."""
     nets = networks.tiny()
@@ -229,9 +230,9 @@ class Questions(TorchDispatchMode):
 
 @pytest.mark.parametrize("speed", PRESETS)
 def test_between_first_and_last_step_nothing_is_asked_of_the_device(
-    pipe: MemoPipeline, reference: Reference, track: AudioTrack, emotions: EmotionTrack, speed: str
+    pipe: MemoPipeline, small: Reference, track: AudioTrack, emotions: EmotionTrack, speed: str
 ) -> None:
-    job = pipe.job(reference, track, emotions, num_frames=16, steps=3, speed=speed)
+    job = pipe.job(small, track, emotions, num_frames=16, steps=3, speed=speed)
     questions, inside = Questions(), ExitStack()
 
     def on_progress(done: int, total: int) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from common import relative_l2
+from common import relative_l2, thinned
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -78,21 +78,15 @@ def test_a_layer_in_full_computes_with_what_its_weights_are() -> None:
     assert conv.weight.dtype == torch.bfloat16 and in_full(conv, x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", thinned(HALVES, fast=[torch.bfloat16]), ids=str)
 def test_a_hosts_layers_give_the_same_bits(
-    memo_tiny: Path,
-    reference: Reference,
-    track: AudioTrack,
-    emotions: EmotionTrack,
-    expected: dict[str, Tensor],
-    dtype: torch.dtype,
+    memo_tiny: Path, small: Reference, track: AudioTrack, emotions: EmotionTrack, dtype: torch.dtype
 ) -> None:
     """Its weights stay in half precision, and are brought to the format of what each layer reads."""
-    noise = torch.cat([expected[f"clip{window}.noise"] for window in range(2)])
 
     def latents(**how: object) -> Tensor:
         pipe = MemoPipeline(load(memo_tiny, dtype=dtype, **how))
-        return pipe.sample_clip(reference, track, emotions, num_frames=32, steps=2, noise=noise)[0].latents
+        return pipe.sample_clip(small, track, emotions, num_frames=32, steps=2)[0].latents
 
     assert torch.equal(latents(ops=HOST), latents())
 

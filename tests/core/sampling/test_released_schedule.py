@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks import released
 from benchmarks.timing import Parts
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
+from memo_core.sampling.renderer import Window
 
 CHAINED = 1e-4  # relative L2
 WINDOWS, STEPS = 3, 4
@@ -33,24 +34,28 @@ def parts() -> Parts:
 
 
 @pytest.fixture(scope="module")
-def chain(pipe: MemoPipeline, job, parts: Parts) -> list[released.ReleasedWindow]:
+def released_chain(pipe: MemoPipeline, job, parts: Parts) -> list[released.ReleasedWindow]:
     return list(released.sample_released(pipe.nets, job, parts))
 
 
 @pytest.mark.parametrize("window", range(WINDOWS))
-def test_it_equals_the_reference(chain, expected: dict[str, Tensor], window: int) -> None:
-    assert relative_l2(chain[window].latents, expected[f"clip{window}.latents"][0]) < CHAINED
+@pytest.mark.slow
+def test_it_equals_the_reference(released_chain, expected: dict[str, Tensor], window: int) -> None:
+    assert relative_l2(released_chain[window].latents, expected[f"clip{window}.latents"][0]) < CHAINED
     # The fixture holds every fourth frame.
-    assert relative_l2(chain[window].frames[::4].transpose(0, 1), expected[f"clip{window}.frames"][0]) < CHAINED
+    frames = released_chain[window].frames[::4].transpose(0, 1)
+    assert relative_l2(frames, expected[f"clip{window}.frames"][0]) < CHAINED
 
 
-def test_it_equals_memo_core(pipe: MemoPipeline, job, chain) -> None:
-    for mine, theirs in zip(pipe.sample_windows(job), chain, strict=True):
+@pytest.mark.slow
+def test_it_equals_memo_core(chain: list[Window], released_chain) -> None:
+    for mine, theirs in zip(chain, released_chain, strict=True):
         assert relative_l2(mine.latents, theirs.latents) < CHAINED
         assert relative_l2(mine.frames, theirs.frames) < CHAINED
 
 
-def test_it_does_the_released_work(parts: Parts, chain, pipe: MemoPipeline) -> None:
+@pytest.mark.slow
+def test_it_does_the_released_work(parts: Parts, released_chain, pipe: MemoPipeline) -> None:
     """Counts of what runs: past frames are projected at every step, every frame passes the VAE by itself."""
     counts = parts.counts()
     layers = sum(hasattr(block, "motion_modules") * len(block.resnets) for block in blocks(pipe))

@@ -174,7 +174,12 @@ def test_every_solver_can_be_stopped(pipe: MemoPipeline, small: Reference, track
 
 @pytest.mark.parametrize(
     ("interval", "wanted"),
-    [((0.0, 1.0), [2, 2, 2, 2]), ((0.3, 0.8), [1, 2, 2, 1]), ((0.5, 1.0), [2, 2, 1, 1]), ((0.0, 0.2), [1, 1, 1, 2])],
+    [
+        ((0.3, 0.8), [1, 2, 2, 1]),
+        pytest.param((0.0, 1.0), [2, 2, 2, 2], marks=pytest.mark.slow),
+        pytest.param((0.5, 1.0), [2, 2, 1, 1], marks=pytest.mark.slow),
+        pytest.param((0.0, 0.2), [1, 1, 1, 2], marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_outside_of_the_interval_one_row_is_computed(
@@ -221,6 +226,7 @@ def test_sums_in_8_bits_change_the_latents_a_little(
 # --- Together ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_presets_stay_near_to_exact(pipe: MemoPipeline, reference: Reference, track: AudioTrack) -> None:
     def sample(speed: str) -> Tensor:
         return pipe.sample_clip(reference, track, steps=6, guidance_scale=2, speed=speed, **ONE)[0].latents

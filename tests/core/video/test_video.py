@@ -312,6 +312,7 @@ def test_unreadable_files_are_video_errors(tmp_path: Path) -> None:
         probe(speech)
 
 
+@pytest.mark.slow
 def test_eighteen_thousand_frames_cost_no_memory(tmp_path: Path) -> None:
     script = textwrap.dedent("""
         import resource, sys, numpy as np
