@@ -1,5 +1,5 @@
 # `make demo`: a talking video from assets/ in demo.mp4, and a sheet of its frames in demo.png.
-# `make test`: the tests.
+# `make test`: the tests of the core and of the nodes that take little, in a few minutes. `make test-all`: all tests.
 # `make lint`: ruff's rules, its format, and mypy's types.
 # `make docs`: the pages of docs/ in build/docs, with the public names' docstrings.
 # All set up .venv first, once; they need python3 (3.10 or later) and make.
@@ -8,11 +8,15 @@ PYTHON ?= python3
 # Only where .venv has no torch yet. Name another build here, e.g. make demo TORCH="torch==2.13.0 --index-url <index>".
 TORCH ?= torch==2.13.0
 
+# Tests run beside each other, each on one thread: a process for every processor, up to 8. Or say how many.
+WORKERS ?= logical
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-all lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.for-demo
@@ -20,7 +24,10 @@ demo: $(VENV)/.for-demo
 	$(BIN)/memo sheet demo.mp4 -o demo.png
 
 test: $(VENV)/.for-test
-	$(BIN)/python -m pytest -q
+	HYPOTHESIS_PROFILE=fast $(PYTEST) --dist worksteal -m "(core or pack) and not slow" tests/core tests/pack
+
+test-all: $(VENV)/.for-test
+	$(PYTEST) --dist loadgroup
 
 # The core's tests with the other Pythons and libraries; the result in tests/versions.md. ONLY="oldest newest" names some.
 .PHONY: test-versions

@@ -78,7 +78,7 @@ class ArrayFile:
 
 
 def float32(values: Tensor | NDArray[Any]) -> NDArray[np.float32]:
-    """The values of a tensor, or of an array of `ArrayFile`, in float32; the same for both."""
+    """The values of a tensor, or of an array of `ArrayFile`, in float32: the same bits for both, but for NaN's."""
     if not isinstance(values, np.ndarray):
         return values.detach().float().cpu().contiguous().numpy()
     if values.dtype == _BFLOAT16:  # the upper half of a float32

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
 from memo_core.budget import counting
+from memo_core.budget.report import released
 from memo_core.checkpoint.networks import Networks
 from memo_core.sampling.renderer import Window
 
@@ -64,6 +65,12 @@ def counted_once(monkeypatch: pytest.MonkeyPatch, counted: dict[tuple[Any, ...],
         return counted[key]
 
     monkeypatch.setattr(counting, "_count", once)
+
+
+@pytest.fixture(scope="session")
+def released_nets() -> Networks:
+    """The networks that sample at the released size, in bfloat16, without data."""
+    return released()
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import kernels
-from ..checkpoint.networks import Networks
+from ..checkpoint.networks import SamplingNetworks
 from ..memory.sums import FP8
 from ..nets.conditions import Conditions, Prepared
 from ..nets.layers import attention_fused, attention_is_fused
@@ -155,7 +155,7 @@ def tensor_bytes(*values: Any) -> int:
     return sum(storages.values())
 
 
-def without_data(nets: Networks) -> Networks:
+def without_data(nets: SamplingNetworks) -> SamplingNetworks:
     """The networks that sample, on the meta device: every module as it is, the weights but their shapes."""
     names = ("reference_net", "diffusion_net", "image_proj", "audio_proj", "vae")
     empty: dict[str, Any] = {name: _without_data(getattr(nets, name)) for name in names}
@@ -231,7 +231,9 @@ _counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, bool, bool, 
 _counted = weakref.WeakKeyDictionary()
 
 
-def needs(nets: Networks, height: int, width: int, settings: Settings, host_moves_weights: bool = False) -> Needs:
+def needs(
+    nets: SamplingNetworks, height: int, width: int, settings: Settings, host_moves_weights: bool = False
+) -> Needs:
     """Counts what sampling at height x width pixels takes; about a second at the released size, then it is known.
 
     Args:
@@ -256,7 +258,7 @@ def needs(nets: Networks, height: int, width: int, settings: Settings, host_move
     )
 
 
-def _count(nets: Networks, height: int, width: int, batch: int, how: tuple[bool, bool]) -> _Counted:
+def _count(nets: SamplingNetworks, height: int, width: int, batch: int, how: tuple[bool, bool]) -> _Counted:
     net, size, window = nets.diffusion_net, (height // 8, width // 8), nets.window
     dtype = net.conv_in.weight.dtype
 
@@ -323,7 +325,7 @@ def _count_vae(vae: AutoencoderKL, h: int, w: int, fused: bool) -> dict[str, int
 
 
 @torch.inference_mode()
-def vae_bytes(nets: Networks, height: int, width: int) -> int:
+def vae_bytes(nets: SamplingNetworks, height: int, width: int) -> int:
     """Bytes that the VAE takes besides its weights while it codes as many frames at once as it does by itself."""
     known = _counted_vae.setdefault(nets.vae, {})
     if (height, width) not in known:

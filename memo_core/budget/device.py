@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..checkpoint.networks import Networks
+from ..checkpoint.networks import SamplingNetworks
 from ..devices import free_bytes
 
 
-def available_bytes(nets: Networks) -> int | None:
+def available_bytes(nets: SamplingNetworks) -> int | None:
     """What sampling may have on the networks' device: what is free, and what their weights there take already.
 
     None for the CPU, where there is no other place to wait.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.networks import Networks
+from ..checkpoint.networks import SamplingNetworks
 from ..devices import free_bytes
 from ..errors import SamplingError
 from ..memory.state import MOST_WINDOWS
@@ -91,7 +91,7 @@ def plan_of(
 
 
 def choose_plan(
-    nets: Networks,
+    nets: SamplingNetworks,
     height: int,
     width: int,
     settings: Settings,
@@ -131,7 +131,7 @@ def choose_plan(
 
 
 def smaller_plan(
-    nets: Networks,
+    nets: SamplingNetworks,
     height: int,
     width: int,
     settings: Settings,
@@ -148,7 +148,7 @@ def smaller_plan(
 
 
 def least_plan(
-    nets: Networks,
+    nets: SamplingNetworks,
     height: int,
     width: int,
     settings: Settings,
@@ -210,7 +210,7 @@ def _too_large(
 
 
 def check_room(
-    nets: Networks,
+    nets: SamplingNetworks,
     height: int,
     width: int,
     settings: Settings,

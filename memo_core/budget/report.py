@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.networks import Networks
+from ..checkpoint.networks import SamplingNetworks
 from ..errors import SamplingError
 from ..running import precision
 from ..sampling.settings import PRESETS, Settings
@@ -18,7 +18,7 @@ from .plan import choose_plan, least_plan, plan_of
 DRIVER = GIB // 2  # what the driver and torch's context take of a card
 
 
-def released(dtype: torch.dtype = torch.bfloat16) -> Networks:
+def released(dtype: torch.dtype = torch.bfloat16) -> SamplingNetworks:
     """The networks that sample, at the released size and without data: nothing needs to have been downloaded."""
     from ..encoders.autoencoder import AutoencoderKL
     from ..inputs.speech import NEIGHBOURS
@@ -41,10 +41,8 @@ def released(dtype: torch.dtype = torch.bfloat16) -> Networks:
             "audio_proj": AudioProjection((2 * NEIGHBOURS + 1) * 12 * 768),
             "vae": vae,
         }
-    listeners: dict[str, Any] = dict.fromkeys(("speech_encoder", "emotion_encoder", "emotion_head"))
-    return Networks(
+    return SamplingNetworks(
         **{name: precision.set_weights(name, module, dtype).requires_grad_(False) for name, module in modules.items()},
-        **listeners,
         folder=Path("released"),
         device=torch.device("meta"),
         base_digest="",
@@ -52,7 +50,7 @@ def released(dtype: torch.dtype = torch.bfloat16) -> Networks:
     )
 
 
-def table(nets: Networks, height: int, width: int, budgets: Sequence[tuple[str, int]]) -> str:
+def table(nets: SamplingNetworks, height: int, width: int, budgets: Sequence[tuple[str, int]]) -> str:
     """What each speed preset takes, and the plan for each budget, as text.
 
     Args:

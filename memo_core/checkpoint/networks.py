@@ -23,17 +23,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Networks:
-    """Everything a checkpoint holds, ready to run on one device; the speech and emotion encoders in float32."""
+class SamplingNetworks:
+    """The networks of a checkpoint that sample, ready to run on one device."""
 
     reference_net: ReferenceNet
     diffusion_net: DiffusionNet
     image_proj: ImageProjection
     audio_proj: AudioProjection
     vae: AutoencoderKL
-    speech_encoder: SpeechEncoder
-    emotion_encoder: Emotion2Vec
-    emotion_head: EmotionHead
     folder: Path
     device: torch.device  # where they run
     base_digest: str  # identifies the four MEMO networks and the VAE as saved, whatever the dtype they run in
@@ -59,7 +56,8 @@ class Networks:
     @property
     def digest(self) -> str:
         """Identifies what these networks compute: `base_digest`, or another one with every adapter and strength, and
-        where weights are kept in fp8."""
+        where weights are kept in fp8.
+        """
         parts = [f"{digest}:{strength!r}" for _, digest, strength in self.adapters] + ["fp8 weights"] * self.in_fp8
         return short_hash("|".join([self.base_digest, *parts])) if parts else self.base_digest
 
@@ -73,3 +71,12 @@ class Networks:
     def embedded(self) -> bool:
         """Whether this is a checkpoint that ships with the program; those know no faces, only toon heads."""
         return self.folder.resolve().parent == layout.assets().resolve()
+
+
+@dataclass(kw_only=True)
+class Networks(SamplingNetworks):
+    """Everything a checkpoint holds: also what listens, in float32."""
+
+    speech_encoder: SpeechEncoder
+    emotion_encoder: Emotion2Vec
+    emotion_head: EmotionHead

@@ -157,10 +157,11 @@ class _AudioEncoder(nn.Module):
                 for _ in range(audio["conv_pos_depth"])
             ],
         )
-        extra = torch.zeros(1, audio["num_extra_tokens"], dim)
-        extra[:, 1:].normal_()
+        extra = nn.init.zeros_(torch.empty(1, audio["num_extra_tokens"], dim))
+        nn.init.normal_(extra[:, 1:])
         self.extra_tokens = nn.Parameter(extra)
-        self.alibi_scale = nn.Parameter(torch.full((1, 1, audio["num_alibi_heads"], 1, 1), float(audio["alibi_scale"])))
+        scale = torch.empty(1, 1, audio["num_alibi_heads"], 1, 1)
+        self.alibi_scale = nn.Parameter(nn.init.constant_(scale, float(audio["alibi_scale"])))
         self.num_heads = conf["num_heads"]
         self.context_encoder = nn.ModuleDict(
             {

@@ -147,5 +147,6 @@ class _Unfilled(TorchFunctionMode):
         self, function: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        fills = getattr(function, "__module__", "") == "torch.nn.init" or function is Tensor.normal_
-        return (args[0] if args else kwargs["tensor"]) if fills else function(*args, **kwargs)
+        if function is Tensor.normal_ or getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)

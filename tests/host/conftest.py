@@ -56,8 +56,15 @@ NODE_CLASS_MAPPINGS = {"OtherPackNode": Other, "OtherPackLazySound": LazySound}
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist asks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without ComfyUI all tests here are left out but one, whose skip says so: one line."""
+    """Run by one worker, and so with one host, where several run tests (`--dist loadgroup`).
+
+    Without ComfyUI all tests here are left out but one, whose skip says so: one line.
+    """
+    here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    for item in here:
+        item.add_marker(pytest.mark.xdist_group("host"))
     try:
         folder = find_host()
         if folder is not None and find_python(folder) is not None:
@@ -67,7 +74,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reason = "no ComfyUI host at COMFYUI_PATH or ~/comfy/ComfyUI; tests/host skipped"
     if folder is not None:
         reason = f"no Python that runs {folder}: set COMFYUI_PYTHON; tests/host skipped"
-    here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
     for item in here[:1]:
         item.add_marker(pytest.mark.skip(reason=reason))
     items[:] = [item for item in items if item not in here[1:]]

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from common import thinned
 from PIL import Image
 from stand_in import PACK, InterruptProcessingException, forget, nodes_alone
 
@@ -418,7 +419,7 @@ def joined(
 @pytest.mark.parametrize("fps", [24, 25, 29.97, 30])
 @pytest.mark.parametrize(
     "samples",
-    thinned([320_001, 319_999, 160, WINDOW_SAMPLES, WINDOW_SAMPLES + 1, WINDOW_SAMPLES + 2], fast=range(300_000)),
+    [*thinned([319_999, 320_001], fast=()), 160, WINDOW_SAMPLES, WINDOW_SAMPLES + 1, WINDOW_SAMPLES + 2],
 )
 def test_a_video_has_the_frames_of_its_sound_and_a_sound_as_long(
     pack: SimpleNamespace, samples: int, fps: float

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import thinned
 
 from memo_core import MemoPipeline
 from memo_core.budget import counting
@@ -55,7 +56,7 @@ def test_counting_takes_little(memo_tiny: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("settings", [EXACT, ALONE], ids=["guided", "alone"])
-@pytest.mark.parametrize("size", [(256, 512), (768, 768)], ids=str)
+@pytest.mark.parametrize("size", thinned([(256, 512), (768, 768)], fast=[(256, 512)]), ids=str)
 def test_what_is_scaled_is_what_would_be_counted(on_cpu: Networks, size: tuple[int, int], settings: Settings) -> None:
     factor = size[0] * size[1] / 512**2
     scaled = plan_of(needs(on_cpu, 512, 512, settings).times(factor), streamed=True, reserve=0)
@@ -79,8 +80,8 @@ def test_the_size_that_is_named_fits_and_the_next_does_not(on_cpu: Networks) -> 
         check_room(on_cpu, side + 128, side + 128, EXACT, room)
 
 
-def test_a_card_is_asked_for_the_plan_that_takes_least() -> None:
-    nets = released()  # not on the CPU: as on a card
+def test_a_card_is_asked_for_the_plan_that_takes_least(released_nets: Networks) -> None:
+    nets = released_nets  # not on the CPU: as on a card
     room = 8 * GIB
     check_room(nets, 512, 512, EXACT, room)
     assert choose_plan(nets, 512, 512, EXACT, room).peak <= room

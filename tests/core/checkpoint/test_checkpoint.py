@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from memo_core import MemoPipeline
 from memo_core.checkpoint import layout
 from memo_core.checkpoint.digest import base_digest, weights_digest
 from memo_core.checkpoint.layout import find

@@ -25,7 +25,6 @@ from memo_core.inputs import recording, separation
 from memo_core.inputs.separation import separate_vocals, separate_vocals_spectral
 from memo_core.inputs.sound import load_audio, prepare_waveform
 from memo_core.inputs.speech import CHUNK_SECONDS, CONTEXT_SECONDS, LOCAL_PAST, count_frames, encode_audio
-from training.toon import voices
 
 RATE = 16000
 
@@ -597,6 +596,8 @@ def decibels(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def test_spectral_separation_lowers_repeating_music_and_keeps_the_voice() -> None:
+    from training.toon import voices  # imports scipy
+
     spoken, music = voices.default_song()
     for loudness, gain in ((1, 3), (2, 5)):
         mixture = np.stack([spoken.waveform + loudness * music, 0.5 * spoken.waveform + loudness * music])
@@ -627,6 +628,8 @@ def test_spectral_separation_of_odd_recordings(samples: int, rate: float) -> Non
 
 def test_the_shipped_song_is_the_voice_over_the_music() -> None:
     shipped, rate = load_audio(ROOT / "assets" / "song.flac")
+    from training.toon import voices  # imports scipy
+
     spoken, music = voices.default_song()
     assert rate == RATE
     assert np.abs(shipped[0].numpy() - spoken.waveform - music).max() < 1e-3

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from common import thinned
 from torch import Tensor
 
 from memo_core import devices, kernels
@@ -333,8 +334,8 @@ def test_only_what_is_on_cuda_goes_to_triton(monkeypatch: pytest.MonkeyPatch) ->
 
 # rows, channels, height, width, groups, rows of the shift (0: none): a group of one channel; odd sizes; many pixels
 MAPS = [(2, 8, 3, 5, 8, 0), (4, 10, 7, 6, 2, 2), (2, 24, 13, 14, 4, 1), (3, 20, 1, 1, 5, 3)]
-maps = pytest.mark.parametrize("size", MAPS, ids=name)
-carried = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+CARRIED = [torch.float32, torch.bfloat16, torch.float16]
+carried = pytest.mark.parametrize("dtype", CARRIED, ids=str)
 
 
 def map_inputs(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, int, Tensor, Tensor, Tensor]:
@@ -346,9 +347,9 @@ def map_inputs(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tupl
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["channels-first", "channels-last"])
-@pytest.mark.parametrize("silu", [False, True], ids=["", "silu"])
-@carried
-@maps
+@pytest.mark.parametrize("silu", thinned([False, True], fast=[True]), ids=["", "silu"])
+@pytest.mark.parametrize("dtype", thinned(CARRIED, fast=[torch.bfloat16]), ids=str)
+@pytest.mark.parametrize("size", MAPS, ids=name)
 def test_group_norm(size: tuple[int, ...], dtype: torch.dtype, silu: bool, last: bool) -> None:
     x, groups, weight, bias, shift = map_inputs(size, dtype)
     x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -422,6 +423,7 @@ def test_their_gradients() -> None:
 # --- The networks as they run on a card -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_networks_on_the_kernels_are_the_same_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of both rows and of one, and the Reference Net: maps channels-last, hidden states as `precision` says."""
