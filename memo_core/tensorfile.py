@@ -82,7 +82,7 @@ def float32(values: Tensor | NDArray[Any]) -> NDArray[np.float32]:
     if not isinstance(values, np.ndarray):
         return values.detach().float().cpu().contiguous().numpy()
     if values.dtype == _BFLOAT16:  # the upper half of a float32
-        return (values["bits"].astype(np.uint32) << 16).view(np.float32)
+        return np.asarray((values["bits"].astype(np.uint32) << np.uint32(16)).view(np.float32))
     with np.errstate(over="ignore"):
         return np.asarray(values, np.float32, order="C")
 

@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".md")
-# Import, load, sample, memory, store, video, emotion, download, adapters, command; not the long hunts with damaged files.
+# Import, load, sample, memory, store, video, emotion, download, adapters, command; no fuzzing.
 TESTS = [f"tests/core/{name}" for name in ("checkpoint", "cli", "inputs", "memory", "video", "test_pipeline.py")]
 TESTS += [f"tests/core/{name}.py" for name in ("nets/test_networks", "sampling/test_sampling", "sampling/test_store")]
 TESTS += ["--ignore-glob=*/test_fuzz*.py"]

@@ -110,7 +110,7 @@ class SpeechEncoder(nn.Module):
             encoder = cls(config, normalize)
         weights = Wav2Vec2Model(Wav2Vec2Config(**config)).state_dict()
         load_strict(encoder, speech_weights(weights), "a fresh Wav2Vec2Model")
-        return encoder.requires_grad_()
+        return encoder
 
     @classmethod
     def from_pretrained(

@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 from ..checks import shown
 from ..errors import CheckpointError
 from ..files import open_regular
-from .reading import MAX_DEPTH, WEIGHTS, read_json, read_text, reading
+from .reading import MAX_DEPTH, WEIGHTS, read_json, reading
 
-__all__ = ["WEIGHTS", "built", "check_fit", "load_strict", "on_meta", "read_json", "read_tensors", "read_text"]
+__all__ = ["WEIGHTS", "built", "check_fit", "load_strict", "on_meta", "read_json", "read_tensors"]
 _Module = TypeVar("_Module", bound=nn.Module)
 _SHARED = 16  # times the size of their file that the tensors of a torch file may have, where some share their numbers
 

@@ -103,9 +103,9 @@ BROKEN = {
     "NaN": (dict(tensors={A: torch.full((4, 32), torch.nan)}), f"{TO_Q} has NaN or infinite values"),
     "8 bits": (dict(tensors={A: torch.ones(4, 32).to(torch.float8_e4m3fn)}), "holds F8_E4M3, not floating-point"),
     "infinite alpha": (dict(alpha="inf"), f"{TO_Q} has an alpha that is no finite number"),
-    "huge alpha": (dict(alpha_pattern='{{"{}": 1e300}}'.format(TO_Q)), f"{TO_Q} has an alpha that is no finite number"),
+    "huge alpha": (dict(alpha_pattern=f'{{"{TO_Q}": 1e300}}'), f"{TO_Q} has an alpha that is no finite number"),
     "truth for alpha": (
-        dict(alpha_pattern='{{"{}": true}}'.format(TO_Q)),
+        dict(alpha_pattern=f'{{"{TO_Q}": true}}'),
         f"{TO_Q} has an alpha that is no finite number",
     ),
     "no rank": (dict(rank="many"), "its rank is 'many', not a number"),
