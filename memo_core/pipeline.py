@@ -337,7 +337,13 @@ class MemoPipeline:
             SamplingError: it does not fit; names the largest size that does.
         """
         height, width = self.default_size if size is None else size
-        check_room(self.nets, height, width, Settings(**settings), kept=self._memory.nbytes)
+        check_room(
+            self.nets,
+            height,
+            width,
+            Settings(**settings).for_checkpoint(self.nets.diffusion_net.config),
+            kept=self._memory.nbytes,
+        )
 
     def sample_clip(
         self,

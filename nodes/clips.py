@@ -293,10 +293,17 @@ def write_video(
 
     def on_frames(done: int, total: int) -> None:
         nonlocal bar
-        stop_if_interrupted()
         bar = bar or Progress(node_id, total)
         if done:
             bar.update(done)
 
     fps = fps or parts[0].fps
-    return join(temporary_video(), parts, fps=fps, sound=sound, cross_fade=cross_fade, on_frames=on_frames)
+    return join(
+        temporary_video(),
+        parts,
+        fps=fps,
+        sound=sound,
+        cross_fade=cross_fade,
+        on_frames=on_frames,
+        look=stop_if_interrupted,
+    )

@@ -13,12 +13,10 @@ from ..memo_core.inputs.emotion import EmotionTrack
 from ..memo_core.inputs.emotion_lines import parse_emotion_lines
 from ..memo_core.inputs.speech import count_frames
 from ..memo_core.pipeline import MemoPipeline
-from ..memo_core.release import EMOTIONS, WINDOW
+from ..memo_core.release import EMOTIONS
 from ..memo_core.video.clips import Sound
 from .host.media import preview, sound_of, to_image
 from .wires import CATEGORY, MemoAudio, MemoEmotion, MemoModel, Voice
-
-FPS = 30  # of a track made from plain AUDIO; sampling fits it to the video's rate
 
 
 class DetectAudioEmotion(io.ComfyNode):
@@ -122,8 +120,9 @@ def detect(
     if isinstance(audio, Voice):
         frames, fps = audio.track.num_padded_frames, audio.track.fps
     else:
-        frames = count_frames(speech.waveform.shape[1], speech.sample_rate, FPS)
-        frames, fps = WINDOW * math.ceil(frames / WINDOW), FPS
+        fps, window = model.nets.fps, model.nets.window
+        frames = count_frames(speech.waveform.shape[1], speech.sample_rate, fps)
+        frames = window * math.ceil(frames / window)
     track = model.detect_emotion(speech.waveform, speech.sample_rate, frames, fps, sensitivity, smoothing)
     return track, speech
 

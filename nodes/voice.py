@@ -124,13 +124,14 @@ class EncodeAudio(io.ComfyNode):
 def encode_voice(
     model: MemoPipeline,
     sound: Sound,
-    fps: float = 30,
+    fps: float | None = None,
     context: Literal["local", "whole"] = "local",
     separation: str = "off",
     silence_gate: bool = False,
     node_id: str | None = None,
 ) -> Voice:
     """See EncodeAudio."""
+    fps = model.nets.fps if fps is None else fps
     from ..memo_core.inputs.separation import separate_vocals, separate_vocals_spectral
     from ..memo_core.inputs.speech import MAX_WHOLE_SECONDS, count_frames
 

@@ -275,8 +275,10 @@ def _count(nets: SamplingNetworks, height: int, width: int, batch: int, how: tup
         return net(latents, shifts, prepared, in_turn(memory))
 
     def of_window(layer: TemporalAttention, key: Tensor, value: Tensor) -> tuple[torch.Size, torch.Size]:
-        kv, z = layer.carries.of_window(key, value)
-        return kv.shape, z.shape
+        memory = layer.carries.of_window(key, value)
+        for _ in range(-(-(layer.carries.frames or 1) // window) - 1):  # until it holds all that it may
+            memory = layer.carries.update(memory, 1.0, key, value)
+        return memory[0].shape, memory[1].shape
 
     reading, past = peak_of(lambda: read(batch * window), *how)
     summing, shapes = peak_of(lambda: [of_window(*layer) for layer in net.past(past, *size, window)], *how)

@@ -18,7 +18,8 @@ PastOfEntry = Callable[[MemoryEntry], Iterable[tuple[TemporalAttention, Tensor, 
 
 
 class MemoryCache:
-    """What the layers remember of the last state used: going on from it costs one window, rebuilding it 6 to 12.
+    """What the layers remember of the last state used: going on from it costs one window, rebuilding it 6 to 12 where
+    layers remember all the past, and as many as hold their frames where they do not.
 
     At released sizes the sums are gigabytes, so there is one copy of them, which each call brings up to date in place.
     A cached result has the same bits as a rebuilt one, because both add the windows in the same order (Horner's

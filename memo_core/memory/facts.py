@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import number, shown, whole
 from ..errors import MemoryStateError
-from ..release import WINDOW
+from ..release import LONGEST_WINDOW
 from ..tensorfile import is_finite, tensors_digest
 
 if TYPE_CHECKING:
@@ -23,8 +23,10 @@ _MAX_WEIGHT = 1e3  # a window just seen weighs 1
 def check_shapes(latents: Sequence[int], face_embedding: Sequence[int]) -> None:
     """MemoryStateError unless these are the shapes of an entry's tensors."""
     shape = list(latents)
-    if len(shape) != 4 or not 0 < shape[0] <= WINDOW or shape[1] != 4 or 0 in shape:
-        raise MemoryStateError(f"an entry's latents are [F, 4, h, w] with F from 1 to {WINDOW}, received {shape}")
+    if len(shape) != 4 or not 0 < shape[0] <= LONGEST_WINDOW or shape[1] != 4 or 0 in shape:
+        raise MemoryStateError(
+            f"an entry's latents are [F, 4, h, w] with F from 1 to {LONGEST_WINDOW}, received {shape}"
+        )
     if tuple(face_embedding) != (1, 512):
         raise MemoryStateError(f"an entry's face embedding is [1, 512], received {list(face_embedding)}")
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from ..nets.past import Memory, Recurrence
 from ..release import DECAY
 
-Entry = TypeVar("Entry")
+
+class _Entry(Protocol):
+    @property
+    def latents(self) -> Tensor: ...
+    @property
+    def weight(self) -> float: ...
+
+
+Entry = TypeVar("Entry", bound=_Entry)
 
 
 def faded(frames: float) -> float:
@@ -32,7 +40,7 @@ def joined(carries: Recurrence, memory: Memory | None, factor: float, key: Tenso
     return carries.update(memory, factor, key, value)
 
 
-def steps(entries: Sequence[Any]) -> list[tuple[float, Any]]:
+def steps(entries: Sequence[Entry]) -> list[tuple[float, Entry]]:
     """Each entry with the factor by which the running memory fades before it is added (Horner's scheme on their
     weights); the last one's weight is left out.
     """
@@ -47,7 +55,7 @@ def needed(entries: Sequence[Entry], frames: int | None) -> Sequence[Entry]:
         return entries
     found = 0
     for place in range(len(entries) - 1, -1, -1):
-        found += len(entries[place].latents)  # type: ignore[attr-defined]
+        found += len(entries[place].latents)
         if found >= frames:
             return entries[place:]
     return entries

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..nets.past import LinearSums, Recurrence
+from ..running.fp8 import FP8
 from ..running.host_memory import HostMemory, aligned
-
-FP8 = torch.float8_e4m3fn
 
 
 class LayerMemory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -25,7 +25,6 @@ class Conditions:
             [B, 10] or [B * F, 10], rows summing to 1. None, with audio_tokens None, leaves out audio and temporal
             modules: each frame by itself, as the first stage of training has it.
         frames: F.
-        more: what layers of other kinds read, by name.
     """
 
     reference: list[Tensor]
@@ -33,7 +32,6 @@ class Conditions:
     audio_tokens: Tensor | None
     emotion: Tensor | None
     frames: int
-    more: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LayerInputs(NamedTuple):

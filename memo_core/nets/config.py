@@ -8,10 +8,11 @@ from typing import Any
 
 from ..checks import number, shown, whole
 from ..errors import CheckpointError
-from ..release import FPS, WINDOW
+from ..release import FPS, LONGEST_WINDOW, WINDOW
 
 LARGEST = 2**16  # width, number of heads, kernel, ...: far beyond any network, and nothing to build on the meta device
 LONGEST = 64  # list, as of widths by level
+_MOST_PAST = 256  # past frames that a layer may look at
 DEEPEST = 1000  # layers of a kind
 
 
@@ -78,6 +79,7 @@ _ONLY = {
     "freq_shift": (0,),
     "mid_block_scale_factor": (1, 1.0),
     "only_cross_attention": (False,),
+    "prediction": ("flow",),
     "resnet_time_scale_shift": ("default",),
     "transformer_layers_per_block": (1,),
     "unet_use_cross_frame_attention": (None, False),
@@ -159,14 +161,16 @@ def _kinds(config: Mapping[str, Any], name: str, default: str, levels: int) -> t
                 "a list of one for each level"
             )
         read = settings_like(kind, {"kind": default, "frames": 0}, f"config.json: {name}")
+        if read["frames"] > _MOST_PAST:
+            raise CheckpointError(f"config.json: {name}: frames = {read['frames']} must be at most {_MOST_PAST}")
         kinds.append(LayerKind(read["kind"], read["frames"]))
     return tuple(kinds)
 
 
 def _noise_levels(levels: tuple[float, ...]) -> tuple[float, ...]:
     falling = all(a > b for a, b in zip(levels, levels[1:]))
-    if len(levels) < 2 or levels[0] > 1 or levels[-1] != 0 or not falling:
-        raise CheckpointError(f"config.json: noise_levels = {shown(list(levels))} must fall from at most 1 to 0")
+    if len(levels) < 2 or levels[0] != 1 or levels[-1] != 0 or not falling:
+        raise CheckpointError(f"config.json: noise_levels = {shown(list(levels))} must fall from 1 to 0")
     return levels
 
 
@@ -223,6 +227,10 @@ class NetConfig:
             },
             "config.json",
         )
+        if read["window_frames"] > LONGEST_WINDOW:
+            raise CheckpointError(
+                f"config.json: window_frames = {read['window_frames']} must be at most {LONGEST_WINDOW}"
+            )
         for name in ("block_out_channels", "down_block_types", "up_block_types"):
             if config.get(name) is None:
                 raise CheckpointError(f"config.json lacks {name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -85,14 +85,8 @@ class DiffusionNet(UNet):
     @property
     def past_frames(self) -> int | None:
         """How many past frames its layers look at, at most; None: all."""
-        needed: list[int] = []
-        for module in self.temporal_modules():
-            for block in module.temporal_transformer.transformer_blocks:
-                for attention in block.attention_blocks:
-                    if attention.carries.frames is None:
-                        return None
-                    needed.append(attention.carries.frames)
-        return max(needed, default=0)
+        needed = [layer.carries.frames for module in self.temporal_modules() for layer in module.layers()]
+        return None if None in needed else max((frames for frames in needed if frames is not None), default=0)
 
     def past(
         self, features: list[Tensor], height: int, width: int, frames: int, rows: Tensor | None = None
@@ -135,7 +129,7 @@ class DiffusionNet(UNet):
         latents: Tensor,
         timestep: Tensor,
         conditions: Conditions,
-        memory: Sequence[MemoryOfModule] | None,
+        memory: Iterable[MemoryOfModule] | None,
     ) -> Tensor:
         """One step, and all that `prepare` and `time_shifts` compute for it.
 
@@ -151,7 +145,7 @@ class DiffusionNet(UNet):
         return self(latents, self.time_shifts(timestep, latents.dtype), self.prepare(conditions), memory)
 
     def forward(
-        self, latents: Tensor, shifts: list[Tensor], prepared: Prepared, memory: Sequence[MemoryOfModule] | None
+        self, latents: Tensor, shifts: list[Tensor], prepared: Prepared, memory: Iterable[MemoryOfModule] | None
     ) -> Tensor:
         """One step under prepared conditions.
 
@@ -239,7 +233,7 @@ def _beside(
                 config.memory_layers_per_block,
                 config.norm_num_groups,
                 ops,
-                frames=of_time.frames,
+                frames=of_time.frames or make_temporal.default_frames(config),
                 positions=config.positions,
             )
             for dim in dims

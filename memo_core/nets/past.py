@@ -72,7 +72,10 @@ class LinearSums:
 
 class LastFrames:
     """Keys and values of the last `frames` frames, side by side, [B, N, H, f, 2 D], and which of them there are,
-    [B, N, H, f] of 1 and 0; f is less while the past is shorter. They do not fade.
+    [B, N, H, f] of 1 and 0; f is less while the past is shorter.
+
+    They do not fade: weights of a state say only which windows there are. Of blended states it holds the last frames of
+    the heavier one, and after silence the frames before it, as long as the state has an entry.
     """
 
     def __init__(self, frames: int):
@@ -109,7 +112,8 @@ def rows_of(memory: Memory, rows: slice) -> Memory:
 
 
 def in_turn(layers: Iterable[Memory]) -> Iterator[MemoryOfModule]:
-    """Of memory layer by layer what a net asks for module by module: each takes as many as it has layers."""
+    """Of memory layer by layer what a net asks for module by module, once and in order: each takes as many as it has
+    layers. For a pass that computes nothing again."""
     remaining = iter(layers)
 
     def taken() -> Iterable[Memory]:

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..release import WINDOW
+from .config import NetConfig
 from .past import LastFrames, Memory
 from .temporal import TemporalAttention, TemporalModule
 
 
 class PastAttention(TemporalAttention):
-    """Self-attention over the last `frames` past frames (16 where nothing is said) and the window."""
+    """Self-attention over the last `frames` past frames and the window."""
 
     def __init__(self, dim: int, heads: int, ops: Any = nn, *, frames: int = 0, positions: int = 0):
         super().__init__(dim, heads, ops, positions=positions)
-        self.carries = LastFrames(frames or WINDOW)
+        self.carries = LastFrames(frames)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, memory: Memory | None) -> Tensor:
         """Softmax attention of the window's frames to the past ones that there are, and to each other."""
@@ -37,3 +37,8 @@ class PastAttentionModule(TemporalModule):
     """Temporal module of such layers."""
 
     attention = PastAttention
+
+    @classmethod
+    def default_frames(cls, config: NetConfig) -> int:
+        """Those of a window."""
+        return config.window

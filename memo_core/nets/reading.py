@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checks import whole
 from ..errors import CheckpointError
 from ..files import open_regular
 from ..tensorfile import open_arrays
@@ -19,6 +20,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"  # as diffusers names it
 MAX_SETTINGS_BYTES = 2**20  # released ones have two thousand
 MAX_DEPTH = 50  # of settings in settings
 _MAX_PICKLE_BYTES = 2**24  # what a torch file says of its tensors; the released emotion2vec takes 200 thousand
+_MOST_SIDES, _LONGEST_SIDE = 8, 2**40  # of a tensor
 
 
 def read_text(path: Path) -> str:
@@ -116,8 +118,11 @@ def _listed(path: Path) -> dict[str, Any] | None:
     return dict(content) if plain else None
 
 
-class _Lister(pickle.Unpickler):
-    """Reads what `torch.save` says of tensors. It knows the few names below and calls nothing else."""
+class _Lister(pickle._Unpickler):
+    """Reads what `torch.save` says of tensors. It knows the few names below and calls nothing else.
+
+    Python's own, whose memo is a dictionary: in that of the C code an index of four bytes is room for so many entries.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -133,4 +138,6 @@ class _Lister(pickle.Unpickler):
 
 
 def _rebuilt(storage: None, offset: int, shape: tuple[int, ...], *_: Any) -> Listed:
-    return Listed(tuple(int(side) for side in shape))
+    if len(shape) > _MOST_SIDES or any(whole(side, 0, _LONGEST_SIDE) is None for side in shape):
+        raise pickle.UnpicklingError(f"a tensor of {len(shape)} sides")
+    return Listed(tuple(shape))

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
+from .config import NetConfig
 from .layers import (
     QUERY_KEY_VALUE,
     FeedForward,
@@ -73,6 +75,8 @@ class TemporalAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, ops: Any = nn, *, frames: int = 0, positions: int = 0):
         super().__init__()
+        if frames:
+            raise CheckpointError(f"config.json: temporal_modules: frames = {frames} is not for a layer of this kind")
         self.heads = heads
         self.to_q = ops.Linear(dim, dim, bias=False)
         self.to_k = ops.Linear(dim, dim, bias=False)
@@ -171,12 +175,21 @@ class TemporalModule(LayerModule):
         positions: int = 0,
     ):
         super().__init__()
-        self.num_layers, self.width = blocks * layers, dim
         make = self.attention
         attention = (
             (make(dim, heads, ops, frames=frames, positions=positions) for _ in range(layers)) for _ in range(blocks)
         )
         self.temporal_transformer = _TemporalTransformer(dim, attention, groups, ops)
+
+    @classmethod
+    def default_frames(cls, config: NetConfig) -> int:
+        """Past frames that its layers look at where the configuration does not say; 0 where they have no choice."""
+        return 0
+
+    def layers(self) -> Iterator[TemporalAttention]:
+        """Its temporal layers, in execution order."""
+        for block in self.temporal_transformer.transformer_blocks:
+            yield from block.attention_blocks
 
     def compiled(self) -> Iterator[nn.Module]:
         """Its parts: what is remembered may have to be brought from the host between them."""

@@ -123,10 +123,11 @@ class Settings:
 
     def for_checkpoint(self, config: NetConfig) -> Settings:
         """As a checkpoint samples that brings its own noise levels, or has learnt its guidance."""
-        steps = len(config.noise_levels) - 1 if config.noise_levels else self.steps
-        scale = 1.0 if config.guidance_embedded else self.guidance_scale
-        same = (steps, scale) == (self.steps, self.guidance_scale)
-        return self if same else replace(self, steps=steps, guidance_scale=scale)
+        made = replace(self, guidance_scale=1.0) if config.guidance_embedded and self.guided else self
+        steps = len(config.noise_levels) - 1
+        if steps < 1 or (steps == self.steps and self.speed.max_steps is None):
+            return made
+        return replace(made, steps=steps, speed=replace(self.speed, max_steps=None))
 
     @property
     def guided(self) -> bool:

@@ -30,6 +30,7 @@ def join(
     sound: Sound | None = None,
     cross_fade: int = 0,
     on_frames: Callable[[int, int], None] = lambda done, total: None,
+    look: Callable[[], None] = lambda: None,
 ) -> Path:
     """Encodes clips one after the other into a video file, as they are decoded.
 
@@ -39,8 +40,8 @@ def join(
         fps: of the video; frames are repeated or left out, nothing gets slower.
         sound: of the whole video, from its beginning; None: every part brings its own.
         cross_fade: frames over which the last picture of a part fades into the next one.
-        on_frames: called as (frames written, frames in all) every few of them; what it raises ends the writing, and no
-            file appears.
+        on_frames: called as (frames written, frames in all) every few of them.
+        look: called every few frames that are decoded; what either raises ends the writing, and no file appears.
 
     Returns:
         The path.
@@ -51,7 +52,7 @@ def join(
     about = next((dict(part.about) for part in parts if part.about), {})
 
     def frames_of(part: AnyClip) -> Iterator[Picture]:
-        for frame in paced(part.frames(), part, fps):
+        for frame in paced(_watched(part.frames(), look), part, fps):
             shown = frame if part.size == (height, width) else fitted(frame, height, width)
             # H.264 wants even sizes: the last row and column stand twice.
             yield np.pad(shown, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
@@ -71,6 +72,13 @@ def join(
             if number % WINDOW == 0 or number == total:
                 on_frames(number, total)
     return writer.path
+
+
+def _watched(frames: Iterator[Picture], look: Callable[[], None]) -> Iterator[Picture]:
+    for number, frame in enumerate(frames):
+        if number % WINDOW == 0:
+            look()
+        yield frame
 
 
 def fitted(frame: Picture, height: int, width: int) -> Picture:

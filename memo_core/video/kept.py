@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
 import threading
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 LEAST_FREE = 2 * 2**30  # bytes of the disk that stay free
+MOST = 8 * 2**30  # bytes of one clip: ten minutes at 512 x 512 are 14 GB
 
 
 class KeptFrames:
     """Windows of 8-bit frames in a temporary file without a name: it is gone with this object, or with the process
-    however that ends. It takes no main memory. A disk that is full, slow to say so or read-only costs nothing but the
-    frames: they are decoded again.
+    however that ends. A disk that is full or read-only costs nothing but the frames: they are decoded again, on a GPU
+    with another number at once, perhaps, and so a level of 255 away here and there.
 
     Args:
         folder: where the file lies.
@@ -26,7 +27,7 @@ class KeptFrames:
 
     def __init__(self, folder: str | os.PathLike[str]):
         self._folder = Path(folder)
-        self._file: BinaryIO | None = None
+        self._file: io.BufferedRandom | None = None
         self._places: dict[int, tuple[int, tuple[int, ...]]] = {}  # by the window's number: where, and its shape
         self._end, self._lock, self._writes = 0, threading.Lock(), True
 
@@ -36,8 +37,9 @@ class KeptFrames:
             return
         try:
             with self._lock:
-                if shutil.disk_usage(self._folder).free < frames.nbytes + LEAST_FREE:
-                    raise OSError("the disk is nearly full")
+                room = min(shutil.disk_usage(self._folder).free - LEAST_FREE, MOST - self._end)
+                if room < frames.nbytes:
+                    raise OSError("no room for more")
                 if self._file is None:
                     self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 -- as long as this object
                 self._file.seek(self._end)
@@ -57,7 +59,7 @@ class KeptFrames:
         try:
             with self._lock:
                 self._file.seek(place)
-                read = self._file.readinto(frames.data.cast("B"))  # type: ignore[attr-defined]
+                read = self._file.readinto(frames.data.cast("B"))
         except OSError:
             return None
         return frames if read == frames.nbytes else None

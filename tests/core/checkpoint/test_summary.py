@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +180,23 @@ def test_a_memory_is_described_alike(tmp_path: Path, dtype: torch.dtype) -> None
             read(path)
         said.append(str(caught.value))
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}r" + (2**32 - 1).to_bytes(4, "little") + b".",  # a memo of four thousand million places
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00(" + b"\x8a\x05\xff\xff\xff\xff\x7f" * 100_000 + b"tNNNtR.",
+    ],
+    ids=["memo", "sides"],
+)
+def test_a_torch_file_that_asks_for_everything_gets_nothing(tmp_path: Path, pickled: bytes) -> None:
+    """In the time and the memory of its own size."""
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as parts:
+        parts.writestr("model/data.pkl", pickled)
+    tracemalloc.start()
+    began = time.process_time()
+    found = list_weights(tmp_path / "model.pt")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert not found and time.process_time() - began < 20 and peak < 2**27

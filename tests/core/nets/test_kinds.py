@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from common import relative_l2, thinned
 from torch import Tensor
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState
 from memo_core.budget.counting import needs
 from memo_core.checkpoint.lora import Adapter, Factors, apply
 from memo_core.checkpoint.save import save_module
@@ -29,7 +30,8 @@ from memo_core.nets.past import LastFrames
 from memo_core.nets.past_attention import PastAttention
 from memo_core.nets.temporal import PositionEncoding
 from memo_core.running.options import Options
-from memo_core.sampling.settings import Settings
+from memo_core.sampling import schedule
+from memo_core.sampling.settings import PRESETS, Settings
 from memo_core.sampling.store import WindowStore
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -65,10 +67,6 @@ def checkpoint(memo_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return make
 
 
-def rendered(pipe: MemoPipeline, reference: Reference, track: AudioTrack, **settings: Any) -> Tensor:
-    return pipe.sample_clip(reference, track, steps=1, num_frames=64, **settings)[0].latents
-
-
 @pytest.mark.parametrize("kind", thinned(KINDS, FAST))
 def test_a_kind_loads_samples_remembers_and_is_stored(
     checkpoint: Callable[[str], Path], expected: dict[str, Tensor], kind: str, tmp_path: Path
@@ -98,7 +96,7 @@ def test_a_kind_is_budgeted_fused_and_adapted(checkpoint: Callable[[str], Path],
     module = next(m for m in pipe.nets.diffusion_net.layer_modules() if m.part == "memory")
     name = next(n for n, m in pipe.nets.diffusion_net.named_modules() if m is module)
     layer = f"diffusion_net.{name}.temporal_transformer.transformer_blocks.0.attention_blocks.0.to_q"
-    width = module.width
+    width = next(module.layers()).to_q.in_features
     adapter = Adapter(modules={layer: Factors(torch.ones(1, width), torch.ones(width, 1), 1.0)})
     before = pipe.nets.digest
     apply(pipe.nets, adapter)
@@ -114,8 +112,6 @@ def layers(kind: type, frames: int) -> Any:
 
 def remembered(layer: Any, windows: list[Tensor]) -> Any:
     """What a layer carries after windows of past frames, by way of the cache."""
-    from memo_core.memory.state import MemoryState
-
     state = MemoryState.empty()
     past = {}
     for number, window in enumerate(windows):
@@ -219,7 +215,8 @@ def test_places_are_the_windows_and_not_the_pasts(checkpoint: Callable[[str], Pa
     pipe = MemoPipeline.from_pretrained(checkpoint("places"))
     module = next(iter(pipe.nets.diffusion_net.temporal_modules()))
     layer = module.temporal_transformer.transformer_blocks[0].attention_blocks[0]
-    x, past = torch.randn(16, 4, module.width), torch.randn(16, 4, module.width)
+    width = layer.to_q.in_features
+    x, past = torch.randn(16, 4, width), torch.randn(16, 4, width)
     key, value = layer.keys_values(past, 16)
     assert torch.equal(key, layer._split(layer.to_k(past), 16))
     memory = layer.carries.of_window(key, value)
@@ -228,7 +225,7 @@ def test_places_are_the_windows_and_not_the_pasts(checkpoint: Callable[[str], Pa
     wanted = layer.to_out[0](memory_attention(query, own_key, own_value, memory).reshape(x.shape))
     torch.testing.assert_close(layer(x, memory, 16), wanted)
     names = [name for name in pipe.nets.diffusion_net.state_dict() if name.endswith("pos_encoder.pe")]
-    assert len(names) == len(list(pipe.nets.diffusion_net.temporal_modules())) * module.num_layers
+    assert len(names) == len(list(pipe.nets.diffusion_net.temporal_modules())) * len(list(module.layers()))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +237,12 @@ def test_places_are_the_windows_and_not_the_pasts(checkpoint: Callable[[str], Pa
         ({"temporal_modules": {"kind": "last_frames"}}, "needs frames from 1"),
         ({"temporal_modules": {"kind": "last_frames", "frames": -1}}, "whole number"),
         ({"motion_module_kwargs": {"temporal_position_encoding": True, "temporal_position_encoding_max_len": 8}}, "8"),
-        ({"noise_levels": [1.0, 0.5]}, "must fall from at most 1 to 0"),
+        ({"temporal_modules": {"kind": "memory", "frames": 4}}, "frames = 4 is not for a layer of this kind"),
+        ({"temporal_modules": {"kind": "last_frames", "frames": 5000}}, "at most 256"),
+        ({"window_frames": 65}, "at most 64"),
+        ({"prediction": "epsilon"}, "only 'flow' is"),
+        ({"noise_levels": [1.0, 0.5]}, "must fall from 1 to 0"),
+        ({"noise_levels": [0.5, 0.0]}, "must fall from 1 to 0"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(
@@ -277,6 +279,39 @@ def test_a_checkpoint_may_bring_its_window_rate_levels_and_guidance(
     hook.remove()
     assert rows == [12] * 6 and [window.latents.shape[1] for window in windows] == [12, 12, 6]
     assert [len(entry.latents) for entry in windows[-1].memory.entries] == [12, 12, 12, 6]
+
+
+@pytest.mark.parametrize("speed", PRESETS)
+def test_a_checkpoints_noise_levels_are_the_steps_whatever_the_preset(speed: str) -> None:
+    config = replace(NetConfig(), noise_levels=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.0))
+    settings = Settings(speed=speed).for_checkpoint(config)
+    assert settings.steps == len(schedule.of(config, settings.steps)) - 1 == 8
+    assert settings.for_checkpoint(config) == settings
+
+
+def test_a_window_may_be_longer_than_the_released_one(
+    memo_tiny: Path, tmp_path: Path, expected: dict[str, Tensor]
+) -> None:
+    folder = tmp_path / "longer"
+    shutil.copytree(memo_tiny, folder)
+    file = folder / "diffusion_net" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"window_frames": 24}))
+    pipe = MemoPipeline.from_pretrained(folder)
+    reference = pipe.encode_reference(expected["in.reference_image"][0, :, 32:96, 32:96], expected["in.face_embedding"])
+    track = pipe.encode_audio(expected["in.waveform"], 16000)
+    clip, memory = pipe.sample_clip(reference, track, num_frames=30, steps=1, guidance_scale=1)
+    assert clip.num_frames == 30 and [len(entry.latents) for entry in memory.entries] == [24, 24, 6]
+    memory.save(tmp_path / "state")
+    assert MemoryState.load(tmp_path / "state").digest == memory.digest
+
+
+def test_what_may_be_held_is_budgeted(checkpoint: Callable[[str], Path]) -> None:
+    """A layer that looks at 24 past frames holds them after its second window."""
+    held = [
+        sum(needs(MemoPipeline.from_pretrained(checkpoint(kind)).nets, 128, 128, Settings()).layers)
+        for kind in ("past", "past 24")
+    ]
+    assert held[1] == pytest.approx(1.5 * held[0], rel=0.01)
 
 
 def test_emotion_tracks_fit(pipe: MemoPipeline, track: AudioTrack, emotions: EmotionTrack) -> None:
