@@ -22,9 +22,10 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".md")
-# Import, load, sample, memory, store, video, emotion, download, adapters, command; no fuzzing.
-TESTS = [f"tests/core/{name}" for name in ("checkpoint", "cli", "inputs", "memory", "video", "test_pipeline.py")]
+# Import, load, sample, memory, store, video, emotion, download, adapters, command; the bits of diffusers, transformers.
+TESTS = [f"tests/core/{name}" for name in ("checkpoint", "cli", "encoders", "inputs", "memory", "video")]
 TESTS += [f"tests/core/{name}.py" for name in ("nets/test_networks", "sampling/test_sampling", "sampling/test_store")]
+TESTS += ["tests/core/test_imports.py", "tests/core/test_pipeline.py"]
 TESTS += ["--ignore-glob=*/test_fuzz*.py"]
 LIMIT = 40 * 60  # seconds for the tests of one combination
 SHOWN = ("torch", "transformers", "diffusers", "huggingface_hub", "av", "numpy", "librosa", "pillow", "safetensors")
@@ -125,7 +126,7 @@ def _runs(python: Path, code: str) -> bool:
 def _test(python: Path, report: Path) -> tuple[list[str], list[str]]:
     """How many passed, failed and were skipped, and the names of those that failed."""
     report.unlink(missing_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "fast"}
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"--junitxml={report}", *TESTS]
     try:
         subprocess.run(command, cwd=ROOT, env=environment, timeout=LIMIT)
