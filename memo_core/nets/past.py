@@ -113,7 +113,8 @@ def rows_of(memory: Memory, rows: slice) -> Memory:
 
 def in_turn(layers: Iterable[Memory]) -> Iterator[MemoryOfModule]:
     """Of memory layer by layer what a net asks for module by module, once and in order: each takes as many as it has
-    layers. For a pass that computes nothing again."""
+    layers. For a pass that computes nothing again.
+    """
     remaining = iter(layers)
 
     def taken() -> Iterable[Memory]:

@@ -158,6 +158,7 @@ def test_nothing_is_pinned_and_nothing_asked_for_that_breaks_hosts() -> None:
     assert not [line for line in REQUIREMENTS if re.search("[<=~!]=?", line.replace(">=", ""))]
 
 
+@pytest.mark.slow
 def test_installing_it_changes_no_package_of_the_host(files: list[str], tmp_path: Path) -> None:
     folder = find_host()
     python = folder and find_python(folder)

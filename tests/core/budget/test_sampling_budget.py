@@ -422,6 +422,7 @@ def test_fp8_sums_change_pictures_little(sample: Sample) -> None:
     assert torch.equal(sample(Speed(fp8_sums=True), sums_on_device=1)[0], halved)
 
 
+@pytest.mark.slow
 def test_a_rebuild_looks_at_several_windows_in_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     nets = networks.tiny()
     job = networks.clip(MemoPipeline(nets), 64, 4, steps=1)
@@ -457,7 +458,7 @@ def test_out_of_memory_is_tried_once_more_by_a_smaller_plan(
 
     monkeypatch.setattr(sampling, "sample_window", scarce)
     monkeypatch.setattr(MemoPipeline, "plan", lambda *_: first)
-    monkeypatch.setattr("memo_core.pipeline.smaller_plan", lambda *_: second)
+    monkeypatch.setattr("memo_core.budget.placement.smaller_plan", lambda *_: second)
     pipe = MemoPipeline(nets)
     made = list(pipe.sample_windows(job, on_progress=lambda done, total: steps.append((done, total))))
     assert all(torch.equal(window.latents, latents) for window, latents in zip(made, wanted, strict=True))

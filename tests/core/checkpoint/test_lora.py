@@ -246,6 +246,7 @@ def test_the_command_line_refuses_a_strength_that_is_none(text: str, capsys: pyt
     assert "is not FILE or FILE:STRENGTH" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_generate_uses_an_adapter_and_writes_so(
     memo_tiny: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted_once: None
 ) -> None:

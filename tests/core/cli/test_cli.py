@@ -315,6 +315,7 @@ def test_the_next_run_removes_what_a_killed_one_left_and_says_so(here, generate,
     assert f"removed {left.name}, which a run that was killed had left" in caplog.text
 
 
+@pytest.mark.slow
 def test_equal_runs_give_equal_files(here, generate):
     for name in ("a.mp4", "b.mp4"):
         assert generate("-o", name, "--no-store") == 0

@@ -595,6 +595,7 @@ def decibels(found: np.ndarray, wanted: np.ndarray) -> float:
     return 10 * math.log10(float(np.square(wanted).sum() / np.square(found - wanted).sum()))
 
 
+@pytest.mark.slow
 def test_spectral_separation_lowers_repeating_music_and_keeps_the_voice() -> None:
     from training.toon import voices  # imports scipy
 
@@ -626,6 +627,7 @@ def test_spectral_separation_of_odd_recordings(samples: int, rate: float) -> Non
         separate_vocals_spectral(torch.tensor([math.nan]), rate)
 
 
+@pytest.mark.slow
 def test_the_shipped_song_is_the_voice_over_the_music() -> None:
     shipped, rate = load_audio(ROOT / "assets" / "song.flac")
     from training.toon import voices  # imports scipy

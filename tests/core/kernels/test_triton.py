@@ -32,7 +32,7 @@ def name(shape: tuple[int, ...]) -> str:
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=name)
 norms = pytest.mark.parametrize("norm", NORMS, ids=name)
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+dtypes = pytest.mark.parametrize("dtype", thinned(TOLERANCE, fast=[torch.float32, torch.bfloat16]), ids=str)
 with_or_without_memory = pytest.mark.parametrize("with_memory", [False, True], ids=["alone", "memory"])
 
 
@@ -40,6 +40,8 @@ with_or_without_memory = pytest.mark.parametrize("with_memory", [False, True], i
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a kernel has to fill holds NaN before."""
     empty = torch.empty
+    with torch.device("cpu"):
+        torch.ones(1)  # the first such block looks up for good what makes tensors: not what is put in its place here
 
     def poisoned(*args, **options) -> Tensor:
         out = empty(*args, **options)
@@ -285,6 +287,7 @@ def test_without_gradients_nothing_is_kept(mode) -> None:
     assert all(out.isfinite().all() for out in outs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch.compile is not to be had")
 def test_compiled_code_keeps_them_in_one_graph() -> None:
     window, memory = inputs((1, 4, 2, 1, 8))
@@ -335,7 +338,7 @@ def test_only_what_is_on_cuda_goes_to_triton(monkeypatch: pytest.MonkeyPatch) ->
 # rows, channels, height, width, groups, rows of the shift (0: none): a group of one channel; odd sizes; many pixels
 MAPS = [(2, 8, 3, 5, 8, 0), (4, 10, 7, 6, 2, 2), (2, 24, 13, 14, 4, 1), (3, 20, 1, 1, 5, 3)]
 CARRIED = [torch.float32, torch.bfloat16, torch.float16]
-carried = pytest.mark.parametrize("dtype", CARRIED, ids=str)
+carried = pytest.mark.parametrize("dtype", thinned(CARRIED, fast=[torch.float32, torch.bfloat16]), ids=str)
 
 
 def map_inputs(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, int, Tensor, Tensor, Tensor]:

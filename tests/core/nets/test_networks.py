@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import FIXTURES, relative_l2
+from common import FIXTURES, relative_l2, thinned
 from torch import Tensor, nn
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
@@ -139,7 +139,7 @@ def half(memo_tiny: Path) -> MemoPipeline:
     return MemoPipeline.from_pretrained(memo_tiny, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("window", range(WINDOWS))
+@pytest.mark.parametrize("window", thinned(range(WINDOWS), fast=[1]))
 def test_bfloat16_stays_close_in_every_pass_and_window(
     half: MemoPipeline, reference: Reference, track: AudioTrack, emotions: EmotionTrack, expected: Expected, window: int
 ) -> None:

@@ -106,6 +106,7 @@ def test_stored_windows_are_found_again_in_the_formats_whose_numbers_stayed(
     assert "|torch.float32|" in before[0]
 
 
+@pytest.mark.slow
 def test_the_budget_counts_what_is_carried_and_decoded(memo_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nets = [load(memo_tiny, dtype=torch.bfloat16) for _ in range(2)]
     counted = needs(nets[0], 128, 128, Settings())

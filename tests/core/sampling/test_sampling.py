@@ -172,6 +172,7 @@ def test_a_window_has_the_emotion_of_most_of_its_frames(
     assert not torch.equal(sample(happy, "window"), sample(None, "window"))
 
 
+@pytest.mark.slow
 def test_each_frame_may_have_its_own_emotion(pipe: MemoPipeline, reference: Reference, track: AudioTrack) -> None:
     def sample(emotion: EmotionTrack, per: str) -> Tensor:
         return pipe.sample_clip(reference, track, emotion, num_frames=16, steps=1, emotion_per=per)[0].latents

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import relative_l2
+from common import relative_l2, thinned
 from torch import Tensor, nn
 
 from memo_core import AudioTrack, MemoPipeline, Reference
@@ -153,7 +153,7 @@ def test_four_steps_lie_where_these_tests_expect_them() -> None:
     assert sigmas(4) == pytest.approx([*FOUR, 0.0], abs=1e-3)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", thinned(SOLVERS, fast=["ab2"]))
 def test_every_solver_can_be_stopped(pipe: MemoPipeline, small: Reference, track: AudioTrack, solver: str) -> None:
     asked: list[bool] = []
 
@@ -236,7 +236,7 @@ def test_presets_stay_near_to_exact(pipe: MemoPipeline, reference: Reference, tr
     assert 1e-5 < relative_l2(sample("draft"), exact) < 0.2
 
 
-@pytest.mark.parametrize("name", ["balanced", "draft"])
+@pytest.mark.parametrize("name", thinned(["balanced", "draft"], fast=["draft"]))
 def test_presets_hand_the_memory_on(pipe: MemoPipeline, small: Reference, track: AudioTrack, name: str) -> None:
     settings = dict(steps=2, guidance_scale=1, speed=name)
     whole, _ = pipe.sample_clip(small, track, num_frames=32, **settings)

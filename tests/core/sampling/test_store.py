@@ -354,6 +354,7 @@ for number, window in enumerate(pipe.sample_windows(job, store=WindowStore({stor
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_no_finished_window(memo_tiny: Path, tmp_path: Path) -> None:
     def run(kill_after: int) -> list[str]:
         root = str(ROOT)

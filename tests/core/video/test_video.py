@@ -237,6 +237,7 @@ def test_partial_finish_after_an_exception_keeps_what_was_written(tmp_path: Path
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_encoding_leaves_every_frame_so_far_playable(tmp_path: Path) -> None:
     script = textwrap.dedent("""
         import signal, sys, numpy as np
