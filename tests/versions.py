@@ -129,11 +129,11 @@ def _test(python: Path, report: Path) -> tuple[list[str], list[str]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "fast"}
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"--junitxml={report}", *TESTS]
     try:
-        subprocess.run(command, cwd=ROOT, env=environment, timeout=LIMIT)
+        code = subprocess.run(command, cwd=ROOT, env=environment, timeout=LIMIT).returncode
     except subprocess.TimeoutExpired:
         return ["-"] * 3, [f"stopped after {LIMIT // 60} minutes"]
     if not report.exists():
-        return ["-"] * 3, ["pytest did not start"]
+        return ["-"] * 3, [f"pytest ended with code {code} before its report"]
     suite = ElementTree.parse(report).getroot()[0]
     total, failures, errors, skipped = (int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped"))
     failed = [

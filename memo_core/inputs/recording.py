@@ -47,7 +47,9 @@ def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
         if not os.fstat(file.fileno()).st_size:
             raise OSError("it is empty")
         try:
-            container = av.open(_Source(file), "r", metadata_errors="replace", container_options=_NOTHING)
+            # PyAV 19 reads any tag and no longer knows the argument.
+            tags: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+            container = av.open(_Source(file), "r", container_options=_NOTHING, **tags)
         except (av.FFmpegError, OSError) as error:
             file.seek(0)
             if file.read(8).startswith(_PLAYLISTS):
