@@ -120,7 +120,7 @@ def test_the_pipeline(pipe: MemoPipeline, small: Reference, track: AudioTrack, e
     wave = torch.zeros(16000)
     wave[::7] = 0.5
     refused(lambda value: pipe.detect_emotion(wave, 16000, value), EmotionError)
-    refused(lambda value: pipe.detect_emotion(wave, 16000, 16, value), EmotionError, (3.5,))
+    refused(lambda value: pipe.detect_emotion(wave, 16000, 16, value), EmotionError, (3.5, None))
     refused(lambda value: pipe.detect_emotion(wave, 16000, 16, 30, value), EmotionError, (3.5,))
     refused(lambda value: pipe.detect_emotion(wave, 16000, 16, 30, 1.0, value), EmotionError, (3.5,))
 
