@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import networks
 from memo_core import MemoPipeline, MemoryState, devices
 from memo_core.budget import counting, report
-from memo_core.budget.counting import GIB, RESERVE, LiveBytes, needs, without_data
+from memo_core.budget.counting import GIB, RESERVE, LiveBytes, Needs, needs, without_data
 from memo_core.budget.plan import VAE_FRAMES, choose_plan, least_plan, plan_of, smaller_plan
 from memo_core.budget.report import DRIVER
 from memo_core.checkpoint.load import load
@@ -97,13 +97,19 @@ def test_what_was_there_before_is_not_counted() -> None:
     assert live.peak == 0
 
 
+@pytest.fixture(scope="module")
+def cpu_needs(pipe: MemoPipeline) -> Needs:
+    """What 128 x 128 pixels take with the CPU's pieces."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(layers.FEED_FORWARD_TOKENS, False, layers.FEED_FORWARD_TOKENS[True])
+        patch.setattr(counting, "_counted", {})  # others may have counted before, with a GPU's pieces
+        return needs(pipe.nets, 128, 128, EXACT)
+
+
 @pytest.mark.parametrize("part", ["reading", "summing", "decoding", "encoding"])
-def test_parts_take_what_the_allocator_says(pipe: MemoPipeline, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+def test_parts_take_what_the_allocator_says(pipe: MemoPipeline, cpu_needs: Needs, part: str) -> None:
     """Counted without data, and as the CPU's allocator served the same work with data."""
-    monkeypatch.setitem(layers.FEED_FORWARD_TOKENS, False, layers.FEED_FORWARD_TOKENS[True])  # the CPU's pieces
-    monkeypatch.setattr(counting, "_counted", {})  # others may have counted before, with a GPU's pieces
     nets, size = pipe.nets, (16, 16)
-    need = needs(nets, 128, 128, EXACT)
     latents, code, frame = torch.zeros(32, 4, *size), torch.zeros(1, 4, *size), torch.zeros(1, 3, 128, 128)
     with torch.inference_mode():
         tokens = torch.zeros(32, nets.image_proj.tokens, nets.diffusion_net.config.cross_attention_dim)
@@ -122,7 +128,7 @@ def test_parts_take_what_the_allocator_says(pipe: MemoPipeline, monkeypatch: pyt
         "decoding": lambda: vae.decode(code, return_dict=False)[0],
         "encoding": lambda: vae.encode(frame, return_dict=False)[0].mean,
     }[part]
-    assert getattr(need, part) == pytest.approx(seen_by_allocator(run), rel=0.1)
+    assert getattr(cpu_needs, part) == pytest.approx(seen_by_allocator(run), rel=0.1)
 
 
 def test_the_released_size_takes_what_is_known_of_it(full: Any) -> None:

@@ -383,7 +383,7 @@ given = load_file(f"{folder}/expected.safetensors")
 pipe = MemoPipeline.from_pretrained(folder)
 reference = pipe.encode_reference(given["in.reference_image"][0, :, 32:96, 32:96], given["in.face_embedding"])
 track = pipe.encode_audio(given["in.waveform"], 16000)
-clip, memory = pipe.sample_clip(reference, track, memory=MemoryState.load(state), start=32, num_frames=30, steps=2)
+clip, memory = pipe.sample_clip(reference, track, memory=MemoryState.load(state), start=32, num_frames=30, steps=1)
 memory.save(state)
 save_file({"latents": clip.latents.contiguous()}, out)
 """
@@ -392,8 +392,8 @@ save_file({"latents": clip.latents.contiguous()}, out)
 def test_resume_of_sampling_in_another_process(
     pipe: MemoPipeline, small: Reference, track: AudioTrack, memo_tiny: Path, tmp_path: Path
 ) -> None:
-    whole, after = pipe.sample_clip(small, track, num_frames=62, steps=2)
-    _, memory = pipe.sample_clip(small, track, num_frames=32, steps=2)
+    whole, after = pipe.sample_clip(small, track, num_frames=62, steps=1)
+    _, memory = pipe.sample_clip(small, track, num_frames=32, steps=1)
     state, out = tmp_path / "memory.safetensors", tmp_path / "rest.safetensors"
     memory.save(state)
     environment = os.environ | {"PYTHONPATH": str(FIXTURES.parent.parent)}

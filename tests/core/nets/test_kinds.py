@@ -305,6 +305,7 @@ def test_a_window_may_be_longer_than_the_released_one(
     assert MemoryState.load(tmp_path / "state").digest == memory.digest
 
 
+@pytest.mark.slow
 def test_what_may_be_held_is_budgeted(checkpoint: Callable[[str], Path]) -> None:
     """A layer that looks at 24 past frames holds them after its second window."""
     held = [

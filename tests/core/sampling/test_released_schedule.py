@@ -68,6 +68,7 @@ def blocks(pipe: MemoPipeline) -> list:
     return [*net.down_blocks, *net.up_blocks]
 
 
+@pytest.mark.slow
 def test_frames_pass_the_vae_one_by_one(pipe: MemoPipeline, small: Reference, track: AudioTrack) -> None:
     rows: dict[str, list[int]] = {"encoder": [], "decoder": []}
     hooks = [
