@@ -32,7 +32,7 @@ from memo_core.release import WINDOW
 
 from .batches import Batch
 from .config import Stage, override
-from .engine import prepare_to_learn
+from .learning import prepare_to_learn
 from .nets import RELEASED, Nets, Sizes
 from .objectives.flow import FlowModel
 

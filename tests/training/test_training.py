@@ -42,7 +42,7 @@ from memo_core.sampling.conditions import Conditioner
 from memo_core.sampling.settings import Settings
 from memo_core.sampling.window import sample_window
 from training import __main__ as command
-from training import batches, config, engine, losses, presets
+from training import batches, config, engine, learning, losses, presets
 from training.config import ConfigError, Drop, Engine, Loss, Optimizer, Stage
 from training.nets import Nets, begin_from_nothing, checkpoint_gradients, link_encoders
 from training.objectives import flow
@@ -727,7 +727,7 @@ def test_eight_bit_moments_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch
     groups = [{"params": [torch.nn.Parameter(torch.ones(5000))]}]
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
-        engine._adamw(groups, stage, torch.device("cpu"))
+        learning.adamw(groups, stage, torch.device("cpu"))
     monkeypatch.undo()
     pytest.importorskip("bitsandbytes")
-    assert type(engine._adamw(groups, stage, torch.device("cpu"))).__name__ == "AdamW8bit"
+    assert type(learning.adamw(groups, stage, torch.device("cpu"))).__name__ == "AdamW8bit"
