@@ -465,6 +465,8 @@ def write_file(path: Path, waveform: Tensor, rate: int, codec: str, picture: boo
         if sound:
             stream = container.add_stream(codec, rate=rate)
             stream.layout = "stereo" if waveform.shape[0] == 2 else "mono"
+            if codec == "aac":  # at its default PyAV 19's encoder spoils a block of some tones
+                stream.bit_rate = 160_000
             frame = av.AudioFrame.from_ndarray(
                 np.ascontiguousarray(waveform.numpy()), format="fltp", layout=stream.layout.name
             )
