@@ -96,7 +96,9 @@ def _environment(folder: Path, combination: Combination) -> Path:
         subprocess.run([_interpreter(combination.python), "-m", "venv", folder], check=True)
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--only-binary=:all:"]
     newest = ["--upgrade", "--upgrade-strategy", "eager"]  # also in an environment of an earlier run
-    command = [*pip, *newest, "-e", ROOT, *combination.packages, "pytest", "hypothesis"]
+    # The last two are for tests alone, that our encoders compute as theirs do.
+    beside = ("pytest", "hypothesis", "diffusers", "transformers")
+    command = [*pip, *newest, "-e", ROOT, *combination.packages, *beside]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or ["pip failed"]
