@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .audio import AudioLayer
 from .conditions import Conditions
 from .emotion_norm import EmotionAdaNorm, Modulation
 from .layers import (
@@ -20,7 +21,6 @@ from .layers import (
     to_tokens,
     widened,
 )
-from .module import LayerModule
 
 
 class CrossAudio(NamedTuple):
@@ -32,9 +32,9 @@ class CrossAudio(NamedTuple):
 
 
 class _CrossBlock(nn.Module):
-    """Self-attention of the frames, attention to the sound, feed-forward."""
+    """Self-attention of the frames, attention to the sound, feed-forward; the net's last block as all others."""
 
-    def __init__(self, dim: int, audio_dim: int, heads: int, ops: Any):
+    def __init__(self, dim: int, audio_dim: int, heads: int, final: bool, ops: Any):
         super().__init__()
         self.norm1 = EmotionAdaNorm(dim, ops)
         self.attn1 = Attention(dim, dim, heads, ops=ops)
@@ -51,23 +51,11 @@ class _CrossBlock(nn.Module):
         return added(x, self.ff(normed), self.norm3)
 
 
-class CrossAudioModule(LayerModule):
-    """Arguments as for `multimodal.AudioModule`; every one reads the sound as it enters the net."""
+class CrossAudioModule(AudioLayer):
+    """Audio module of such blocks; every one reads the sound as it enters the net, and hands it on."""
 
-    transformer_blocks: Any
-
-    part = "audio"
     adapted = r".+\.attn[12]\.to_(q|k|v|out\.0)"
-    outside_forward = ("prepare",)
-
-    def __init__(
-        self, dim: int, inner_dim: int, audio_dim: int, heads: int, groups: int, final: bool = False, ops: Any = nn
-    ):
-        super().__init__()
-        self.norm = ops.GroupNorm(groups, dim, eps=1e-6)
-        self.proj_in = ops.Conv2d(dim, inner_dim, 1)
-        self.transformer_blocks = nn.ModuleList([_CrossBlock(inner_dim, audio_dim, heads, ops)])
-        self.proj_out = ops.Conv2d(inner_dim, dim, 1)
+    block = _CrossBlock
 
     def prepare(self, conditions: Conditions, index: int) -> CrossAudio | None:
         """As `CrossAudio` says; None without an emotion, where it is left out."""
@@ -76,10 +64,6 @@ class CrossAudioModule(LayerModule):
         block, dtype = self.transformer_blocks[0], conditions.face_tokens.dtype
         first, second = (norm.modulation(conditions.emotion, dtype) for norm in (block.norm1, block.norm2))
         return CrossAudio(first, second, block.attn2.keys_values(conditions.audio_tokens.flatten(0, 1)))
-
-    def begin(self, audio: Tensor, prepared: CrossAudio) -> Tensor:
-        """The sound as it is."""
-        return audio
 
     def forward(self, x: Tensor, audio: Any, prepared: CrossAudio) -> tuple[Tensor, Any]:
         """x [B * F, C, h, w]; `audio` is handed on."""

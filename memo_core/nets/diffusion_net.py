@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
+from .audio import AudioLayer
 from .conditions import Conditions, LayerInputs, Prepared
 from .config import NetConfig
 from .kinds import AUDIO, TEMPORAL, kind_named
@@ -32,7 +33,7 @@ class _Level(Level):
     def spatial(self, i: int) -> SpatialTransformer | None:
         return self.attentions[i] if hasattr(self, "attentions") else None
 
-    def audio(self, i: int) -> Any:
+    def audio(self, i: int) -> AudioLayer | None:
         return self.audio_modules[i] if hasattr(self, "audio_modules") else None
 
     def temporal(self, i: int) -> TemporalModule | None:
@@ -120,7 +121,7 @@ class DiffusionNet(UNet):
                 None if audio_module is None else audio_module.prepare(conditions, index),
             )
             layers.append(mine)
-            if first and mine.audio is not None and conditions.audio_tokens is not None:
+            if first and audio_module is not None and mine.audio is not None and conditions.audio_tokens is not None:
                 first, audio = False, audio_module.begin(conditions.audio_tokens.flatten(0, 1), mine.audio)
         return Prepared(layers, audio, conditions.frames, len(conditions.face_tokens))
 

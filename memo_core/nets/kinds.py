@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..errors import CheckpointError
+from .audio import AudioLayer
 from .cross_audio import CrossAudioModule
 from .last_frames import LastFramesModule
 from .memory_module import MemoryModule
@@ -17,7 +18,7 @@ TEMPORAL: dict[str, type[TemporalModule]] = {
     "last_frames": LastFramesModule,
     "past_attention": PastAttentionModule,
 }
-AUDIO: dict[str, Any] = {"multimodal": AudioModule, "cross": CrossAudioModule}
+AUDIO: dict[str, type[AudioLayer]] = {"multimodal": AudioModule, "cross": CrossAudioModule}
 
 Kind = TypeVar("Kind")
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .audio import AudioLayer
 from .conditions import Conditions
 from .emotion_norm import EmotionAdaNorm, Modulation
 from .layers import (
@@ -26,7 +27,6 @@ from .layers import (
     to_tokens,
     widened,
 )
-from .module import LayerModule
 
 
 class EmotionModulation(NamedTuple):
@@ -134,34 +134,12 @@ class _JointBlock(nn.Module):
         return x, audio + self.audio_ff(self.audio_norm3(audio))
 
 
-class AudioModule(LayerModule):
-    """Multi-modal attention module at one layer of the Diffusion Net.
+class AudioModule(AudioLayer):
+    """Multi-modal attention module at one layer of the Diffusion Net."""
 
-    Args:
-        dim: channels of the frames at this layer.
-        inner_dim: working width; in the released net the channels that *enter* the block on the way down, and those of
-            the next finer level on the way up, not `dim`.
-        audio_dim: width of an audio token.
-        heads: attention heads.
-        groups: of the group norm.
-        final: the net's last audio module, which returns no audio tokens.
-        ops: namespace of layer classes.
-    """
-
-    transformer_blocks: Any
-
-    part = "audio"
     adapted = r".+\.(audio_)?attn[12]\.(to_(q|k|v|out\.0)|add_[qkv]_proj|to_add_out)"
     outside_forward = ("prepare", "begin")
-
-    def __init__(
-        self, dim: int, inner_dim: int, audio_dim: int, heads: int, groups: int, final: bool = False, ops: Any = nn
-    ):
-        super().__init__()
-        self.norm = ops.GroupNorm(groups, dim, eps=1e-6)
-        self.proj_in = ops.Conv2d(dim, inner_dim, 1)
-        self.transformer_blocks = nn.ModuleList([_JointBlock(inner_dim, audio_dim, heads, final, ops)])
-        self.proj_out = ops.Conv2d(inner_dim, dim, 1)
+    block = _JointBlock
 
     def prepare(self, conditions: Conditions, index: int) -> EmotionModulation | None:
         """Shifts and scales of its norms; None without an emotion, where it is left out."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from common import relative_l2, thinned
-from torch import Tensor
+from torch import Tensor, nn
 
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState
 from memo_core.budget.counting import needs
@@ -22,9 +22,12 @@ from memo_core.checkpoint.save import save_module
 from memo_core.errors import CheckpointError
 from memo_core.kernels import memory_attention, memory_sums
 from memo_core.memory.cache import MemoryCache
+from memo_core.nets.audio import AudioLayer
+from memo_core.nets.conditions import Conditions
 from memo_core.nets.config import NetConfig
 from memo_core.nets.cross_audio import CrossAudioModule
 from memo_core.nets.diffusion_net import DiffusionNet
+from memo_core.nets.kinds import AUDIO
 from memo_core.nets.last_frames import LastFramesAttention
 from memo_core.nets.past import LastFrames
 from memo_core.nets.past_attention import PastAttention
@@ -103,6 +106,41 @@ def test_a_kind_is_budgeted_fused_and_adapted(checkpoint: Callable[[str], Path],
     assert pipe.nets.digest != before
     fused = MemoPipeline.from_pretrained(checkpoint(kind), options=Options(fuse_qkv=True))
     assert any(hasattr(module, "fused") for module in fused.nets.diffusion_net.modules())
+
+
+class LoudnessBlock(nn.Module):
+    def __init__(self, dim: int, audio_dim: int, heads: int, final: bool, ops: Any):
+        super().__init__()
+        self.heard = ops.Linear(audio_dim, dim)
+
+
+class Loudness(AudioLayer):
+    """Adds one and the same to all of a frame, by its sound."""
+
+    block = LoudnessBlock
+
+    def prepare(self, conditions: Conditions, index: int) -> tuple[Tensor] | None:
+        if conditions.audio_tokens is None:
+            return None
+        return (self.transformer_blocks[0].heard(conditions.audio_tokens.flatten(0, 1).mean(dim=1)),)
+
+    def forward(self, x: Tensor, audio: Tensor, prepared: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+        return x + self.proj_out(self.proj_in(self.norm(x)) + prepared[0][:, :, None, None]), audio
+
+
+def test_another_kind_of_audio_module_is_one_class(
+    checkpoint: Callable[[str], Path], expected: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its block, what is prepared for it and how it is called: `AudioLayer` has the rest."""
+    monkeypatch.setitem(AUDIO, "loudness", Loudness)
+    monkeypatch.setitem(KINDS, "loudness", {"audio_modules": "loudness"})
+    pipe = MemoPipeline.from_pretrained(checkpoint("loudness"))
+    reference = pipe.encode_reference(expected["in.reference_image"][0, :, 32:96, 32:96], expected["in.face_embedding"])
+    spoken, silent = (
+        pipe.sample_clip(reference, pipe.encode_audio(sound, 16000), steps=1, num_frames=16)[0].latents
+        for sound in (expected["in.waveform"], torch.zeros(16000))
+    )
+    assert relative_l2(spoken, silent) > 1e-4
 
 
 def layers(kind: type, frames: int) -> Any:
