@@ -15,22 +15,18 @@ from torch import Tensor, nn
 
 from memo_core.checkpoint.lora import Adapter, Factors, read
 from memo_core.errors import MemoError
-from memo_core.nets.module import LayerModule
 
-_QKV = r"to_(q|k|v|out\.0)"
-# Groups of layers by name, as patterns of the full names in a module that has the four networks as attributes.
-TARGETS = {
-    "attention": "",  # portrait and face tokens
-    "audio": r"audio_proj\.proj[123]",
-    "emotion": r"diffusion_net\..+\.adaLN_modulation\.1",
-    "memory": "",
-    "reference": rf"reference_net\..+\.attn[12]\.{_QKV}",
-    "face": r"image_proj\.proj",
-    "feed_forward": r"(reference|diffusion)_net\..+\.(audio_)?ff\.net\.(0\.proj|2)",
-    "projections": r"(reference|diffusion)_net\..+\.proj_(in|out)",  # into and out of every transformer, also 1x1 conv
-}
-# And what the Diffusion Net's layer modules of a part say of themselves.
-_OF_PART = {"attention": "spatial", "audio": "audio", "memory": "memory"}
+# Groups of layers. Which layers are in them the networks' modules say (`LayerModule.adapted`).
+TARGETS = (
+    "attention",  # to portrait and face tokens
+    "audio",
+    "emotion",
+    "memory",
+    "reference",
+    "face",
+    "feed_forward",
+    "projections",  # into and out of every transformer
+)
 _NAME = "default"  # peft's, of the only adapter
 
 
@@ -50,11 +46,11 @@ def layers(nets: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def _names(nets: nn.Module, target: str) -> list[str]:
-    pattern, part = re.compile(TARGETS[target]), _OF_PART.get(target)
-    names = [name for name, _ in nets.named_modules() if name and pattern.fullmatch(name)]
+    names = []
     for prefix, module in nets.named_modules():
-        if isinstance(module, LayerModule) and module.part == part:
-            inside = (name for name, _ in module.named_modules() if re.fullmatch(module.adapted, name) and name)
+        pattern = getattr(module, "adapted", {}).get(target)
+        if pattern is not None:
+            inside = (name for name, _ in module.named_modules() if re.fullmatch(pattern, name))
             names += [f"{prefix}.{name}" for name in inside]
     return names
 
@@ -71,7 +67,7 @@ def add(
         nets: a module with the attributes reference_net, diffusion_net, image_proj and audio_proj.
         rank: r of the two matrices [r, in] and [out, r], from 1.
         alpha: the adapters' output is multiplied by alpha / rank.
-        targets: keys of TARGETS.
+        targets: of TARGETS.
         dropout: of an adapter's input, in [0, 1).
 
     Returns:

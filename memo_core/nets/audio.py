@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .conditions import Conditions
-from .module import LayerModule
+from .module import TRANSFORMER, LayerModule
 
 
 class AudioLayer(LayerModule):
@@ -33,6 +33,7 @@ class AudioLayer(LayerModule):
     transformer_blocks: Any
 
     part = "audio"
+    adapted = TRANSFORMER | {"emotion": r".+\.adaLN_modulation\.1"}
     block: ClassVar[type[nn.Module]]
 
     def __init__(

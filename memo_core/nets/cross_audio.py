@@ -54,7 +54,7 @@ class _CrossBlock(nn.Module):
 class CrossAudioModule(AudioLayer):
     """Audio module of such blocks; every one reads the sound as it enters the net, and hands it on."""
 
-    adapted = r".+\.attn[12]\.to_(q|k|v|out\.0)"
+    adapted = AudioLayer.adapted | {"audio": r".+\.attn[12]\.to_(q|k|v|out\.0)"}
     block = _CrossBlock
 
     def prepare(self, conditions: Conditions, index: int) -> CrossAudio | None:

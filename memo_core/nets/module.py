@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 
 from .conditions import Conditions
+
+# `LayerModule.adapted` of what every transformer has: its feed-forward layers, and the ways into it and out of it.
+TRANSFORMER = {"feed_forward": r".+\.(\w+_)?ff\.net\.(0\.proj|2)", "projections": r"(.+\.)?proj_(in|out)"}
 
 
 class LayerModule(nn.Module):
@@ -16,15 +19,17 @@ class LayerModule(nn.Module):
 
     Attributes:
         part: what it belongs to in training (`training.config.PARTS`).
-        adapted: regular expression of the names, inside it, of the linear layers that LoRA changes with its part.
+        adapted: its linear layers and 1x1 convolutions that LoRA may change: by group (`training.lora.TARGETS`), a
+            regular expression of their names inside it.
         begins_silent: training begins with its last projection (`proj_out`) at zero, where nothing has been learnt yet:
             what stands before it passes unchanged.
         recomputed: gradient checkpointing computes its activations again.
-        outside_forward: methods besides `forward` that compute with its weights, for who gathers sharded ones.
+        outside_forward: methods besides `forward` that compute with its weights and are called from outside of it, for
+            who gathers sharded ones.
     """
 
     part: ClassVar[str] = "backbone"
-    adapted: ClassVar[str] = ""
+    adapted: ClassVar[Mapping[str, str]] = {}
     begins_silent: ClassVar[bool] = True
     recomputed: ClassVar[bool] = True
     outside_forward: ClassVar[tuple[str, ...]] = ("prepare",)

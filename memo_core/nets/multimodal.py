@@ -137,7 +137,9 @@ class _JointBlock(nn.Module):
 class AudioModule(AudioLayer):
     """Multi-modal attention module at one layer of the Diffusion Net."""
 
-    adapted = r".+\.(audio_)?attn[12]\.(to_(q|k|v|out\.0)|add_[qkv]_proj|to_add_out)"
+    adapted = AudioLayer.adapted | {
+        "audio": r".+\.(audio_)?attn[12]\.(to_(q|k|v|out\.0)|add_[qkv]_proj|to_add_out)",
+    }
     outside_forward = ("prepare", "begin")
     block = _JointBlock
 

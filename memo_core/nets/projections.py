@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ class ImageProjection(nn.Module):
         token_dim: width of a token (768).
         tokens: number of tokens (4).
     """
+
+    adapted: ClassVar[Mapping[str, str]] = {"face": r"proj"}  # as `LayerModule` declares it
 
     def __init__(self, embedding_dim: int = 512, token_dim: int = 768, tokens: int = 4, ops: Any = nn):
         super().__init__()
@@ -44,6 +47,8 @@ class AudioProjection(nn.Module):
         token_dim: width of a token (768).
         tokens: number of tokens per frame (32).
     """
+
+    adapted: ClassVar[Mapping[str, str]] = {"audio": r"proj[123]"}
 
     def __init__(self, input_dim: int, hidden_dim: int = 512, token_dim: int = 768, tokens: int = 32, ops: Any = nn):
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from .layers import (
     to_maps,
     to_tokens,
 )
+from .module import TRANSFORMER
 from .unet import Level, UNet
 
 
@@ -48,7 +49,9 @@ class _TransformerBlock(nn.Module):
 class _Transformer(nn.Module):
     transformer_blocks: Any
 
-    recomputed: ClassVar[bool] = True  # as `LayerModule`
+    # As `LayerModule` declares them.
+    recomputed: ClassVar[bool] = True
+    adapted: ClassVar[Mapping[str, str]] = TRANSFORMER | {"reference": r".+\.attn[12]\.to_(q|k|v|out\.0)"}
 
     def __init__(self, dim: int, config: NetConfig, final: bool = False, ops: Any = nn):
         super().__init__()

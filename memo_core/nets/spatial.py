@@ -23,7 +23,7 @@ from .layers import (
     to_tokens,
     widened,
 )
-from .module import LayerModule
+from .module import TRANSFORMER, LayerModule
 
 
 class SpatialConditions(NamedTuple):
@@ -78,7 +78,7 @@ class SpatialTransformer(LayerModule):
 
     part = "spatial"
     begins_silent = False  # it begins as Stable Diffusion's
-    adapted = r".+\.attn[12]\.to_(q|k|v|out\.0)"
+    adapted = TRANSFORMER | {"attention": r".+\.attn[12]\.to_(q|k|v|out\.0)"}
 
     def __init__(self, dim: int, config: NetConfig, ops: Any = nn):
         super().__init__()

@@ -29,7 +29,7 @@ from .layers import (
     to_tokens,
     widened,
 )
-from .module import LayerModule
+from .module import TRANSFORMER, LayerModule
 from .past import Memory, MemoryOfModule, Recurrence
 
 
@@ -158,7 +158,7 @@ class TemporalModule(LayerModule):
     temporal_transformer: Any
 
     part = "memory"
-    adapted = r".+\.attention_blocks\.\d+\.to_(q|k|v|out\.0)"
+    adapted = TRANSFORMER | {"memory": r".+\.attention_blocks\.\d+\.to_(q|k|v|out\.0)"}
     outside_forward = ()
     attention: ClassVar[type[TemporalAttention]]
 

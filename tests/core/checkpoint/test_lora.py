@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
+import re
 import wave
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from memo_core.checkpoint.networks import Networks
 from memo_core.cli import build_parser, main
 from memo_core.errors import CheckpointError, MemoError
 from memo_core.nets.conditions import Conditions
+from memo_core.nets.config import LayerKind
+from memo_core.nets.diffusion_net import DiffusionNet
+from memo_core.nets.kinds import AUDIO, TEMPORAL
 from memo_core.nets.past import in_turn
 from memo_core.video.read import read_video
 
@@ -372,6 +376,42 @@ def test_training_goes_on_from_a_file(tuning, nets: Networks, tmp_path: Path) ->
             tuning.load(other, path)
     with pytest.raises(MemoError, match="have adapters already"):
         tuning.add(first, 4, 8, ("memory",))
+
+
+QKV = r"to_(q|k|v|out\.0)"
+# What the groups hold in the released layout, by the full names of layers.
+GROUPS = {
+    "attention": rf"diffusion_net\..+\.attentions\..+\.attn[12]\.{QKV}",
+    "audio": r"audio_proj\.proj[123]"
+    rf"|diffusion_net\..+\.audio_modules\..+\.(audio_)?attn[12]\.({QKV}|add_[qkv]_proj|to_add_out)",
+    "emotion": r"diffusion_net\..+\.adaLN_modulation\.1",
+    "memory": rf"diffusion_net\..+\.motion_modules\..+\.attention_blocks\.\d+\.{QKV}",
+    "reference": rf"reference_net\..+\.attn[12]\.{QKV}",
+    "face": r"image_proj\.proj",
+    "feed_forward": r"(reference|diffusion)_net\..+\.(audio_)?ff\.net\.(0\.proj|2)",
+    "projections": r"(reference|diffusion)_net\..+\.proj_(in|out)",
+}
+
+
+@pytest.mark.parametrize("kinds", ["released", "mixed"])
+def test_groups_hold_the_layers_that_their_modules_name(tuning, nets: Networks, kinds: str) -> None:
+    """Of every kind of layer."""
+    container = Container(nets)
+    if kinds == "mixed":
+        config = nets.diffusion_net.config
+        levels = range(len(config.block_out_channels))
+        with torch.device("meta"):
+            container.diffusion_net = DiffusionNet(
+                dataclasses.replace(
+                    config,
+                    audio=tuple(LayerKind(list(AUDIO)[i % len(AUDIO)]) for i in levels),
+                    temporal=tuple(LayerKind(list(TEMPORAL)[i % len(TEMPORAL)], i % 3) for i in levels),
+                )
+            )
+    assert tuple(GROUPS) == tuple(tuning.TARGETS)
+    for group, pattern in GROUPS.items():
+        wanted = [name for name, _ in container.named_modules() if re.fullmatch(pattern, name)]
+        assert tuning.layers(container, (group,)) == sorted(wanted) and len(wanted) == len(set(wanted)) > 0, group
 
 
 def test_targets_and_numbers_that_are_none_are_refused(tuning, nets: Networks) -> None:
