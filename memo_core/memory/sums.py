@@ -38,18 +38,13 @@ class LayerMemory:
         self.store(kv, z)
 
     @property
-    def whole(self) -> bool:
-        """Nothing is to be done before use."""
-        return not self.on_host and self._scale is None
-
-    @property
     def nbytes(self) -> int:
         """Bytes of what is kept."""
         return self.kv.nbytes + self.z.nbytes
 
     def fetch(self, rows: slice = slice(None), into: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """kv and z of these batch rows on the device, in full; with `into`, as they are kept, to be given to `restore`.
-        They are the kept tensors themselves if `whole`.
+        They are the kept tensors themselves where these lie on the device, not in fp8.
 
         Args:
             into: bytes on the device for what comes from the host, as many as `buffer_bytes` says; None makes them.

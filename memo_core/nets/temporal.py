@@ -159,7 +159,7 @@ class TemporalModule(LayerModule):
 
     part = "memory"
     adapted = TRANSFORMER | {"memory": r".+\.attention_blocks\.\d+\.to_(q|k|v|out\.0)"}
-    outside_forward = ()
+    outside_forward = ()  # `past` computes with its weights: see there
     attention: ClassVar[type[TemporalAttention]]
 
     def __init__(
@@ -200,6 +200,10 @@ class TemporalModule(LayerModule):
         self, past: Tensor, height: int, width: int, frames: int, rows: Tensor | None = None
     ) -> Iterator[tuple[TemporalAttention, Tensor, Tensor]]:
         """Each layer with its keys and values of past frames, [B, F, N, H, D].
+
+        Its weights have to be there while the answer is read, layer by layer. Where they are sharded that is so inside
+        `forward`, as in training, whose memory is made of this when `forward` asks for it. So it is not among
+        `outside_forward`: the weights of a method named there are gathered until it returns, before the first layer.
 
         Args:
             past: Reference Net features [B * F, N, C], frames oldest first.
