@@ -61,9 +61,13 @@ class ArrayFile:
 
     def __init__(self, file: Any, path: str | os.PathLike[str]) -> None:
         self.metadata, self.keys, self.get_slice = file.metadata, file.keys, file.get_slice
-        self._bytes = np.memmap(path, np.uint8, "r")
-        length = int(self._bytes[:8].view("<u8")[0])
-        self._header = json.loads(self._bytes[8 : 8 + length].tobytes())  # in order, or safe_open had refused it
+        # In order, or safe_open had refused it; unless another file has been put in its place since.
+        try:
+            self._bytes = np.memmap(path, np.uint8, "r")
+            length = int(self._bytes[:8].view("<u8")[0])
+            self._header = json.loads(self._bytes[8 : 8 + length].tobytes())
+        except (ValueError, IndexError, RecursionError) as error:
+            raise SafetensorError(f"it was replaced while it was opened ({error}): read it again") from error
         self._data = self._bytes[8 + length :]
 
     @property
@@ -72,9 +76,19 @@ class ArrayFile:
         return all(self.get_slice(name).get_dtype() in _ARRAYS for name in self.keys())
 
     def get_tensor(self, name: str) -> NDArray[Any]:
-        """The array of that name."""
-        kind, shape, (start, end) = (self._header[name][key] for key in ("dtype", "shape", "data_offsets"))
-        return self._data[start:end].view(np.ndarray).view(_ARRAYS[kind]).reshape(shape)
+        """The array of that name.
+
+        Raises:
+            SafetensorError: there is none of that name, or none that numpy can hold.
+        """
+        try:
+            kind, shape, (start, end) = (self._header[name][key] for key in ("dtype", "shape", "data_offsets"))
+            return self._data[start:end].view(np.ndarray).view(_ARRAYS[kind]).reshape(shape)
+        except (KeyError, TypeError, ValueError) as error:
+            raise SafetensorError(
+                f"{name} cannot be read ({type(error).__name__}: {error}); if the file was replaced meanwhile, read it "
+                "again"
+            ) from error
 
 
 def float32(values: Tensor | NDArray[Any]) -> NDArray[np.float32]:

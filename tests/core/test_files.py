@@ -11,8 +11,11 @@ import threading
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
+from memo_core import tensorfile
+from memo_core.checkpoint import lora
+from memo_core.errors import CheckpointError
 from memo_core.files import Unfinished, open_regular, replace_whole
 
 
@@ -111,3 +114,38 @@ def test_processes_that_write_one_name_do_not_take_each_others_files(tmp_path):
     said = [child.communicate()[1] for child in children]
     assert [child.returncode for child in children] == [0] * 4, said
     assert not any(said) and os.listdir(tmp_path) == ["a"]
+
+
+def damaged(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [
+        b"",
+        b"short",
+        b"no tensors at all",
+        damaged(b"\xff"),
+        damaged(b"[]"),
+        damaged(b'{"net.lora_A.weight": 1}'),
+        save({"other": torch.zeros(1)}),
+        save({f"reference_net.x.lora_{letter}.weight": torch.zeros(1, dtype=torch.float8_e4m3fn) for letter in "AB"}),
+    ],
+    ids=["empty", "short", "text", "bytes", "list", "number", "other names", "other numbers"],
+)
+def test_a_file_that_is_replaced_while_it_is_read_is_unreadable(tmp_path, monkeypatch, instead):
+    """Between the look at its header and that at its numbers."""
+    path = tmp_path / "a.safetensors"
+    factors = lora.Factors(torch.ones(1, 2), torch.ones(3, 1), 1.0)
+    lora.Adapter(modules={"reference_net.x": factors}).save(path)
+    memmap = tensorfile.np.memmap
+
+    def replaced_first(*given):
+        with replace_whole(path) as temporary:
+            temporary.write_bytes(instead)
+        return memmap(*given)
+
+    monkeypatch.setattr(tensorfile.np, "memmap", replaced_first)
+    with pytest.raises(CheckpointError, match="replaced"):
+        lora.describe(path)
