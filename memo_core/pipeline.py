@@ -373,7 +373,7 @@ class MemoPipeline:
             start, num_frames: in frames; None for up to the audio's end.
             steps, guidance_scale, seed, emotion_per, face_token_rows: see `sampling.settings.Settings`.
             speed: "exact", "balanced" or "draft", or a bundle of one's own; see `sampling.settings.Speed`.
-            noise: [windows, 4, 16, h, w] instead of the seeded noise.
+            noise: [windows, 4, F, h, w] instead of the seeded noise.
             store: where finished windows are kept, so that none is sampled twice.
             on_progress: called as (steps done, steps in all).
             should_stop: asked before every step; when true, the clip ends after the last finished window.

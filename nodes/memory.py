@@ -42,7 +42,7 @@ class LoadMemoryState(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="Remember only the last so many windows of 16 frames; 0 remembers all the past. A loaded "
+                    tooltip="Remember only the last so many windows; 0 remembers all the past. A loaded "
                     "state keeps its own unless this is set.",
                 ),
                 io.Float.Input(

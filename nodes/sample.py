@@ -28,7 +28,13 @@ EXACT = "exact"
 
 def _sampling_inputs() -> list[io.Input]:
     return [
-        io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps per window of 16 frames."),
+        io.Int.Input(
+            "steps",
+            default=20,
+            min=1,
+            max=200,
+            tooltip="Sampling steps per window (the frames that are denoised together).",
+        ),
         io.Float.Input(
             "guidance",
             default=3.5,

@@ -74,7 +74,8 @@ class EncodeAudio(io.ComfyNode):
                     min=1,
                     max=240,
                     step=0.01,
-                    tooltip="Frames per second of the video. MEMO was trained at 30.",
+                    tooltip="Frames per second of the video. Best those that the checkpoint was trained at: 30 for "
+                    "toon and the released weights.",
                 ),
                 io.Combo.Input(
                     "context",

@@ -42,7 +42,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         action="append",
         metavar="FILE[:STRENGTH]",
     )
-    add("--steps", "sampling steps per window of 16 frames (default: %(default)s)", type=int, default=20)
+    add("--steps", "sampling steps per window (default: %(default)s)", type=int, default=20)
     add("--guidance", "guidance scale; 1 is none, in half the time (default: %(default)s)", type=float, default=3.5)
     add("--seed", "of the noise (default: %(default)s)", type=int, default=42)
     add(

@@ -136,7 +136,7 @@ class EmotionTrack:
         """A copy with edits applied in their order; `parse_emotion_lines` has their syntax, `describe` writes it.
 
         Raises EmotionError, naming the line, for what `parse_emotion_lines` refuses and for a time beyond the track;
-        an end of up to a window (16 frames) beyond it means its end.
+        an end of up to 16 frames, a released window, beyond it means its end.
         """
         track = self
         for count, line, start, end, label, strength in read_edits(text):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import AudioError
-from ..release import SAMPLE_RATE
+from ..release import SAMPLE_RATE, WINDOW
 from .sound import as_channels, check_rate, is_number, prepare_waveform
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def encode_audio(
     speech_encoder: SpeechEncoder,
     fps: float = 30,
     context: float | Literal["auto", "local"] | None = "auto",
-    window_frames: int = 16,
+    window_frames: int = WINDOW,
     progress: Callable[[int, int], None] | None = None,
     silence_gate: bool = False,
     num_frames: int | None = None,

@@ -33,8 +33,9 @@ class MemoryEntry:
     """One window of past frames.
 
     Attributes:
-        latents: [F, 4, h, w] on the CPU, scaled VAE means of the decoded frames, oldest first; F is 16 or, where a clip
-            was cut inside a window, less. In float32, or in the half precision of networks that read nothing finer.
+        latents: [F, 4, h, w] on the CPU, scaled VAE means of the decoded frames, oldest first; F is the checkpoint's
+            window or, where a clip was cut inside one, less. In float32, or in the half precision of networks that read
+            nothing finer.
         face_embedding: [1, 512] float32, what the Reference Net reads along with them.
         weight: factor of this window's sums in the memory.
         digest: hash of latents and face embedding.

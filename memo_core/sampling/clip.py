@@ -1,8 +1,8 @@
 """Sampling a clip: windows denoised one after the other, the memory handed on (MEMO sections 3 and 4.1).
 
 past <- the portrait, held still                        before a video's first window
-for every window of 16 frames:
-    memory <- 0.9^16 memory + sums(past)                memory/recurrence.py; kernels/naive.py, equations 2 and 3
+for every window of F frames:
+    memory <- 0.9^F memory + sums(past)                 memory/recurrence.py; kernels/naive.py, equations 2 and 3
     x <- noise                                          noise.py
     for every step, from sigma 1 to 0:                  schedule.py, solvers.py
         v <- unconditional + scale (conditional - unconditional), both by the Diffusion Net under

@@ -116,10 +116,10 @@ class WindowInputs:
     """All that one window is made from, and nothing else: equal inputs give equal windows."""
 
     start: int  # first frame
-    frames: int  # 16, or less where the clip ends inside the window
-    audio: Tensor  # [16, context, layers, channels]
-    emotion: Tensor  # labels [1] or [16], or class weights [1, 10] or [16, 10]
-    noise: Tensor | None  # [4, 16, h, w]; None for the seeded one
+    frames: int  # F, those of a window, or less where the clip ends inside it
+    audio: Tensor  # [F, context, layers, channels]
+    emotion: Tensor  # labels [1] or [F], or class weights [1, 10] or [F, 10]
+    noise: Tensor | None  # [4, F, h, w]; None for the seeded one
     memory: MemoryState  # that enters
 
     def key(self, context: str) -> str:
