@@ -26,6 +26,7 @@ COLOURS = ("#d1495b", "#7a8b3c", "#7b5ea7", "#f2a93b", "#9aa5b1", "#a0785a", "#3
 _NEUTRAL = EMOTIONS.index("neutral")
 _UNMOVED = [EMOTIONS.index(name) for name in ("neutral", "other", "unknown")]
 _MOST_FRAMES = 2**31  # two years of video
+_FULL = torch.ones(())  # strengths that are not given
 _BATCH = 8  # segments of 3 s encoded at once
 SECONDS_AT_ONCE = 3 * _BATCH
 
@@ -47,16 +48,16 @@ class EmotionTrack:
     probabilities: Tensor
     segment_starts: Tensor
     fps: float
-    strengths: Tensor = None  # type: ignore[assignment]
+    strengths: Tensor = _FULL
 
     def __post_init__(self) -> None:
         labels, probabilities, starts = self.labels, self.probabilities, self.segment_starts
-        strengths = self.strengths
+        strengths = _FULL if self.strengths is None else self.strengths
         for name, values in (
             ("labels", labels),
             ("probabilities", probabilities),
             ("segment_starts", starts),
-            ("strengths", labels if strengths is None else strengths),
+            ("strengths", strengths),
         ):
             if not isinstance(values, Tensor) or values.is_complex() or values.dtype == torch.bool:
                 raise EmotionError(f"{name} must be a tensor of numbers, received {shown(values)}")
@@ -74,7 +75,7 @@ class EmotionTrack:
                 f"[segments, {len(EMOTIONS)}] and [segments]"
             )
         fps = _fps(self.fps)
-        strengths = torch.ones(len(labels)) if strengths is None else strengths
+        strengths = torch.ones(len(labels)) if strengths is _FULL else strengths
         if strengths.shape != labels.shape or not ((strengths >= 0) & (strengths <= 1)).all():
             raise EmotionError(
                 f"strengths {tuple(strengths.shape)}, {float(strengths.min()) if len(strengths) else 0:g} to "

@@ -184,7 +184,7 @@ def attention_is_fused(device: torch.device) -> bool:
 
 
 # As torch.compiler.assume_constant_result, which would import the compiler: tracing asks it, and does not trace it.
-attention_is_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
+attention_is_fused.__dict__["_dynamo_marked_constant"] = True
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

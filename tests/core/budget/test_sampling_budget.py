@@ -685,6 +685,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+class Watched(LayerMemory):
+    """Memory in host memory that tells where it is brought to, before it is."""
+
+    def __init__(self, kv: Tensor, z: Tensor, on_fetch: Callable[[Tensor | None], object]):
+        self.on_fetch = on_fetch
+        super().__init__(kv, z, on_host=True)
+
+    def fetch(self, rows: slice = slice(None), into: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.on_fetch(into)
+        return super().fetch(rows, into)
+
+
 PASSES = st.lists(st.tuples(st.sampled_from(["whole", "first", "second"]), st.integers(1, 5)), max_size=12)
 
 
@@ -695,22 +707,19 @@ def test_what_comes_from_the_host_ahead_of_its_use_is_the_layer_in_use(
 ) -> None:
     """Over passes of the whole batch and of its halves in any order, of which some end before their last layer: what is
     read is the layer, its copy is done before, and nothing is copied over what is still to be read."""
-    rows = torch.arange(2.0).view(2, 1, 1, 1)
-    layers = [
-        LayerMemory((rows[..., None] + 2 * i).expand(2, 4, 1, 2, 2), (rows + 2 * i).expand(2, 4, 1, 2), on_host=True)
-        for i in range(count)
-    ]
     copies: dict[int, list[int]] = {}  # by the buffer's address
     reads: dict[int, list[int]] = {}
-    for layer in layers:
 
-        def fetch(rows: slice, into: Tensor, plain: Callable[..., Any] = layer.fetch) -> tuple[Tensor, Tensor]:
-            assert clock.on == "copy"
-            assert set(reads.get(into.data_ptr(), [])) <= clock.done["copy"], "copied over what is still to be read"
-            copies.setdefault(into.data_ptr(), []).append(clock.work())
-            return plain(rows, into)
+    def copied(into: Tensor | None) -> None:
+        assert clock.on == "copy" and into is not None
+        assert set(reads.get(into.data_ptr(), [])) <= clock.done["copy"], "copied over what is still to be read"
+        copies.setdefault(into.data_ptr(), []).append(clock.work())
 
-        layer.fetch = fetch  # type: ignore[method-assign]
+    rows = torch.arange(2.0).view(2, 1, 1, 1)
+    layers = [
+        Watched((rows[..., None] + 2 * i).expand(2, 4, 1, 2, 2), (rows + 2 * i).expand(2, 4, 1, 2), copied)
+        for i in range(count)
+    ]
     with torch.inference_mode():  # as `MemoryCache.memory_of` makes them, to be read in or outside
         buffers = _Buffers(max(layer.buffer_bytes(slice(None)) for layer in layers), torch.device("cpu"))
     whole = WindowMemory(layers, buffers=buffers)
@@ -730,9 +739,7 @@ def test_what_comes_from_the_host_ahead_of_its_use_is_the_layer_in_use(
 def test_two_layers_and_the_next_passs_first_one_come_ahead(clock: Clock) -> None:
     began: list[int] = []
     rows = torch.zeros(2, 4, 1, 2)
-    layers = [LayerMemory(torch.zeros(2, 4, 1, 2, 2), rows, on_host=True) for _ in range(4)]
-    for i, layer in enumerate(layers):
-        layer.fetch = lambda rows, into, i=i, plain=layer.fetch: began.append(i) or plain(rows, into)  # type: ignore
+    layers = [Watched(torch.zeros(2, 4, 1, 2, 2), rows, lambda _, i=i: began.append(i)) for i in range(4)]
     memory = WindowMemory(layers, buffers=_Buffers(layers[0].buffer_bytes(slice(None)), torch.device("cpu")))
     seen = []
     for _ in range(2):
