@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from memo_core import kernels
-from memo_core.budget.counting import _SHORT, GIB
+from memo_core.budget.counting import GIB, SHORTCUTS
 from memo_core.budget.plan import choose_plan
 from memo_core.budget.report import DRIVER, released
 from memo_core.kernels import shapes
@@ -71,7 +71,7 @@ class Costs(TorchDispatchMode):
     def __torch_dispatch__(  # noqa: C901 -- a case for each kind of operation
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        short = _SHORT.get(func) if args and isinstance(args[0], Tensor) else None
+        short = SHORTCUTS.get(func) if args and isinstance(args[0], Tensor) else None
         result = func(*args, **(kwargs or {})) if short is None else short(*args)
         if _KINDS.get(func._schema.name.split("::")[1]) == "convolutions" and not args[0].is_contiguous():
             result = torch.empty_like(result, memory_format=torch.channels_last)  # as cuDNN answers channels-last maps

@@ -50,7 +50,7 @@ def _like_input(x: Tensor, *_: Any) -> Tensor:
 
 _aten = torch.ops.aten
 # What these make, said in short: torch takes a millisecond to find it out.
-_SHORT = {
+SHORTCUTS = {
     _aten.linear.default: _like_rows,
     _aten.layer_norm.default: _like_input,
     _aten.group_norm.default: _like_input,
@@ -75,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        short = _SHORT.get(func) if args and isinstance(args[0], Tensor) and args[0].is_meta else None
+        short = SHORTCUTS.get(func) if args and isinstance(args[0], Tensor) and args[0].is_meta else None
         result = func(*args, **(kwargs or {})) if short is None else short(*args)
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, Tensor):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ComposeError
-from .quality import _check_portrait, _fit, _Target
+from .quality import Comparison, check_portrait, fit_portrait
 
 # When a window of frames counts as broken; see CollapseDetector.
 FLAT, FAR, NOISE, BLUR = 0.10, 35.0, 8.0, 0.03
@@ -26,8 +26,8 @@ class CollapseDetector:
     """
 
     def __init__(self, portrait: Tensor) -> None:
-        self._portrait = _check_portrait(portrait)
-        self._target: _Target | None = None
+        self._portrait = check_portrait(portrait)
+        self._target: Comparison | None = None
         self._broken = 0
 
     @torch.no_grad()
@@ -45,7 +45,7 @@ class CollapseDetector:
             return "the frames hold NaN or infinite values"
         frames = frames.clamp(0, 1)
         if self._target is None:
-            self._target = _Target(_fit(self._portrait, *frames.shape[2:])).to(frames.device)
+            self._target = Comparison(fit_portrait(self._portrait, *frames.shape[2:])).to(frames.device)
         contrast = float(self._target.contrast(frames).mean())
         if contrast < FLAT:
             return f"the picture has gone flat, with {contrast:.1%} of the portrait's contrast"

@@ -199,16 +199,16 @@ def measure(
     """
     if not 0 < fps < math.inf:
         raise ComposeError(f"fps is {fps}; allowed is a positive number")
-    portrait = _check_portrait(portrait)
+    portrait = check_portrait(portrait)
     identity = _Identity.create(face_analyzer, face_embedding)
-    target: _Target | None = None
+    target: Comparison | None = None
     size: tuple[int, ...] = ()
     last: Tensor | None = None
     columns: dict[str, list[Tensor]] = {"colour": [], "sharpness": [], "motion": [], "likeness": []}
     for batch in _batches(frames):
         if target is None:
             size = tuple(batch.shape[2:])
-            target = _Target(_fit(portrait, *size))
+            target = Comparison(fit_portrait(portrait, *size))
         if tuple(batch.shape[2:]) != size:
             raise ComposeError(f"frames of {size[1]}x{size[0]} and {batch.shape[3]}x{batch.shape[2]} in one clip")
         before = torch.cat([batch[:1] if last is None else last, batch[:-1]])
@@ -236,8 +236,8 @@ def _batches(frames: Iterable[Frame]) -> Iterator[Tensor]:
         yield batch.nan_to_num(0.0, 1.0, 0.0).clamp(0, 1).permute(0, 3, 1, 2).contiguous()
 
 
-def _check_portrait(portrait: Tensor) -> Tensor:
-    """float32 [3, H, W] in [0, 1], on the CPU."""
+def check_portrait(portrait: Tensor) -> Tensor:
+    """The portrait [3, H, W] in [-1, 1] as float32 in [0, 1], on the CPU; PortraitError if it is none."""
     if portrait.ndim != 3 or len(portrait) != 3 or 0 in portrait.shape or not portrait.is_floating_point():
         raise PortraitError(
             f"the portrait is a float tensor [3, H, W] in [-1, 1]; received {portrait.dtype} {list(portrait.shape)}"
@@ -248,8 +248,8 @@ def _check_portrait(portrait: Tensor) -> Tensor:
     return portrait.detach().float().cpu().add(1).div(2).clamp(0, 1)
 
 
-def _fit(portrait: Tensor, height: int, width: int) -> Tensor:
-    """The portrait [3, H, W] at the frames' size."""
+def fit_portrait(portrait: Tensor, height: int, width: int) -> Tensor:
+    """The portrait [3, H, W] at the frames' size; ComposeError if these have another aspect."""
     aspect = portrait.shape[2] / portrait.shape[1]
     if abs(math.log(width / height / aspect)) > 0.05:
         raise ComposeError(
@@ -259,7 +259,7 @@ def _fit(portrait: Tensor, height: int, width: int) -> Tensor:
     return resize_frames(portrait.permute(1, 2, 0), height, width).permute(2, 0, 1)
 
 
-class _Target:
+class Comparison:
     """The portrait [3, H, W] in [0, 1] and what frames [F, 3, H, W] are compared with; each answer is [F]."""
 
     def __init__(self, portrait: Tensor) -> None:
@@ -268,20 +268,25 @@ class _Target:
         self._small = _small_luma(portrait[None])
         self._contrast = float(_luma(portrait[None]).std().clamp_min(1e-3))
 
-    def to(self, device: torch.device) -> _Target:
+    def to(self, device: torch.device) -> Comparison:
+        """Where frames are compared."""
         self._lab, self._small = self._lab.to(device), self._small.to(device)
         return self
 
     def colour_distance(self, frames: Tensor) -> Tensor:
+        """Mean Delta E (CIE 1976) of the frames' colours, in means of 8x8 pixels."""
         return (to_lab(_pool(frames)) - self._lab).norm(dim=1).mean(dim=(1, 2))
 
     def sharpness(self, frames: Tensor) -> Tensor:
+        """In parts of the portrait's."""
         return _laplacian(frames) / self._edges
 
     def contrast(self, frames: Tensor) -> Tensor:
+        """In parts of the portrait's."""
         return _luma(frames).flatten(1).std(dim=1) / self._contrast
 
     def likeness(self, frames: Tensor) -> Tensor:
+        """SSIM of small pictures, up to 1."""
         return _ssim(_small_luma(frames), self._small)
 
 

@@ -20,7 +20,7 @@ from memo_core.tensorfile import save_tensors
 
 from .. import media
 from ..shards import ShardWriter
-from .faces import _analyzer
+from .faces import face_analyzer
 from .rows import Row
 from .settings import Settings
 
@@ -75,7 +75,7 @@ def _embedding(row: Row, settings: Settings, source: Path) -> Tensor:
         if found[0] >= row.face_time - step
     )
     points = np.array(row.keypoints, np.float32).reshape(5, 2)
-    return torch.from_numpy(_analyzer(settings.models).embed(picture, Face(tuple(row.face_box), points, 1.0)))
+    return torch.from_numpy(face_analyzer(settings.models).embed(picture, Face(tuple(row.face_box), points, 1.0)))
 
 
 def focus(boxes: Iterable[list[float]], side: int) -> Tensor:

@@ -43,7 +43,7 @@ def crop(row: Row, settings: Settings, analyzer: FaceAnalyzer | None = None) -> 
         left, top = (row.width - side) / 2, (row.height - side) / 2
         row = replace(row, box=[left, top, left + side, top + side])
     else:
-        row = _find(row, settings, path, analyzer or _analyzer(settings.models))
+        row = _find(row, settings, path, analyzer or face_analyzer(settings.models))
     _preview(row, settings, path, waveform)
     return [row]
 
@@ -132,7 +132,7 @@ def _preview(row: Row, settings: Settings, path: Path, waveform: np.ndarray) -> 
 
 
 @lru_cache(maxsize=1)
-def _analyzer(models: str) -> FaceAnalyzer:
+def face_analyzer(models: str) -> FaceAnalyzer:
     from memo_core.encoders.face import FaceAnalyzer
 
     analyzer = FaceAnalyzer.from_folder(models)

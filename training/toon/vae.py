@@ -41,7 +41,7 @@ def random_faces(identities: int, frames: int, rng: np.random.Generator) -> Tens
     )
 
 
-def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
+def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
@@ -58,7 +58,7 @@ def loss(vae, pictures: Tensor, anchor: float, generator: torch.Generator) -> tu
     total = torch.zeros(())
     for scale in (1, 4):
         a, b = (F.avg_pool2d(x, scale) if scale > 1 else x for x in (decoded, pictures))
-        total = total + F.l1_loss(a, b) + sum(F.l1_loss(c, d) for c, d in zip(_edges(a), _edges(b)))
+        total = total + F.l1_loss(a, b) + sum(F.l1_loss(c, d) for c, d in zip(edges(a), edges(b)))
     colour = F.mse_loss(posterior.mean[:, :3].float(), F.avg_pool2d(pictures, 8))
     return total + anchor * colour + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel(), decoded
 

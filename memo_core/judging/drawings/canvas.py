@@ -14,7 +14,7 @@ INK, MUTED, GRID, SHADE, PAPER = "#22262b", "#66707b", "#e2e6ea", "#f4f6f8", "#f
 BLUES = ("#2f6690", "#6ba3c4")  # neighbours that must be told apart without a meaning of their own
 LEFT, RIGHT = 64, 24  # margins of a panel in pixels
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600)  # seconds between marks of an axis
-_ROW = 24  # height of a row of a legend
+LEGEND_ROW = 24  # height of a row of a legend
 
 
 # ---- what pictures share
@@ -126,11 +126,11 @@ def legend_rows(items: Iterable[tuple[str, str]], width: int) -> list[list[tuple
 def draw_legend(draw: ImageDraw.ImageDraw, rows: list[list[tuple[int, str, str]]], left: int, top: int) -> int:
     """Draws what `legend_rows` laid out; returns the first pixel row below it."""
     for y, row in enumerate(rows):
-        middle = top + y * _ROW + _ROW // 2
+        middle = top + y * LEGEND_ROW + LEGEND_ROW // 2
         for at, name, colour in row:
             draw.rectangle((left + at, middle - 7, left + at + 14, middle + 7), fill=colour)
             draw.text((left + at + 21, middle), name, fill=INK, font=font(14), anchor="lm")
-    return top + len(rows) * _ROW
+    return top + len(rows) * LEGEND_ROW
 
 
 def blend(colour: str, share: float) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ from ...errors import EmotionError
 from ...inputs.emotion import COLOURS
 from ...inputs.sound import prepare_waveform
 from ...release import EMOTIONS, SAMPLE_RATE
-from .canvas import _ROW, INK, LEFT, RIGHT, Panel, blend, canvas, draw_legend, font, legend_rows, on
+from .canvas import INK, LEFT, LEGEND_ROW, RIGHT, Panel, blend, canvas, draw_legend, font, legend_rows, on
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +46,7 @@ def draw_emotion(
     rows = legend_rows(legend, width)
 
     voice = 0 if samples is None else 150  # the height that the voice takes
-    image, draw = canvas(width, 266 + voice + _ROW * len(rows), EmotionError)
+    image, draw = canvas(width, 266 + voice + LEGEND_ROW * len(rows), EmotionError)
     y = draw_legend(draw, rows, LEFT, 6) + 4
     neutral = COLOURS[EMOTIONS.index("neutral")]
     spans = track.spans()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from memo_core.checkpoint.save import save_module
 
 from ... import run
-from ..vae import _edges, standardise
+from ..vae import edges, standardise
 from . import drawing, judge
 from .identity import sample_identity
 
@@ -84,7 +84,7 @@ def reconstruction(
     total = torch.zeros(())
     for scale in (1, 4):
         a, b = (F.avg_pool2d(x, scale) if scale > 1 else x for x in (decoded, pictures))
-        total = total + F.l1_loss(a, b) + sum(F.l1_loss(c, d) for c, d in zip(_edges(a), _edges(b)))
+        total = total + F.l1_loss(a, b) + sum(F.l1_loss(c, d) for c, d in zip(edges(a), edges(b)))
     colour = F.mse_loss(posterior.mean[:, :3].float(), F.avg_pool2d(pictures, 8))
     return total + anchor * colour + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel(), decoded
 
