@@ -124,8 +124,9 @@ def run(args: argparse.Namespace) -> int:
 
     options = Options(rows_on_threads=device.type == "cpu")
     pipe = MemoPipeline.from_pretrained(args.checkpoint, device, dtype, lora=args.lora or (), options=options)
+    settings = settings.for_checkpoint(pipe.nets.diffusion_net.config)  # what will be rendered, which the video says
     if args.size is not None:
-        pipe.check_room(args.size, guidance_scale=args.guidance, speed=args.speed)
+        pipe.check_room(args.size, guidance_scale=settings.guidance_scale, speed=settings.speed)
     reference = pipe.encode_reference(
         portrait,
         size=args.size,
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         "model": pipe.nets.title,
         "seed": args.seed,
         "steps": settings.steps,
-        "guidance": args.guidance,
+        "guidance": settings.guidance_scale,
         "emotion": args.emotion,
     }
     if args.speed != "exact":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shlex
 import shutil
@@ -102,6 +103,18 @@ def test_a_draft_takes_few_steps_and_its_video_says_so(here, generate):
     assert draft["speed"] == "draft" and draft["steps"] == str(PRESETS["draft"].max_steps)
     assert generate(*short, "--speed", "exact", "-o", "exact.mp4") == 0
     assert "speed" not in probe("exact.mp4").metadata
+
+
+def test_a_video_says_how_it_was_rendered_where_the_checkpoint_decides(here, generate, memo_tiny):
+    """Not what was asked for: it has learnt its guidance, and brings its noise levels."""
+    shutil.copytree(memo_tiny, "own")
+    config = Path("own", "diffusion_net", "config.json")
+    own = {"noise_levels": [1.0, 0.6, 0.0], "guidance_embedded": True}
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
+    asked = ("--steps", "9", "--guidance", "3", "--duration", "0.1", "--emotion", "null")
+    assert generate(*asked, "--checkpoint", "own", "-o", "own.mp4") == 0
+    about = probe("own.mp4").metadata
+    assert (about["steps"], about["guidance"]) == ("2", "1.0")
 
 
 @pytest.mark.parametrize("name", PRESETS)
