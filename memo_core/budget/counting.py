@@ -26,7 +26,6 @@ from ..nets.conditions import Conditions, Prepared
 from ..nets.layers import attention_fused, attention_is_fused
 from ..nets.past import Memory, in_turn
 from ..nets.temporal import TemporalAttention
-from ..release import WINDOW
 from ..running import precision
 from ..sampling.settings import Settings
 from ..sampling.vae import few_frames
@@ -187,7 +186,7 @@ class Needs:
         conditions: what the steps of a window share.
         step: one step of the Diffusion Net besides; step_by_row: the same, a batch row at a time.
         decoding, encoding: the VAE with one frame.
-        pictures: the window's frames in float32.
+        frames: a window's in float32.
     """
 
     reference_net: int
@@ -204,7 +203,7 @@ class Needs:
     step_by_row: int
     decoding: int
     encoding: int
-    pictures: int
+    frames: int
 
     def times(self, factor: float) -> Needs:
         """The same at `factor` times as many pixels."""
@@ -310,20 +309,20 @@ def _count(nets: SamplingNetworks, height: int, width: int, batch: int, how: tup
         conditions=tensor_bytes(portrait, prepared),
         step=whole,
         step_by_row=by_row,
-        **_count_vae(nets.vae, *size, how[0]),
+        **_count_vae(nets.vae, *size, window, how[0]),
     )
     kept = tuple((kv.numel(), z.nbytes) for kv, z in sums)
     return _Counted(needs=need, sums=kept)
 
 
-def _count_vae(vae: AutoencoderKL, h: int, w: int, fused: bool) -> dict[str, int]:
+def _count_vae(vae: AutoencoderKL, h: int, w: int, window: int, fused: bool) -> dict[str, int]:
     def numbers(half: Any, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=half.conv_in.weight.dtype, device="meta")
 
     code, frame = numbers(vae.decoder, 1, 4, h, w), numbers(vae.encoder, 1, 3, 8 * h, 8 * w)
     decoding = peak_of(lambda: vae.decode(code, return_dict=False)[0], fused)[0]
     encoding = peak_of(lambda: vae.encode(frame, return_dict=False)[0].mean, fused)[0]
-    return {"decoding": decoding, "encoding": encoding, "pictures": 4 * WINDOW * 3 * 64 * h * w}
+    return {"decoding": decoding, "encoding": encoding, "frames": 4 * window * 3 * 64 * h * w}
 
 
 @torch.inference_mode()
@@ -331,7 +330,8 @@ def vae_bytes(nets: SamplingNetworks, height: int, width: int) -> int:
     """Bytes that the VAE takes besides its weights while it codes as many frames at once as it does by itself."""
     known = _counted_vae.setdefault(nets.vae, {})
     if (height, width) not in known:
-        need = _count_vae(_without_data(nets.vae), height // 8, width // 8, attention_is_fused(nets.device))
+        fused = attention_is_fused(nets.device)
+        need = _count_vae(_without_data(nets.vae), height // 8, width // 8, nets.window, fused)
         frame = max(need["decoding"], need["encoding"])
-        known[height, width] = few_frames(height, width) * frame + 3 * need["pictures"] + RESERVE
+        known[height, width] = few_frames(height, width) * frame + 3 * need["frames"] + RESERVE
     return known[height, width]

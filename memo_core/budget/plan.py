@@ -13,7 +13,6 @@ from ..devices import free_bytes
 from ..errors import SamplingError
 from ..memory.state import MOST_WINDOWS
 from ..memory.stream import AHEAD
-from ..release import WINDOW
 from ..sampling.plan import Plan
 from ..sampling.settings import Settings
 from ..sampling.vae import few_frames
@@ -24,14 +23,17 @@ SEEN_AT_ONCE = 2 * GIB  # of host memory, for what the Reference Net sees of sev
 VAE_FRAMES = 2  # at once at 512 x 512 at most: one fills a GPU already, more take memory, more than a step
 
 
-def vae_frames(height: int, width: int) -> list[int]:
+def vae_frames(height: int, width: int, window: int) -> list[int]:
     """Frames that may go through the VAE at once on a device with memory of its own, most first: `plan` takes the most
-    that fit, so there the last bits of pictures, and of the memory made of them, may follow free memory. No map of the
+    that fit, so there the last bits of frames, and of the memory made of them, may follow free memory. No map of the
     decoder has 2^31 numbers, from where on layers of torch refuse or take rarely used paths: up to 2,896 x 2,896
     pixels; beyond, one frame's has. On the CPU it is always `few_frames`.
+
+    Args:
+        window: frames of a window, beyond which there are none to be coded at once.
     """
-    most = max(1, min(WINDOW, VAE_FRAMES * 512 * 512 // (height * width)))
-    return [frames for frames in (16, 8, 4, 2, 1) if frames <= most]
+    most = max(1, min(window, VAE_FRAMES * 512 * 512 // (height * width)))
+    return [2**power for power in range(most.bit_length() - 1, -1, -1)]
 
 
 def plan_of(
@@ -56,13 +58,13 @@ def plan_of(
     brought = (AHEAD + 1) * max(gone, default=0) + need.restored
     both = need.reference_net + need.diffusion_net
     reads, denoises = (both, both) if reference_net_stays else (need.reference_net, need.diffusion_net)
-    # Pictures: those decoded so far; for encoding as they are, as the VAE reads them, and in its number format.
+    # Frames: those decoded so far; for encoding as they are, as the VAE reads them, and in its number format.
     phases = {
         "reading past frames": (reads, 0, need.reading),
         "making sums": (denoises, need.features, need.summing + brought),
         "a step": (denoises, 0, (need.step_by_row if row_by_row else need.step) + brought),
-        "decoding": (denoises, 0, vae_frames * need.decoding + need.pictures),
-        "encoding": (denoises, 0, vae_frames * need.encoding + 3 * need.pictures),
+        "decoding": (denoises, 0, vae_frames * need.decoding + need.frames),
+        "encoding": (denoises, 0, vae_frames * need.encoding + 3 * need.frames),
     }
     if streamed is not None:
         phases = {name: (streamed, features, working) for name, (_, features, working) in phases.items()}
@@ -116,10 +118,10 @@ def choose_plan(
     """
     need = needs(nets, height, width, settings, host_moves_weights)
     if budget_bytes is None:
-        frames = few_frames(height, width) if nets.device.type == "cpu" else vae_frames(height, width)[0]
+        frames = few_frames(height, width) if nets.device.type == "cpu" else vae_frames(height, width, nets.window)[0]
         return plan_of(need, vae_frames=frames)
     streamed = streamed_weights if host_moves_weights else None
-    for choices in _choices(need, nets.device, height, width, settings, streamed):
+    for choices in _choices(need, nets, height, width, settings, streamed):
         made = plan_of(need, **choices)
         if made.peak <= budget_bytes:
             return made
@@ -158,19 +160,19 @@ def least_plan(
     """The plan that takes least."""
     need = needs(nets, height, width, settings, host_moves_weights)
     streamed = streamed_weights if host_moves_weights else None
-    return plan_of(need, **list(_choices(need, nets.device, height, width, settings, streamed))[-1])
+    return plan_of(need, **list(_choices(need, nets, height, width, settings, streamed))[-1])
 
 
 def _choices(
-    need: Needs, device: torch.device, height: int, width: int, settings: Settings, streamed: int | None
+    need: Needs, nets: SamplingNetworks, height: int, width: int, settings: Settings, streamed: int | None
 ) -> Iterator[dict[str, Any]]:
     """What `plan_of` may be given, fastest first; `streamed` where a host can bring weights layer by layer."""
     ways = (False, True) if settings.guided else (False,)
-    if device.type == "cpu":
+    if nets.device.type == "cpu":
         fixed = {"streamed": 0, "reserve": 0, "vae_frames": few_frames(height, width)}
         yield from ({"row_by_row": row_by_row, **fixed} for row_by_row in ways)
         return
-    layers = len(need.layers)
+    layers, at_once = len(need.layers), vae_frames(height, width, nets.window)
     weights = {"reference_net_stays": False} if streamed is None else {"streamed": streamed}
     # A host that streams weights does so at every step: the last resort.
     places: list[dict[str, Any]] = [{}]
@@ -180,7 +182,7 @@ def _choices(
         for row_by_row in ways
         for count in range(layers, -1, -1)
     ]
-    yield from ({"vae_frames": frames, **place} for place in places for frames in vae_frames(height, width))
+    yield from ({"vae_frames": frames, **place} for place in places for frames in at_once)
 
 
 def _too_large(
@@ -244,7 +246,7 @@ def check_room(
         need = needs(nets, side, side, settings, host_moves_weights).times(height * width / side**2)
         if settings.guided and not how.guided:  # not counted, for a message alone
             need = need.unguided()
-        choices = list(_choices(need, nets.device, height, width, how, 0 if host_moves_weights else None))
+        choices = list(_choices(need, nets, height, width, how, 0 if host_moves_weights else None))
         # On the CPU nothing is planned, unless a host does: both rows at once.
         return plan_of(need, **choices[0 if nets.device.type == "cpu" and not host_moves_weights else -1])
 

@@ -225,6 +225,15 @@ def test_on_the_cpu_free_memory_does_not_decide_how_the_vae_works(full: Any) -> 
     assert choose_plan(on_cpu, 128, 128, EXACT, 8 * least).vae_frames == few_frames(128, 128) > 1
 
 
+@pytest.mark.parametrize("window, at_once", [(12, 8), (16, 16), (32, 32)])
+def test_a_window_is_the_checkpoints(pipe: MemoPipeline, window: int, at_once: int) -> None:
+    """So many frames are made, and no more go through the VAE at once."""
+    nets = without_data(pipe.nets)
+    nets.diffusion_net.config = replace(nets.diffusion_net.config, window=window)
+    assert needs(nets, 64, 64, EXACT).frames == window * 3 * 64 * 64 * 4
+    assert choose_plan(nets, 64, 64, EXACT).vae_frames == at_once
+
+
 def test_free_memory_of_the_current_card_is_asked_for_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     def mem_get_info(device: int | None) -> tuple[int, int]:
         assert device in (None, 1)  # torch 2.4 takes no device without a number
