@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 # Work space of cuBLAS and cuDNN beside the copies counted by `LiveBytes`, and fragmentation; with Triton also 256 MiB
 # that its autotuning clears between measurements.
-RESERVE = (256 if kernels._triton is None else 512) * 2**20
+RESERVE = (512 if kernels.EXPECTED else 256) * 2**20
 
 
 def _like_rows(x: Tensor, weight: Tensor, *_: Any) -> Tensor:

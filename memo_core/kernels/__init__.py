@@ -1,10 +1,12 @@
 """Memory-guided linear attention, norms and gates: `naive` states them, `triton` and `fused` are fast.
 
-Tensors on CUDA go to Triton where it can be imported and compiles for the card, all others to `fused`.
-MEMO_KERNELS=torch in the environment, read when this package is imported, turns Triton off.
+Tensors on CUDA go to Triton where it can be imported and compiles for the card, all others to `fused`. It is imported
+when the first tensor on CUDA comes. MEMO_KERNELS=torch in the environment, read when this package is imported, turns
+Triton off.
 """
 
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -38,26 +40,31 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_triton: Any = None
-if os.environ.get("MEMO_KERNELS") != "torch" and torch.backends.cuda.is_built():
-    try:
-        from . import triton as _triton
-    except ImportError:
-        pass
-    except Exception as error:  # a Triton that this code does not know yet
-        logger.warning("No Triton, plain torch instead; MEMO_KERNELS=torch ends this line: %s", error)
+# Whether Triton is there for the cards that this torch is built for; whether it runs on them, the first use tells.
+EXPECTED = (
+    os.environ.get("MEMO_KERNELS") != "torch"
+    and torch.backends.cuda.is_built()
+    and importlib.util.find_spec("triton") is not None
+)
+_triton: Any = None  # from the first use on
 
 
 @functools.cache
 def _checked(index: int) -> bool:
     """Whether Triton runs on a card."""
+    global _triton
+    if not EXPECTED:
+        return False
     try:
         if not devices.of(torch.device("cuda", index)).triton:
             version = ".".join(map(str, torch.cuda.get_device_capability(index)))
             raise RuntimeError(f"compute capability {version} has no tensor cores that Triton makes code for")
+        from . import triton
+
         with torch.no_grad():
-            _triton.check(index)
-    except Exception as error:  # no C compiler, no headers, a driver too old, ...: each has its own
+            triton.check(index)
+        _triton = triton
+    except Exception as error:  # no C compiler, a driver too old, a Triton that this code does not know, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.warning("No Triton on GPU %d, plain torch instead; MEMO_KERNELS=torch ends this line: %s", index, reason)
         return False
@@ -74,8 +81,6 @@ _runs.__dict__["_dynamo_marked_constant"] = True
 
 def runs_on(device: torch.device) -> bool:
     """Whether the kernels run there; on the meta device whether they are there, as on a new card."""
-    if _triton is None and device.type != "meta":
-        return False
     return device.type == "meta" or (device.type == "cuda" and _runs(device.index or 0))
 
 
@@ -92,31 +97,28 @@ def as_shapes() -> Iterator[None]:
         _counting.reset(token)
 
 
-def _kernels(x: Tensor, fits: bool = True) -> ModuleType:
+def _kernels(x: Tensor, windows: bool = False) -> ModuleType:
+    """Those for tensors like x, which may be of windows [B, F, N, H, D]."""
     if x.is_meta:
         return shapes if _counting.get() else fused
-    if _triton is None or not x.is_cuda or not fits or x.dtype == torch.float64:
+    if not x.is_cuda or x.dtype == torch.float64 or not _runs(x.get_device()):
         return fused
-    return _triton if _runs(x.get_device()) else fused
-
-
-def _kernels_of_windows(x: Tensor) -> ModuleType:
-    return _kernels(x, _triton is None or _triton.supports(x))
+    return fused if windows and not _triton.supports(x) else _triton
 
 
 def memory_attention(query: Tensor, key: Tensor, value: Tensor, memory: Memory | None) -> Tensor:
     """As `naive.memory_attention`."""
-    return _kernels_of_windows(query).memory_attention(query, key, value, memory)
+    return _kernels(query, windows=True).memory_attention(query, key, value, memory)
 
 
 def memory_sums(key: Tensor, value: Tensor) -> Memory:
     """As `naive.memory_sums`."""
-    return _kernels_of_windows(key).memory_sums(key, value)
+    return _kernels(key, windows=True).memory_sums(key, value)
 
 
 def update_memory(memory: Memory, factor: float, key: Tensor, value: Tensor) -> Memory:
     """As `naive.update_memory`."""
-    return _kernels_of_windows(key).update_memory(memory, factor, key, value)
+    return _kernels(key, windows=True).update_memory(memory, factor, key, value)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
