@@ -61,3 +61,26 @@ def test_there_is_no_circle() -> None:
         for module in leaves:
             del left[module]
     assert sorted(left) == []
+
+
+def private_uses(path: Path) -> list[str]:
+    """What a file takes from other files of the project that is theirs alone."""
+    own, found = set(), []
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        inside = isinstance(node, ast.ImportFrom) and (
+            node.level or (node.module or "").partition(".")[0] in ("memo_core", "nodes", "training", "benchmarks")
+        )
+        if inside:
+            own |= {alias.asname or alias.name for alias in node.names}
+            found += [alias.name for alias in node.names if alias.name.startswith("_") and alias.name[1] != "_"]
+    for node in ast.walk(tree):
+        named = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in own
+        if named and node.attr.startswith("_") and not node.attr.startswith("__"):
+            found.append(f"{node.value.id}.{node.attr}")
+    return [f"{path.relative_to(ROOT)}: {name}" for name in found]
+
+
+def test_private_names_stay_in_their_files() -> None:
+    folders = ("memo_core", "nodes", "training", "benchmarks")
+    assert [use for folder in folders for path in (ROOT / folder).rglob("*.py") for use in private_uses(path)] == []
