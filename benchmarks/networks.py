@@ -10,6 +10,7 @@ import torch
 from memo_core import AudioTrack, EmotionTrack, MemoPipeline, Reference
 from memo_core.checkpoint.load import load
 from memo_core.checkpoint.networks import Networks
+from memo_core.encoders.autoencoder import AutoencoderKL
 from memo_core.nets.config import NetConfig
 from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.projections import AudioProjection, ImageProjection
@@ -63,8 +64,6 @@ def random_networks(
         vae_widths, vae_layers, vae_groups: channels per level, residual blocks per level, groups of its norms.
         speech: frames of context, layers and channels of the speech features.
     """
-    from diffusers import AutoencoderKL
-
     state, default, levels = torch.get_rng_state(), torch.get_default_dtype(), len(vae_widths)
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)  # drawn as they will be: in float32 first they would take twice the memory

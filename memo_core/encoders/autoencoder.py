@@ -67,7 +67,8 @@ class Config:
 class AutoencoderKL(nn.Module):
     """The VAE, with the numbers and the state-dict names of diffusers' AutoencoderKL.
 
-    And with as much of its interface as is used here, so that functions take either.
+    A seed gives both the same weights, so layers are made in its order. And with as much of its interface as is used
+    here, so that functions take either.
 
     Args:
         settings: fields of `Config`.
@@ -138,11 +139,12 @@ class _Decoder(nn.Module):
         super().__init__()
         widths = config.block_out_channels[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        middle = _Middle(config)
         self.up_blocks = nn.ModuleList(
             _Level(config, before, width, config.layers_per_block + 1, upsample=i < len(widths) - 1)
             for i, (before, width) in enumerate(zip((widths[0], *widths), widths))
         )
-        self.mid_block = _Middle(config)
+        self.mid_block = middle
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], _EPSILON)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
@@ -162,8 +164,8 @@ class _Level(nn.Module):
     ):
         super().__init__()
         self.resnets = nn.ModuleList(PictureBlock(config, width if i else before, width) for i in range(blocks))
-        self.downsamplers = nn.ModuleList([_Downsample(width)] * downsample)
-        self.upsamplers = nn.ModuleList([_Upsample(width)] * upsample)
+        self.downsamplers = nn.ModuleList(_Downsample(width) for _ in range(downsample))
+        self.upsamplers = nn.ModuleList(_Upsample(width) for _ in range(upsample))
 
     def forward(self, hidden: Tensor) -> Tensor:
         for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
@@ -177,8 +179,9 @@ class _Middle(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         width = config.block_out_channels[-1]
-        self.attentions = nn.ModuleList([PictureAttention(config, width)] * config.mid_block_add_attention)
-        self.resnets = nn.ModuleList(PictureBlock(config, width, width) for _ in range(2))
+        before = PictureBlock(config, width, width)
+        self.attentions = nn.ModuleList(PictureAttention(config, width) for _ in range(config.mid_block_add_attention))
+        self.resnets = nn.ModuleList([before, PictureBlock(config, width, width)])
 
     def forward(self, hidden: Tensor) -> Tensor:
         for layer in (self.resnets[0], *self.attentions, self.resnets[1]):

@@ -26,6 +26,17 @@ LEVELS: dict[str, Any] = {
 BARE = {"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False, "act_fn": "gelu"}
 
 
+@pytest.mark.parametrize("settings", [LEVELS, LEVELS | BARE], ids=["deeper", "bare"])
+def test_a_seed_gives_the_weights_that_it_gives_diffusers(settings: dict[str, Any]) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    drawn = []
+    for make in (AutoencoderKL, diffusers.AutoencoderKL):
+        torch.manual_seed(0)
+        drawn.append(make(**settings).state_dict())
+    own, theirs = drawn
+    assert list(own) == list(theirs) and all(torch.equal(own[name], theirs[name]) for name in own)
+
+
 def both_vaes(settings: dict[str, Any], weights: dict[str, torch.Tensor] | None = None) -> tuple[Any, Any]:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
