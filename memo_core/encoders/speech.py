@@ -103,12 +103,14 @@ class SpeechEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], normalize: bool = True) -> SpeechEncoder:
-        """A fresh encoder, with the transformers library's random weights; see the class for `config`."""
-        from transformers import Wav2Vec2Config, Wav2Vec2Model
+        """A fresh encoder, with the transformers library's random weights; see the class for `config`.
 
+        Raises CheckpointError without that library.
+        """
+        transformers = _transformers()
         with torch.device("meta"):
             encoder = cls(config, normalize)
-        weights = Wav2Vec2Model(Wav2Vec2Config(**config)).state_dict()
+        weights = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**config)).state_dict()
         load_strict(encoder, speech_weights(weights), "a fresh Wav2Vec2Model")
         return encoder
 
@@ -128,14 +130,16 @@ class SpeechEncoder(nn.Module):
         return built(lambda: cls(config, normalize), tensors, path, dtype, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes a folder that `from_pretrained` and transformers read; `dtype` only changes the file."""
-        from transformers import Wav2Vec2Config
+        """Writes a folder that `from_pretrained` and transformers read; `dtype` only changes the file.
 
+        Raises CheckpointError without the transformers library, whose settings the file has.
+        """
+        transformers = _transformers()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         given: dict[str, Any] = {key: list(v) if isinstance(v, tuple) else v for key, v in self.config.items()}
         given["mask_time_prob"] = 0.0  # so that transformers does not look for the embedding of masked frames
-        config = Wav2Vec2Config(**given)
+        config = transformers.Wav2Vec2Config(**given)
         config.architectures = ["Wav2Vec2Model"]
         config.save_pretrained(folder)
         settings = {
@@ -151,6 +155,16 @@ class SpeechEncoder(nn.Module):
             temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         tensors = {name: value.to(dtype=dtype or value.dtype).contiguous() for name, value in self.state_dict().items()}
         save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise CheckpointError(
+            'making or writing a speech encoder needs transformers: pip install "comfyui-memo[training]"'
+        ) from error
+    return transformers
 
 
 def _check(config: Mapping[str, Any]) -> None:

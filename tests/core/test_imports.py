@@ -19,6 +19,7 @@ from PIL import Image
 
 from memo_core import MemoryState
 from memo_core.checkpoint.lora import Adapter, Factors
+from memo_core.video.read import probe
 from memo_core.video.write import VideoWriter
 
 READ = {"numpy", "safetensors"}
@@ -109,6 +110,40 @@ def test_a_video_takes_torch_and_none_of_the_large_libraries(here: Path, memo_ti
     argv += ["--device", "cpu", "--no-store"]
     packages, heavy = imported(COMMAND.format(argv=argv), here, after_torch=True)
     assert not packages & LARGE and not heavy
+
+
+BLOCKED = """
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("diffusers", "transformers"):
+            raise ImportError(name + " is not installed")
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+@pytest.mark.parametrize("checkpoint", ["toon", "memo_tiny"])
+def test_a_video_is_made_where_neither_diffusers_nor_transformers_is_installed(
+    here: Path, memo_tiny: Path, checkpoint: str
+) -> None:
+    path = "toon" if checkpoint == "toon" else str(memo_tiny)
+    argv = ["generate", "face.png", "voice.wav", "-o", f"{checkpoint}.mp4", "--checkpoint", path, "--steps", "1"]
+    argv += ["--size", "64", "--duration", "0.1", "--device", "cpu", "--no-store"]
+    imported(BLOCKED + COMMAND.format(argv=argv), here)
+    assert probe(here / f"{checkpoint}.mp4").frames == 3
+
+
+def test_what_trains_a_speech_encoder_says_that_it_needs_transformers(here: Path) -> None:
+    body = """
+from memo_core.encoders.speech import SpeechEncoder
+from memo_core.errors import CheckpointError
+try:
+    SpeechEncoder.from_config({})
+except CheckpointError as error:
+    code = 0 if "comfyui-memo[training]" in str(error) else 1
+else:
+    code = 1
+"""
+    imported(BLOCKED + body, here)
 
 
 def test_pipeline_and_one_step_take_torch_alone(here: Path, memo_tiny: Path) -> None:

@@ -77,6 +77,13 @@ def test_nothing_in_the_pack_imports_what_is_not_in_it(files: list[str]) -> None
     assert {name: modules for name, modules in found.items() if modules} == {}
 
 
+def test_only_what_trains_a_speech_encoder_imports_the_libraries_that_networks_come_from(files: list[str]) -> None:
+    """They are installed with the `training` extra alone."""
+    found = {name for name in files if name.endswith(".py") and imported(ROOT / name) & {"diffusers", "transformers"}}
+    assert found == {"memo_core/encoders/speech.py"}
+    assert not {"diffusers", "transformers"} & set(REQUIREMENTS)
+
+
 def test_the_core_knows_nothing_of_its_host(files: list[str]) -> None:
     host = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "nodes"}
     found = {name: imported(ROOT / name) & host for name in files if re.match(r"memo_core/.*\.py$", name)}
