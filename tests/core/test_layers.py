@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 from common import ROOT
@@ -84,3 +85,19 @@ def private_uses(path: Path) -> list[str]:
 def test_private_names_stay_in_their_files() -> None:
     folders = ("memo_core", "nodes", "training", "benchmarks")
     assert [use for folder in folders for path in (ROOT / folder).rglob("*.py") for use in private_uses(path)] == []
+
+
+def test_the_drawing_in_the_documents_shows_the_layers_as_they_are() -> None:
+    """Every package is in a row, and imports from lower rows alone."""
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    drawing = next(block for block in text.split("```") if "pipeline.py" in block and "kernels/" in block)
+    rows = {name: row for row, line in enumerate(drawing.splitlines()) for name in re.findall(r"(\w+)(?:/|\.py)", line)}
+    assert set(LAYERS) <= set(rows)
+    wrong = {
+        f"{layer(module)} -> {layer(other)}"
+        for module, others in GRAPH.items()
+        for other in others
+        if layer(module) in LAYERS and layer(other) in LAYERS and layer(module) != layer(other)
+        if rows[layer(module)] >= rows[layer(other)]
+    }
+    assert wrong == set()
