@@ -453,7 +453,7 @@ class _DiffusionNet:
         return self.sums[layer]
 
     def _memory_attention(self, layer: nn.Module, x: Tensor, kv: Tensor, z: Tensor, frames: int) -> Tensor:
-        """x [B * F, N, C] -> the same (MEMO section 3.2, equation 2)."""
+        """x [B * F, N, C] -> the same (MEMO section 4.1, equation 4)."""
         locations = x.shape[1]
         x = _by_location(x, frames)
         query, key, value = (_heads_in_batch(to(x), layer.heads) for to in (layer.to_q, layer.to_k, layer.to_v))

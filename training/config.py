@@ -43,7 +43,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drop:
-    """Probabilities, per sample, that a condition is taken away (MEMO appendix B), for guidance and for robustness.
+    """Probabilities, per sample, that a condition is taken away (MEMO appendix D), for guidance and for robustness.
 
     all: reference, audio and emotion together, as guidance's unconditional row has it.
     """
@@ -57,7 +57,7 @@ class Drop:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """Rectified flow (MEMO section 3.1) and its robust filter (section 4.3).
+    """Rectified flow (MEMO section 3, equation 1) and its robust filter (section 4.3).
 
     weighting: how noise levels are drawn and weighted, as in Stable Diffusion 3 (Esser et al. 2024, section 3.1):
         logit_normal, mode, cosmap, sigma_sqrt or uniform.

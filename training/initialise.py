@@ -1,4 +1,4 @@
-"""Where full-size training starts: Stable Diffusion 1.5's UNet and AnimateDiff's motion module (MEMO section 4.3).
+"""Where full-size training starts: Stable Diffusion 1.5's UNet and AnimateDiff's motion module (MEMO appendix D).
 
 Reference Net and the Diffusion Net's spatial modules begin as Stable Diffusion's UNet, the memory modules as
 AnimateDiff's temporal ones where their shapes allow; what neither has begins silent.

@@ -1,4 +1,4 @@
-"""Rectified flow, and the filter that keeps bad samples out (MEMO sections 3.1 and 4.3)."""
+"""Rectified flow, and the filter that keeps bad samples out (MEMO sections 3 and 4.3)."""
 
 from __future__ import annotations
 

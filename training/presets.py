@@ -1,4 +1,4 @@
-"""Stages of training, ready to run: those of the paper (MEMO section 4.3, appendix B), and small ones for the toons."""
+"""Stages of training, ready to run: those of the paper (MEMO section 4.3, appendix D), and small ones for the toons."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The speech encoder: wav2vec 2.0 whose convolutional features are stretched to the video's frame rate.
 
 The layers are wav2vec 2.0's (Baevski et al. 2020, arXiv 2006.11477), with the numbers and names of transformers'
-Wav2Vec2Model; the interpolation between the convolutions and the transformer, one feature per video frame, is MEMO's
-(section 3.1, after EMO).
+Wav2Vec2Model; all hidden states are used (MEMO appendix D). The interpolation between the convolutions and the
+transformer, one feature per video frame, is the release's.
 """
 
 from __future__ import annotations

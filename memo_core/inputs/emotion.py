@@ -1,4 +1,4 @@
-"""Emotions of a voice over time: detection and editing (MEMO section 3.3)."""
+"""Emotions of a voice over time: detection and editing (MEMO section 4.2)."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def encode_audio(
     silence_gate: bool = False,
     num_frames: int | None = None,
 ) -> AudioTrack:
-    """Encodes a recording into per-frame speech embeddings (MEMO section 3.1).
+    """Encodes a recording into per-frame speech embeddings (MEMO appendix D).
 
     With `context=None` it is encoded whole, as released: normalised to zero mean and unit variance over all of it,
     continued by zeros to whole windows, encoded at once. Every embedding then depends on every sample, and the cost

@@ -18,7 +18,7 @@ MIN_NORMALISER = 1e-10
 
 
 def memory_sums(key: Tensor, value: Tensor) -> Memory:
-    """Sums that one window of past frames contributes to the memory (MEMO section 3.2, equations 2 and 3).
+    """Sums that one window of past frames contributes to the memory (MEMO section 4.1, equations 2 and 3).
 
         kv = sum over j of gamma^(2 (F - j)) phi(K)_j V_j^T        z = sum over j of gamma^(F - j) phi(K)_j
 
@@ -40,7 +40,7 @@ def memory_sums(key: Tensor, value: Tensor) -> Memory:
 
 
 def update_memory(memory: Memory, factor: float, key: Tensor, value: Tensor) -> Memory:
-    """Carries a memory on by one window, in place (MEMO section 3.2, equations 2 and 3).
+    """Carries a memory on by one window, in place (MEMO section 4.1, equations 2 and 3).
 
         M <- gamma^F M + sums        of both parts, M_KV = kv and M_K = z
 
@@ -58,7 +58,7 @@ def update_memory(memory: Memory, factor: float, key: Tensor, value: Tensor) -> 
 
 
 def memory_attention(query: Tensor, key: Tensor, value: Tensor, memory: Memory | None) -> Tensor:
-    """Linear attention of a window over itself and over the memory (MEMO section 3.2, equation 4).
+    """Linear attention of a window over itself and over the memory (MEMO section 4.1, equation 4).
 
         out_i = phi(Q)_i^T (H_KV + gamma M_KV) / phi(Q)_i^T (H_K + gamma M_K)
         H_KV = sum over j of phi(K)_j V_j^T        H_K = sum over j of phi(K)_j
@@ -86,7 +86,7 @@ def memory_attention(query: Tensor, key: Tensor, value: Tensor, memory: Memory |
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
-    """Layer norm whose shift and scale come from outside (MEMO section 3.3, emotion-adaptive layer norm).
+    """Layer norm whose shift and scale come from outside (MEMO section 4.2, emotion-adaptive layer norm).
 
         (1 + scale) (x - mean(x)) / sqrt(variance(x) + eps) + shift        mean and variance over C
 

@@ -1,4 +1,4 @@
-"""MemoryState: what the networks remember of the video so far, as a small immutable value (MEMO section 3.2).
+"""MemoryState: what the networks remember of the video so far, as a small immutable value (MEMO section 4.1).
 
 The memory layers read nothing but Reference Net features of past frames, so their sums can be rebuilt from the past
 frames' latents. A state is a short list of windows with weights; the sums themselves (gigabytes at released sizes)

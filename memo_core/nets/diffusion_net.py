@@ -1,4 +1,4 @@
-"""Diffusion Net: the denoising video UNet of MEMO (section 3); the memory goes in and out, never stays inside."""
+"""Diffusion Net: the denoising video UNet of MEMO (section 4); the memory goes in and out, never stays inside."""
 
 from __future__ import annotations
 

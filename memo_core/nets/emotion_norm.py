@@ -1,4 +1,4 @@
-"""The emotion-adaptive layer norm (MEMO section 3.3)."""
+"""The emotion-adaptive layer norm (MEMO section 4.2)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _LabelEmbedding(nn.Module):
 
 
 class EmotionAdaNorm(nn.Module):
-    """Layer norm whose shift and scale come from the emotion label (MEMO section 3.3, emotion-adaptive layer norm)."""
+    """Layer norm whose shift and scale come from the emotion label (MEMO section 4.2, emotion-adaptive layer norm)."""
 
     adaLN_modulation: Any
 

@@ -1,4 +1,4 @@
-"""Memory-guided temporal module: linear attention over time with a memory of all past frames (MEMO section 3.2)."""
+"""Memory-guided temporal module: linear attention over time with a memory of all past frames (MEMO section 4.1)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ class MemoryAttention(TemporalAttention):
 
 
 class MemoryModule(TemporalModule):
-    """MEMO's temporal module (section 3.2)."""
+    """MEMO's temporal module (section 4.1)."""
 
     attention = MemoryAttention

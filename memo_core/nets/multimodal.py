@@ -1,4 +1,4 @@
-"""Multi-modal attention: frames and their audio tokens attend to each other, under an emotion (MEMO section 3.3)."""
+"""Multi-modal attention: frames and their audio tokens attend to each other, under an emotion (MEMO section 4.2)."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Recurrence(Protocol):
 
 
 class LinearSums:
-    """Sums of linear attention (MEMO section 3.2): kv [B, N, H, D, D] and z [B, N, H, D], of all the past."""
+    """Sums of linear attention (MEMO section 4.1): kv [B, N, H, D, D] and z [B, N, H, D], of all the past."""
 
     frames: int | None = None
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class ImageProjection(nn.Module):
-    """Face embedding -> face tokens (MEMO section 3.1).
+    """Face embedding -> face tokens (MEMO appendix D).
 
     Args:
         embedding_dim: width of the face embedding (released: 512).
@@ -39,7 +39,7 @@ class ImageProjection(nn.Module):
 
 
 class AudioProjection(nn.Module):
-    """Speech features of a frame and its neighbours -> audio tokens of that frame (MEMO section 3.1).
+    """Speech features of a frame and its neighbours -> audio tokens of that frame (MEMO appendix D).
 
     Args:
         input_dim: frames of context x speech encoder layers x channels (released: 5 x 12 x 768).

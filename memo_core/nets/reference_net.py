@@ -1,4 +1,4 @@
-"""Reference Net: the Stable Diffusion 1.5 UNet up to the features that the Diffusion Net reads (MEMO section 3.1)."""
+"""Reference Net: the Stable Diffusion 1.5 UNet up to the features that the Diffusion Net reads (MEMO appendix D)."""
 
 from __future__ import annotations
 

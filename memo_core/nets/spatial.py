@@ -1,4 +1,4 @@
-"""Spatial transformer of the Diffusion Net: attends to the portrait and to the face tokens (MEMO section 3.1)."""
+"""Spatial transformer of the Diffusion Net: attends to the portrait and to the face tokens (MEMO appendix D)."""
 
 from __future__ import annotations
 

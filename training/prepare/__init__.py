@@ -1,4 +1,4 @@
-"""The data pipeline: talking videos as they are found become training shards (MEMO section 4.3, appendix B).
+"""The data pipeline: talking videos as they are found become training shards (MEMO section 4.4, appendix B).
 
   command.py    `python -m training prepare`: the order of the stages, what is missing, what is new
   settings.py   thresholds, sizes, model files; the digest that says when a stage has to run again
