@@ -1,4 +1,4 @@
-"""The emotion head: pooled emotion2vec features -> nine emotion classes (MEMO section 3.3)."""
+"""The emotion head: pooled emotion2vec features -> nine emotion classes (MEMO appendix A.2)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EmotionHead(nn.Module):
         feature_dim: width of the emotion features (released: 1024).
         hidden_dim: width of the hidden layers (2048).
         classes: number of emotions (9).
-        depth: number of linear layers, at least 2 (5).
+        depth: number of linear layers, at least 1 (5); a single one has no hidden layer.
 
     Attributes:
         feature_dim, classes: as given.
@@ -32,8 +32,8 @@ class EmotionHead(nn.Module):
 
     def __init__(self, feature_dim: int = 1024, hidden_dim: int = 2048, classes: int = 9, depth: int = 5):
         super().__init__()
-        if depth < 2:
-            raise CheckpointError(f"an emotion head needs at least 2 layers, got {depth}")
+        if depth < 1:
+            raise CheckpointError(f"an emotion head needs at least 1 layer, got {depth}")
         self.feature_dim, self.classes = feature_dim, classes
         widths = [feature_dim] + [hidden_dim] * (depth - 1) + [classes]
         layers: OrderedDict[str, nn.Module] = OrderedDict()

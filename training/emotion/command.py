@@ -16,14 +16,21 @@ from memo_core.encoders.emotion2vec import Emotion2Vec
 from memo_core.encoders.emotion_head import EmotionHead
 
 from ..reading import read_json
-from .features import FeatureStore, encoder_digest
+from .features import FeatureStore, encoder_digest, segments
 from .labels import LabelError, LabelTable, load_tables, published
 from .readers import Clip, Found, Rejected, read_clips, read_csv, read_folder, text_table, without_repeats, write_rows
 from .report import check_packages, table, write_report
 from .toon import make_toon_sets
-from .train import EmotionConfig, evaluate, split, train, write_json
+from .train import JOB, EmotionConfig, evaluate, split, train, write_json
 
 TOON = EmotionConfig(hidden_dim=64, steps=600, batch_size=128, learning_rate=1e-3, warmup=60, split_by="speaker")
+TOON_RUNS = {
+    "core": TOON,
+    "supcon": replace(TOON, regulariser="supcon", temperature=0.1),
+    "none": replace(TOON, regulariser="none"),
+    "linear": replace(TOON.linear(), learning_rate=1e-2),
+}
+BASELINE = "baseline"  # folder of the linear baseline, in that of a run
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -48,9 +55,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     learn = actions.add_parser("train", help="train the head on what prepare made, and report")
     learn.add_argument("out", type=Path, help="what prepare wrote; gets config.json, the head in misc/ and the report")
     learn.add_argument("--device", default="cpu", help="where the head is trained (%(default)s)")
-    for item in fields(EmotionConfig):
+    learn.add_argument(
+        "--baseline", action=argparse.BooleanOptionalAction, default=True, help="train a linear layer, too, to compare"
+    )
+    for item in fields(EmotionConfig):  # what a run was begun with is its own default
         kind, name = type(item.default), f"--{item.name.replace('_', '-')}"
-        learn.add_argument(name, type=kind, default=item.default, help=f"({item.default})")
+        learn.add_argument(name, type=kind, help=f"({item.default})")
     learn.set_defaults(run=_train)
 
     show = actions.add_parser("report", help="accuracy per data set of a trained head")
@@ -58,19 +68,31 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     show.add_argument("--head", type=Path, help="another head to measure on the same clips, which is only printed")
     show.set_defaults(run=_report)
 
-    toon = actions.add_parser("toon", help="all of it on toon voices, with and without the contrastive regulariser")
+    toon = actions.add_parser("toon", help="all of it on toon voices, with each regulariser and with none")
     toon.add_argument("out", type=Path, nargs="?", default=Path("runs/emotion_toon"), help="(%(default)s)")
-    toon.add_argument("--seeds", type=int, default=3, help="runs with and without the regulariser (%(default)s)")
+    toon.add_argument("--seeds", type=int, default=3, help="runs of each kind (%(default)s)")
     toon.set_defaults(run=lambda args: print(show_toon(args.out, args.seeds)))
 
 
 def describe_sets(tables: dict[str, LabelTable], labels: bool = False) -> str:
-    """A table of the data sets: key, name, language, licence, number of labels, and how they are read."""
+    """A table of the data sets: what the paper tells of them, licence, and how they are read."""
     rows: list[list[object]] = [
-        [key, t.name, t.language, t.licence or "not known", len(t.labels), "folder" if t.pattern else "csv"]
+        [
+            key,
+            t.name,
+            t.source or "-",
+            t.language,
+            t.emotions or len(t.labels),
+            t.utterances or "-",
+            t.hours or "-",
+            "no" if t.extra else "yes",
+            t.licence or "not known",
+            "folder" if t.pattern or t.tags else "csv",
+        ]
         for key, t in tables.items()
     ]
-    text = text_table(["key", "name", "language", "licence", "labels", "read from"], rows)
+    heads = ["key", "name", "source", "language", "emotions", "utterances", "hours", "in paper", "licence", "read from"]
+    text = text_table(heads, rows)
     if labels:
         merged = [f"{k}: " + ", ".join(f"{own} -> {name}" for own, name in t.labels.items()) for k, t in tables.items()]
         text = "\n".join([text, "", *merged])
@@ -86,7 +108,8 @@ def prepare(
     new.
 
     Returns:
-        the clips that have features, the rejected rows, and per clip its windows [N, C].
+        the clips that have features, cut into segments where they are long, the rejected rows, and per clip its windows
+        [N, C].
     """
     found = without_repeats(found)
     if not found.clips:
@@ -101,11 +124,15 @@ def prepare(
     write_rows(out / "clips.csv", Clip, found.clips)
     write_rows(out / "rejected.csv", Rejected, found.rejected)
     print(found.summary())
-    return found.clips, found.rejected, features
+    clips, features = in_segments(found.clips, features)
+    return clips, found.rejected, features
 
 
 def load_prepared(out: Path) -> tuple[list[Clip], list[Tensor]]:
-    """The clips of out/clips.csv whose features are there, and these. LabelError where prepare has not been run."""
+    """The clips of out/clips.csv whose features are there, in segments, and these; as `prepare` returned them.
+
+    Raises LabelError where prepare has not been run.
+    """
     clips = read_clips(out / "clips.csv")
     path = out / "prepared.json"
     digest = read_json(path, lambda text: LabelError(f"{text}; run prepare again")).get("encoder")
@@ -115,54 +142,70 @@ def load_prepared(out: Path) -> tuple[list[Clip], list[Tensor]]:
         kept, features = _with_features(clips, store)
     if len(kept) < len(clips):
         print(f"{len(clips) - len(kept)} of {len(clips)} recordings are gone or changed since prepare; left out")
-    return kept, features
+    return in_segments(kept, features)
+
+
+def in_segments(clips: list[Clip], features: list[Tensor]) -> tuple[list[Clip], list[Tensor]]:
+    """Long recordings as one clip for each of their `features.segments`, with the same label; others as they are."""
+    pieces = [segments(windows) for windows in features]
+    return [clip for clip, own in zip(clips, pieces) for _ in own], [windows for own in pieces for windows in own]
 
 
 def fit(
-    out: Path, clips: list[Clip], features: list[Tensor], config: EmotionConfig, device: str = "cpu"
+    out: Path,
+    clips: list[Clip],
+    features: list[Tensor],
+    config: EmotionConfig,
+    device: str = "cpu",
+    baseline: bool = False,
 ) -> dict[str, Any]:
-    """Splits, trains, and writes splits.csv and the report into `out`; returns `train.evaluate`'s result."""
+    """Splits, trains, and writes splits.csv and the report into `out`; returns `train.evaluate`'s result.
+
+    With `baseline` a linear layer is trained on the same clips, too, in out/baseline; its result lies under "baseline".
+    """
     check_packages()
     parts = split(clips, config.test_share, config.split_by, config.seed)
     clips = [replace(clip, split=part) for clip, part in zip(clips, parts)]
     head = train(out, clips, features, config, device)
     write_rows(out / "splits.csv", Clip, clips)
     result = evaluate(head, clips, features)
+    if baseline:
+        linear = train(out / BASELINE, clips, features, config.linear(), device)
+        result["baseline"] = evaluate(linear, clips, features)
     write_report(out, result)
     return result
 
 
 def show_toon(out: Path, seeds: int = 3) -> str:
-    """Makes the toon sets, trains with and without the contrastive regulariser, and tells how each did on new voices.
+    """Makes the toon sets, trains with each regulariser and with none, and tells how each did on new voices.
 
-    The detector stays in out/contrastive_0/misc/audio_emotion_classifier.
+    The detector stays in out/core_0/misc/audio_emotion_classifier.
     """
     started = time.monotonic()
     lists, tables = make_toon_sets(out / "sets")
     encoder = Emotion2Vec.from_pretrained(assets() / "toon" / "emotion2vec")
     clips, _, features = prepare(out, read_csv(lists, {**published(), **load_tables(tables)}), encoder)
-    scores: dict[str, list[dict[str, Any]]] = {"contrastive": [], "plain": [], "head trained with the encoder": []}
+    scores: dict[str, list[dict[str, Any]]] = {name: [] for name in [*TOON_RUNS, "head trained with the encoder"]}
     shipped = EmotionHead.from_pretrained(assets() / "toon" / EMOTION_HEAD)
     for seed in range(seeds):
-        for name, weight in (("contrastive", TOON.contrastive_weight), ("plain", 0.0)):
-            config = replace(TOON, seed=seed, contrastive_weight=weight)
-            scores[name].append(fit(out / f"{name}_{seed}", clips, features, config))
-        tested = read_clips(out / f"plain_{seed}" / "splits.csv")
+        for name, config in TOON_RUNS.items():
+            scores[name].append(fit(out / f"{name}_{seed}", clips, features, replace(config, seed=seed)))
+        tested = read_clips(out / f"none_{seed}" / "splits.csv")
         scores["head trained with the encoder"].append(evaluate(shipped, tested, features))
-    keys = list(scores["plain"][0]["sets"])
+    keys = list(scores["none"][0]["sets"])
     columns = {
         name: [[100 * result["sets"][key]["accuracy"] for result in results] for key in keys]
         + [[100 * result["all"]["accuracy"] for result in results]]
         for name, results in scores.items()
     }
-    columns["contrastive - plain"] = [
-        [a - b for a, b in zip(*pair)] for pair in zip(columns["contrastive"], columns["plain"])
-    ]
+    for name in ("core", "supcon", "linear"):
+        pairs = zip(columns[name], columns["none"])
+        columns[f"{name} - none"] = [[a - b for a, b in zip(*pair)] for pair in pairs]
     rows: list[list[object]] = [[name, *map(_spread, values)] for name, values in columns.items()]
     return "\n".join(
         [
-            "seed 0 with the contrastive regulariser, on voices that the head has not heard:",
-            table(scores["contrastive"][0]),
+            "seed 0 with the regulariser core, on voices that the head has not heard:",
+            table(scores["core"][0]),
             f"accuracy %, mean and standard deviation of {seeds} seeds (of the split, the weights and the batches):",
             text_table(["run", *keys, "all clips"], rows),
             f"{time.monotonic() - started:.0f} s",
@@ -196,9 +239,12 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    config = EmotionConfig(**{item.name: getattr(args, item.name) for item in fields(EmotionConfig)})
+    begun = (args.out / JOB / "state.pt").exists()
+    config = EmotionConfig.load(args.out / "config.json") if begun else EmotionConfig()
+    given = {item.name: getattr(args, item.name) for item in fields(EmotionConfig)}
+    config = replace(config, **{name: value for name, value in given.items() if value is not None})
     clips, features = load_prepared(args.out)
-    print(table(fit(args.out, clips, features, config, args.device)))
+    print(table(fit(args.out, clips, features, config, args.device, args.baseline)))
     print(f"the head lies in {args.out / EMOTION_HEAD}; copy it over that of a checkpoint to use it")
 
 
@@ -207,6 +253,8 @@ def _report(args: argparse.Namespace) -> None:
     parts = {clip.path: clip.split for clip in read_clips(args.out / "splits.csv")}
     clips = [replace(clip, split=parts.get(clip.path, "")) for clip in clips]
     result = evaluate(EmotionHead.from_pretrained(args.head or args.out / EMOTION_HEAD), clips, features)
+    if (args.out / BASELINE / EMOTION_HEAD).is_dir():
+        result["baseline"] = evaluate(EmotionHead.from_pretrained(args.out / BASELINE / EMOTION_HEAD), clips, features)
     print(table(result))
     if not args.head:
         write_report(args.out, result)

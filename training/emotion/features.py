@@ -25,9 +25,10 @@ from memo_core.release import SAMPLE_RATE
 from .readers import Clip, Rejected
 
 WINDOW_SECONDS = 3  # what the detector judges a second by
-MAX_SECONDS = 60  # one label for a longer recording says little about its parts
+LONG_SECONDS = 60  # a longer recording is judged in segments
+SEGMENT_SECONDS = 30  # as MEMO's appendix A.1 divides long recordings
 _BATCH = 16  # windows encoded at once
-_CHUNK = 64  # files between two saves
+_CHUNK = 16  # files between two saves, all of them in memory: songs take 4 MB a minute
 
 
 def encoder_digest(encoder: Emotion2Vec) -> str:
@@ -43,12 +44,9 @@ def load_windows(path: str | Path, min_samples: int = 400) -> list[Tensor]:
     all of them are 3 s long where the recording is.
 
     Raises AudioError for what is no file (a pipe would wait for ever), cannot be read, holds fewer than `min_samples`
-    samples at 16 kHz, lasts longer than MAX_SECONDS, or is nothing but silence.
+    samples at 16 kHz, lasts longer than `memo_core.inputs.recording.MAX_SECONDS`, or is nothing but silence.
     """
-    recording = Recording(path)
-    _check_length(recording.declared)  # before hours of sound are decoded
-    samples = recording.mono(SAMPLE_RATE)
-    _check_length(recording.seconds)
+    samples = Recording(path).mono(SAMPLE_RATE)
     if len(samples) < min_samples:
         raise AudioError(f"it lasts {len(samples)} samples at 16 kHz; at least {min_samples} make a feature")
     if samples.std() < 1e-6:
@@ -56,6 +54,13 @@ def load_windows(path: str | Path, min_samples: int = 400) -> list[Tensor]:
     length = min(WINDOW_SECONDS * SAMPLE_RATE, len(samples))
     starts = [*range(0, len(samples) - length, length), len(samples) - length]
     return [samples[start : start + length] for start in starts]
+
+
+def segments(windows: Tensor) -> list[Tensor]:
+    """One recording's windows [N, C] as they are, or if it lasts longer than a minute, those of each 30 s of it."""
+    if len(windows) * WINDOW_SECONDS <= LONG_SECONDS:
+        return [windows]
+    return list(windows.split(SEGMENT_SECONDS // WINDOW_SECONDS))
 
 
 @torch.no_grad()
@@ -148,11 +153,6 @@ def _try_windows(path: str, min_samples: int) -> tuple[tuple[int, int], list[Ten
         return stamp, load_windows(path, min_samples)
     except Exception as error:  # whatever a broken file makes a decoder raise costs this row, not the run
         return stamp, str(error) or type(error).__name__
-
-
-def _check_length(seconds: float) -> None:
-    if seconds > MAX_SECONDS:
-        raise AudioError(f"it lasts {seconds:.0f} s; an utterance of up to {MAX_SECONDS} s is expected")
 
 
 def _stamp(path: str) -> tuple[int, int]:

@@ -1,10 +1,10 @@
-"""Label tables: each data set's own labels and the eight classes they are merged into (MEMO appendix A, Table 2)."""
+"""Label tables: each data set's own labels and the eight classes they are merged into (MEMO appendix A, table 2)."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from memo_core.errors import MemoError
 from memo_core.release import EMOTIONS
 
 CLASSES = EMOTIONS[:8]  # angry to surprised; the head's ninth class, unknown, is never a target
+OTHER = "other"
 DROP = "drop"
 TABLES = Path(__file__).with_name("datasets.yaml")
 
@@ -32,8 +33,14 @@ class LabelTable:
         labels: original label -> one of CLASSES, or DROP.
         codes: what file names carry -> original label.
         pattern: for the end of a file's path without suffix, with groups `label` and perhaps `speaker`; None for a set
-            that keeps its labels in tables of its own.
+            whose file names carry no labels.
         example: (path, original label, speaker) as published; None without a pattern.
+        tags: name of the published list of recordings and their tags, for a set that has one, else "".
+        source: who speaks: "Act", "TV", "Talk show" or "Media", as in the paper's table 2.
+        emotions, utterances, hours: as counted there; 0 where not known.
+        accuracy: (emotion2vec with a linear layer, MEMO's detector) on the set's test clips, in percent, from the
+            paper's figure 12; None for a set that is not in the paper.
+        extra: True for a set that is not in the paper.
     """
 
     key: str
@@ -45,6 +52,13 @@ class LabelTable:
     codes: Mapping[str, str] = field(default_factory=dict)
     pattern: re.Pattern[str] | None = None
     example: tuple[str, str, str] | None = None
+    tags: str = ""
+    source: str = ""
+    emotions: int = 0
+    utterances: int = 0
+    hours: float = 0.0
+    accuracy: tuple[float, float] | None = None
+    extra: bool = False
 
     def original(self, text: str) -> str:
         """The label that `text`, a label or a code in any case, stands for. LabelError if none."""
@@ -61,6 +75,18 @@ class LabelTable:
         """The class (index into EMOTIONS) of a label or code, None where it is to be dropped. LabelError if unknown."""
         name = self.labels[self.original(text)]
         return None if name == DROP else EMOTIONS.index(name)
+
+    def leading(self, tags: Sequence[str]) -> str | None:
+        """That of a recording's tags which stands for its emotion: the first whose class is not other.
+
+        Beside it tags of the class other say nothing; alone they are the recording's label. None where tags name two
+        different emotions. LabelError for an unknown tag, or none.
+        """
+        if not tags:
+            raise LabelError(f"{self.key}: a recording without tags")
+        named = {self.labels[label]: label for label in map(self.original, reversed(tags))}
+        other = named.pop(OTHER, None)
+        return None if len(named) > 1 else next(iter(named.values()), other)
 
 
 # For recordings of no listed set: their labels are the classes themselves.
@@ -115,7 +141,7 @@ def _table(key: str, raw: Any, path: Path) -> LabelTable:
         if "label" not in pattern.groupindex:
             raise LabelError(f"{path}: {key}'s pattern {raw['pattern']!r} has no group named label")
     language = raw.get("language") or ""
-    example = raw.get("example")
+    example, accuracy = raw.get("example"), raw.get("accuracy")
     return LabelTable(
         key,
         str(raw.get("name") or key),
@@ -126,4 +152,11 @@ def _table(key: str, raw: Any, path: Path) -> LabelTable:
         codes,
         pattern,
         tuple(map(str, example)) if example else None,
+        str(raw.get("tags") or ""),
+        str(raw.get("source") or ""),
+        int(raw.get("emotions") or 0),
+        int(raw.get("utterances") or 0),
+        float(raw.get("hours") or 0),
+        tuple(map(float, accuracy)) if accuracy else None,
+        bool(raw.get("extra")),
     )

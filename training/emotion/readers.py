@@ -16,6 +16,8 @@ from .labels import PLAIN, LabelError, LabelTable, published
 
 AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac", ".webm", ".mp4", ".avi"))
 SPLITS = ("", "train", "test")
+_TAG_COLUMNS = ["TRACK_ID", "ARTIST_ID", "ALBUM_ID", "PATH", "DURATION", "TAGS"]
+_MOOD = "mood/theme---"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Clip:
         dataset: key of its label table.
         label: the data set's own label.
         emotion: the class, an index from 0 to 7 into `memo_core.release.EMOTIONS`.
-        speaker: as the data set names it; "" where unknown.
+        speaker: as the data set names it, of music the artist; "" where unknown.
         split: "train" or "test" where the list says so, else "".
         name: path below the folder of the data set or of the list, which stays when the folder moves.
     """
@@ -98,18 +100,20 @@ class Found:
 
 
 def read_folder(folder: str | Path, table: LabelTable) -> Found:
-    """Reads a data set from its files' names, in their published form.
+    """Reads a data set from its files' names, in their published form, or from its published list of tags.
 
     Every audio file below `folder`, in order of its path; others and hidden ones are passed over. A name that does not
     have the form, or a label that the table lacks, is a rejected row.
 
     Raises LabelError for a set whose names carry no labels, and FileNotFoundError for a folder that is none.
     """
-    if table.pattern is None:
-        raise LabelError(f"{table.key} keeps its labels in tables of its own, not in file names; list it in a --csv")
     folder = Path(folder)
+    if table.pattern is None and not table.tags:
+        raise LabelError(f"{table.key} keeps its labels in tables of its own, not in file names; list it in a --csv")
     if not folder.is_dir():
         raise FileNotFoundError(f"{table.key}: {folder} is not a folder")
+    if table.pattern is None:
+        return _read_tags(folder.absolute(), table)
     found = Found()
     for path in _audio_files(folder.absolute()):
         match = table.pattern.search(path.with_suffix("").as_posix())
@@ -120,6 +124,50 @@ def read_folder(folder: str | Path, table: LabelTable) -> Found:
             speaker, name = match.groupdict().get("speaker") or "", path.relative_to(folder.absolute()).as_posix()
             found.add(str(path), table, match["label"], speaker, name=name)
     return found
+
+
+def _read_tags(folder: Path, table: LabelTable) -> Found:
+    """Reads the list of a set of music, in MTG-Jamendo's form: see `datasets.yaml`.
+
+    Tags are written as "mood/theme---happy"; those of other kinds are passed over. A recording's label is
+    `LabelTable.leading`, its speaker the artist. Sound lies at PATH below the folder, or at PATH with the suffix
+    .low.mp3, the published smaller files.
+    """
+    path = folder / table.tags
+    found = Found()
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            if next(lines, [])[:6] != _TAG_COLUMNS:
+                raise LabelError(f"{path} does not begin with the columns {', '.join(_TAG_COLUMNS)}")
+            for number, line in enumerate(lines, 2):
+                if len(line) < len(_TAG_COLUMNS):
+                    found.rejected.append(Rejected("", table.key, f"line {number} of {path} names no file and tag"))
+                else:
+                    tags = [tag.removeprefix(_MOOD) for tag in line[5:] if tag.startswith(_MOOD)]
+                    _add_tagged(found, table, folder, line[3], line[1], tags)
+    except FileNotFoundError as error:
+        raise LabelError(f"{table.key} is read from its list of tags: copy it from {table.url} to {path}") from error
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise LabelError(f"{path} cannot be read: {error}") from error
+    return found
+
+
+def _add_tagged(found: Found, table: LabelTable, folder: Path, name: str, artist: str, tags: list[str]) -> None:
+    places = [folder / name, (folder / name).with_suffix(".low.mp3")]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        found.rejected.append(Rejected(str(places[0]), table.key, "not in the folder"))
+        return
+    try:
+        label = table.leading(tags)
+    except LabelError as error:
+        found.rejected.append(Rejected(str(path), table.key, str(error)))
+        return
+    if label is None:
+        found.dropped[table.key, "tags of several emotions"] += 1
+    else:
+        found.add(str(path), table, label, artist, name=name)
 
 
 def read_csv(path: str | Path, tables: Mapping[str, LabelTable] | None = None) -> Found:

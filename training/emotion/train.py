@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from memo_core.checkpoint.layout import EMOTION_HEAD
 from memo_core.checks import shown
@@ -25,9 +26,13 @@ from .. import run
 from ..reading import fits, read_json
 from .labels import CLASSES
 from .readers import Clip
+from .regularisers import REGULARISERS, CoreTuning, supervised_contrastive
 
 BALANCES = ("none", "class")
 SPLIT_BY = ("clip", "speaker")
+JOB = "emotion_job"  # folder of a run's state
+# What settings that were saved before these existed meant.
+_BEFORE = {"regulariser": "supcon", "mixup_alpha": 1.0}
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,19 @@ class EmotionConfig:
     """Settings of one training run; saved beside its result.
 
     Attributes:
-        hidden_dim, depth: of the head; 2048 and 5 as released.
+        hidden_dim, depth: of the head; 2048 and 5 as released. Depth 1 is a single linear layer.
         steps, batch_size: a batch is of windows of up to 3 s, drawn with replacement.
         learning_rate, weight_decay, warmup: of AdamW, with a linear warm-up over so many steps and a cosine to 5%. The
             gradient's norm is clipped to 1.
-        contrastive_weight: share of `supervised_contrastive` in the loss; 0 leaves it out.
-        temperature: of the contrastive loss.
+        contrastive_weight: share of the contrastive loss; 0 leaves the regulariser out. 0.1 as the authors of
+            Core-tuning run it.
+        temperature: of the contrastive loss; 0.07 as published for "core". Khosla et al. (2020) have 0.1 for "supcon".
         balance: "none" draws every window equally often, "class" every class.
         test_share: of each data set, 0.25 for 3:1.
         split_by: "clip", or "speaker" so that no voice is in both parts of a data set.
         seed: of the split, the initial weights and the batches.
+        regulariser: "core", "supcon" (`regularisers`) or "none".
+        mixup_alpha: of core's mixtures.
     """
 
     hidden_dim: int = 2048
@@ -55,26 +63,40 @@ class EmotionConfig:
     weight_decay: float = 0.01
     warmup: int = 200
     contrastive_weight: float = 0.1
-    temperature: float = 0.1
+    temperature: float = 0.07
     balance: str = "none"
     test_share: float = 0.25
     split_by: str = "clip"
     seed: int = 0
+    # Not in repr, by which a run begun before these existed knows its settings.
+    regulariser: str = field(default="core", repr=False)
+    mixup_alpha: float = field(default=1.0, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("hidden_dim", "steps", "batch_size", "warmup"):
+        for name in ("hidden_dim", "depth", "steps", "batch_size", "warmup"):
             if getattr(self, name) < 1:
                 raise EmotionError(f"{name} is {getattr(self, name)!r}; at least 1 is needed")
-        for name, allowed in (("balance", BALANCES), ("split_by", SPLIT_BY)):
+        for name, allowed in (("balance", BALANCES), ("split_by", SPLIT_BY), ("regulariser", REGULARISERS)):
             if getattr(self, name) not in allowed:
                 raise EmotionError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if not 0 < self.test_share < 1:
             raise EmotionError(f"test_share is {self.test_share!r}; it lies between 0 and 1, 0.25 for 3:1")
-        if not (self.learning_rate > 0 and self.temperature > 0 and self.contrastive_weight >= 0):
+        if not (min(self.learning_rate, self.temperature, self.mixup_alpha) > 0 and self.contrastive_weight >= 0):
             raise EmotionError(
-                f"learning_rate {self.learning_rate!r} and temperature {self.temperature!r} must be positive, "
-                f"contrastive_weight {self.contrastive_weight!r} at least 0"
+                f"learning_rate {self.learning_rate!r}, temperature {self.temperature!r} and mixup_alpha "
+                f"{self.mixup_alpha!r} must be positive, contrastive_weight {self.contrastive_weight!r} at least 0"
             )
+        if self.depth == 1 and self.regularised != "none":
+            raise EmotionError(f"depth 1 has no hidden layer for the regulariser {self.regulariser!r}; give none")
+
+    @property
+    def regularised(self) -> str:
+        """The regulariser that takes part."""
+        return self.regulariser if self.contrastive_weight else "none"
+
+    def linear(self) -> EmotionConfig:
+        """The same for a single linear layer, the baseline of MEMO's figure 12."""
+        return replace(self, depth=1, regulariser="none")
 
     def save(self, path: str | Path) -> None:
         write_json(Path(path), asdict(self))
@@ -82,7 +104,8 @@ class EmotionConfig:
     @classmethod
     def load(cls, path: str | Path) -> EmotionConfig:
         """Reads what `save` wrote. EmotionError for anything else."""
-        values = read_json(Path(path), lambda text: EmotionError(f"no settings of an emotion detector: {text}"))
+        stored = read_json(Path(path), lambda text: EmotionError(f"no settings of an emotion detector: {text}"))
+        values = _BEFORE | stored
         for item in fields(cls):
             if item.name not in values or not fits(values[item.name], type(item.default)):
                 raise EmotionError(
@@ -94,10 +117,11 @@ class EmotionConfig:
 def split(clips: Sequence[Clip], test_share: float = 0.25, by: str = "clip", seed: int = 0) -> list[str]:
     """Divides each data set into parts: "train" or "test" per clip.
 
-    Clips that already have a part keep it. Of the others of a data set with n of them, the round(n test_share) that
+    Clips that already have a part keep it. Of the others of a data set with n recordings, the round(n test_share) that
     come first in an order hashed from the seed and their name are "test", so that neither the order of the list nor
-    the place of the folder matters. By "speaker", whole speakers go, as many as come nearest to that number,
-    and at least one stays on either side; a data set of one speaker (or of none known) is all "train".
+    the place of the folder matters; all segments of a recording are on one side. By "speaker", whole speakers go, as
+    many as come nearest to that number, and at least one stays on either side; a data set of one speaker (or of none
+    known) is all "train".
     """
     parts = [clip.split for clip in clips]
     groups: dict[str, list[int]] = defaultdict(list)
@@ -108,8 +132,10 @@ def split(clips: Sequence[Clip], test_share: float = 0.25, by: str = "clip", see
         for i in members:
             parts[i] = "train"
         if by == "clip":
-            order = sorted(members, key=lambda i: (_draw(seed, clips[i].name or clips[i].path), clips[i].path))
-            chosen = order[: round(len(members) * test_share)]
+            names = {clips[i].path: clips[i].name or clips[i].path for i in members}
+            order = sorted(names, key=lambda path: (_draw(seed, names[path]), path))
+            tested = set(order[: round(len(names) * test_share)])
+            chosen = [i for i in members if clips[i].path in tested]
         else:
             sizes = Counter(clips[i].speaker for i in members)
             order = sorted(sizes, key=lambda speaker: _draw(seed, speaker))
@@ -125,39 +151,25 @@ def _draw(seed: int, text: str) -> bytes:
     return hashlib.sha256(f"{seed} {text}".encode("utf-8", "surrogateescape")).digest()
 
 
-def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
-    """Supervised contrastive loss: pulls features of one class together and the others apart.
+def head_loss(
+    head: EmotionHead,
+    features: Tensor,
+    labels: Tensor,
+    config: EmotionConfig,
+    core: CoreTuning | None = None,
+    rng: np.random.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, contrastive loss) of a batch of windows [B, C] with labels [B].
 
-    The regulariser of MEMO's appendix A; its exact form could not be had, so this is the one of Khosla et al. 2020
-    (arXiv 2004.11362, equation 2, "L_out"), on the head's last hidden layer, without a projection of its own:
-    mean over anchors i of -1/|P(i)| sum over p in P(i) of log softmax over a != i of (z_i . z_a / temperature) at p,
-    where z are the features at unit length and P(i) the others of i's class. Anchors alone in their class do not count.
-
-    Args:
-        features: [B, C].
-        labels: [B] int64.
-        temperature: above 0.
-
-    Returns:
-        a scalar, 0 where no class occurs twice.
+    With `core` and `rng` they are Core-tuning's. The contrastive loss is 0 where no regulariser takes part.
     """
-    unit = F.normalize(features, dim=1)
-    alone = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    similarity = (unit @ unit.T / temperature).masked_fill(alone, float("-inf"))
-    log_share = (similarity - similarity.logsumexp(dim=1, keepdim=True)).masked_fill(alone, 0)
-    partners = (labels[:, None] == labels) & ~alone
-    counts = partners.sum(dim=1)
-    per_anchor = -(log_share * partners).sum(dim=1) / counts.clamp_min(1)
-    return per_anchor.sum() / (counts > 0).sum().clamp_min(1)
-
-
-def head_loss(head: EmotionHead, features: Tensor, labels: Tensor, config: EmotionConfig) -> tuple[Tensor, Tensor]:
-    """(cross-entropy, contrastive loss) of a batch of windows [B, C] with labels [B]; the latter 0 at weight 0."""
-    hidden = head.layers[:-1](features)
+    hidden, classifier = head.layers[:-1](features), head.layers[-1]
+    if core is not None and rng is not None:
+        return core(hidden, labels, classifier, rng)
     contrastive = hidden.new_zeros(())
-    if config.contrastive_weight:
+    if config.regularised == "supcon":
         contrastive = supervised_contrastive(hidden, labels, config.temperature)
-    return F.cross_entropy(head.layers[-1](hidden), labels), contrastive
+    return F.cross_entropy(classifier(hidden), labels), contrastive
 
 
 def train(
@@ -195,19 +207,29 @@ def train(
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed + 1)
     head = EmotionHead(windows.shape[1], config.hidden_dim, len(EMOTIONS), config.depth).to(device)
+    modules: dict[str, nn.Module] = {"head": head}
+    core = None
+    if config.regularised == "core":
+        modules["core"] = core = CoreTuning(config.hidden_dim, config.mixup_alpha, config.temperature).to(device)
     optimizer = torch.optim.AdamW(
-        head.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
+        [p for module in modules.values() for p in module.parameters()],
+        lr=config.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=config.weight_decay,
     )
     folder.mkdir(parents=True, exist_ok=True)
     settings = f"{config} on {_digest(clips, windows)}"
-    job = run.Job(folder / "emotion_job", config.steps, {"head": head}, optimizer, generator, save_every, settings)
+    if config.regulariser != _BEFORE["regulariser"]:
+        settings += f", {config.regulariser} {config.mixup_alpha}"
+    job = run.Job(folder / JOB, config.steps, modules, optimizer, generator, save_every, settings)
     config.save(folder / "config.json")
     head.train()
     for step in job.steps():
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * run.warmup_cosine(step, config.steps, config.warmup)
         drawn = _draw_batch(weights, config.batch_size, generator).to(device)
-        cross_entropy, contrastive = head_loss(head, windows[drawn], labels[drawn], config)
+        rng = run.numpy_rng(generator) if core else None
+        cross_entropy, contrastive = head_loss(head, windows[drawn], labels[drawn], config, core, rng)
         run.descend(optimizer, cross_entropy + config.contrastive_weight * contrastive)
         if step % 50 == 0:
             job.log(cross_entropy=cross_entropy.detach(), contrastive=contrastive.detach())
@@ -237,7 +259,7 @@ def _digest(clips: Sequence[Clip], windows: Tensor) -> str:
 
 @torch.no_grad()
 def evaluate(head: EmotionHead, clips: Sequence[Clip], features: Sequence[Tensor]) -> dict[str, Any]:
-    """Accuracy on the clips whose part is "test", per data set and over all, as in MEMO's Figure 12.
+    """Accuracy on the clips whose part is "test", per data set and over all, as in MEMO's figure 12.
 
     A clip's class is the most probable one after its windows' probabilities are averaged.
 
