@@ -137,11 +137,12 @@ class CoreTuning(nn.Module):
 
     Read from the authors' published code (github.com/Vanint/Core-tuning) and its README: hard pairs, their mixture and
     the bound of the negatives' share, the focal weight, the temperature of 0.07, the projection of two layers to 256,
-    and the cross-entropy over samples and mixtures. The paper's own text and equations were not at hand, so three
-    things are this project's reading: an anchor's mixed positive is one of its positives, and its mixed negative in its
-    denominator alone (in the code a mixture's positives are those of equal target, which it seldom has); the sum over
-    positives is divided by their number (in the code by that of all); and features of samples that are not mixed pass
-    their gradient on (in the code they are detached).
+    and the cross-entropy over samples and mixtures. The paper's own text and equations were not at hand, so some things
+    are this project's reading: the hardest positive is the least similar of the others, and a negative's partner is of
+    another class (in the code any other sample is); an anchor's mixed positive is one of its positives, and its mixed
+    negative in its denominator alone (in the code a mixture's positives are those of equal target, which it seldom
+    has); the sum over positives is divided by their number (in the code by that of all); and features of samples that
+    are not mixed pass their gradient on (in the code they are detached).
 
     Args:
         width: of the features that are classified.
