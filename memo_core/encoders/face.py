@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "misc/face_analysis/models"  # inside a checkpoint
 DETECTOR, EMBEDDER = "scrfd_10g_bnkps.onnx", "glintr100.onnx"
+CUDA_PROVIDER = "CUDAExecutionProvider"
 EMBEDDING_SIZE = 512
 DETECTION_SIZE = 640
 SCORE_THRESHOLD, OVERLAP_THRESHOLD = 0.5, 0.4
@@ -71,8 +72,12 @@ class FaceAnalyzer:
             raise CheckpointError(f"the face embedder takes {shape}; ArcFace takes [1, 3, 112, 112]")
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> FaceAnalyzer | None:
+    def from_folder(cls, folder: str | os.PathLike[str], device: str = "cpu") -> FaceAnalyzer | None:
         """Reads both networks from a checkpoint's folder, or from the folder that holds the ONNX files themselves.
+
+        Args:
+            device: with "cuda" or "cuda:1" they run on that GPU where onnxruntime has its CUDA provider
+                (`pip install onnxruntime-gpu`), else on the CPU.
 
         Returns None, and logs once why, where the files or the onnxruntime package are absent: everything works then,
         with a zero face embedding and a crop around the centre. Raises CheckpointError for files that are damaged.
@@ -91,12 +96,11 @@ class FaceAnalyzer:
             return None
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
+        providers = _providers(onnxruntime.get_available_providers(), device)
         sessions = []
         for name in (DETECTOR, EMBEDDER):
             try:
-                sessions.append(
-                    onnxruntime.InferenceSession(str(models / name), options, providers=["CPUExecutionProvider"])
-                )
+                sessions.append(onnxruntime.InferenceSession(str(models / name), options, providers=providers))
             except Exception as error:  # onnxruntime's exceptions have no common base
                 raise CheckpointError(f"cannot load {models / name}: {error}. Delete and download it again") from error
         return cls(*sessions)
@@ -127,6 +131,14 @@ class FaceAnalyzer:
         aligned = align(image, face.keypoints)
         name = self._embedder.get_inputs()[0].name
         return self._embedder.run(None, {name: _network_input(aligned, 127.5)})[0].reshape(-1).astype(np.float32)
+
+
+def _providers(available: Sequence[str], device: str) -> list[Any]:
+    """What onnxruntime is to run a network on, in order of preference."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or CUDA_PROVIDER not in available:
+        return ["CPUExecutionProvider"]
+    return [(CUDA_PROVIDER, {"device_id": int(index or 0)}), "CPUExecutionProvider"]
 
 
 def decode_scrfd(

@@ -219,6 +219,34 @@ def test_absent_onnxruntime_is_logged_once_and_gives_none(
     assert len(caplog.records) == 1 and "pip install onnxruntime" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("device", "there", "expected"),
+    [
+        ("cpu", True, ["CPUExecutionProvider"]),
+        ("cuda", False, ["CPUExecutionProvider"]),
+        ("cuda", True, [("CUDAExecutionProvider", {"device_id": 0}), "CPUExecutionProvider"]),
+        ("cuda:3", True, [("CUDAExecutionProvider", {"device_id": 3}), "CPUExecutionProvider"]),
+    ],
+)
+def test_networks_run_on_a_gpu_when_told_and_where_onnxruntime_can(
+    device: str, there: bool, expected: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    make_analyzer(tmp_path, (32,))
+    asked, session = [], onnxruntime.InferenceSession
+
+    def begin(path: str, options: object, providers: list) -> onnxruntime.InferenceSession:
+        asked.append(providers)
+        return session(path, options, providers=["CPUExecutionProvider"])
+
+    names = ["CUDAExecutionProvider"] * there + ["CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", begin)
+    assert FaceAnalyzer.from_folder(tmp_path, device) is not None
+    assert asked == [expected, expected]
+
+
 def test_damaged_and_exchanged_models_are_checkpoint_errors(tmp_path: Path) -> None:
     make_analyzer(tmp_path, (32,))
     detector, embedder = (tmp_path / FOLDER / name for name in ("scrfd_10g_bnkps.onnx", "glintr100.onnx"))
