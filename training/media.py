@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ SOUND_LEAD = 0.5  # seconds decoded before a span: the first packet after a jump
 LEAD = 0.2  # seconds before a span whose pictures are handed over, because one may be the nearest to its start
 INSTANT = 1e-6  # seconds, less than any time stamp's unit: sums of times are not exact
 MAX_HOLD = 1.0  # seconds that a picture may stand for missing ones after it
+Convert = Callable[..., NDArray[np.uint8]]
+"""A decoded picture: (longest side, None for its own size) -> uint8 [H, W, 3] RGB, upright."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +85,29 @@ def pictures(
     Yields:
         (seconds, uint8 [H, W, 3] RGB, upright), times rising.
     """
-    if start > 0:
+    for time, picture in frames(path, start, end, max_pixels):
+        yield time, picture(longest_side)
+
+
+def frames(
+    path: str | os.PathLike[str], start: float = 0.0, end: float = math.inf, max_pixels: float = math.inf
+) -> Iterator[tuple[float, Convert]]:
+    """As `pictures`, each as a function of its longest side, so that it is converted in the sizes that are needed."""
+    for begin in (start, 0.0):
         with opened(path) as container:
-            first = next(_decode(container, start, max_pixels, longest_side), None)
-        if first is None or first[0] > start + LEAD:
-            start = 0.0  # an index that leads past the place: read from the beginning
-    with opened(path) as container:
-        for time, picture in _decode(container, start, max_pixels, longest_side):
-            if time >= end - INSTANT:
-                return
-            if time >= start - LEAD:
-                yield time, picture()
+            decoded = _decode(container, begin, max_pixels)
+            first = next(decoded, None)
+            if begin > 0 and (first is None or first[0] > begin + LEAD):
+                continue  # an index that leads past the place: read from the beginning
+            for time, picture in chain([] if first is None else [first], decoded):
+                if time >= end - INSTANT:
+                    return
+                if time >= start - LEAD:
+                    yield time, picture
+        return
 
 
-def _decode(container: Any, start: float, max_pixels: float, longest_side: int | None) -> Iterator[tuple[float, Any]]:
+def _decode(container: Any, start: float, max_pixels: float) -> Iterator[tuple[float, Convert]]:
     stream = container.streams.video[0]
     zero = (container.start_time or 0) / 1_000_000
     if start > 0:
@@ -111,7 +124,7 @@ def _decode(container: Any, start: float, max_pixels: float, longest_side: int |
             said = f"from {size[0]}x{size[1]} to {frame.width}x{frame.height} at {time:.1f} s"
             raise Drop("picture size changes", said)
         size = frame.width, frame.height
-        yield time, lambda frame=frame: to_rgb(frame, longest_side)
+        yield time, partial(to_rgb, frame)
 
 
 def _check_pixels(width: int, height: int, max_pixels: float) -> None:
@@ -122,26 +135,47 @@ def _check_pixels(width: int, height: int, max_pixels: float) -> None:
 def at_rate(
     path: str | os.PathLike[str], start: float, end: float, fps: float, max_pixels: float = math.inf
 ) -> Iterator[NDArray[np.uint8]]:
-    """round((end - start) fps) pictures at an even rate: each the nearest in time of those before `end`, where another
-    scene may begin, whatever rate the file has.
-
-    Raises Drop where the picture ends more than MAX_HOLD before `end`.
-    """
-    count, done = round((end - start) * fps), 0
-    before: tuple[float, NDArray[np.uint8]] | None = None
+    """Pictures of a file at an even rate, as `EvenRate` chooses them. Raises Drop where the picture ends early."""
+    rate = EvenRate(start, end, fps)
     for time, picture in pictures(path, start, end, max_pixels):
-        while before is not None and done < count:
-            wanted = start + done / fps
-            if abs(wanted - before[0]) > abs(time - wanted):
+        yield from rate.push(time, picture)
+    yield from rate.finish()
+
+
+class EvenRate:
+    """Chooses round((end - start) fps) pictures at an even rate: each the nearest in time of those before `end`, where
+    another scene may begin, whatever rate they come at. Several of these can be fed by one decoder.
+    """
+
+    def __init__(self, start: float, end: float, fps: float) -> None:
+        self.start, self.end, self.fps = start, end, fps
+        self.count, self.done = round((end - start) * fps), 0
+        self._before: tuple[float, NDArray[np.uint8]] | None = None
+
+    def push(self, time: float, picture: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+        """Takes the next picture; yields those before it, as often as they are the nearest."""
+        if time >= self.end - INSTANT:
+            return
+        while self._before is not None and self.done < self.count:
+            wanted = self.start + self.done / self.fps
+            if abs(wanted - self._before[0]) > abs(time - wanted):
                 break
-            yield before[1]
-            done += 1
-        before = time, picture
-    while before is not None and done < count and start + done / fps <= before[0] + MAX_HOLD:
-        yield before[1]
-        done += 1
-    if done < count:
-        raise Drop("picture ends early", f"{done} of {count} pictures from {start:.2f} to {end:.2f} s")
+            self.done += 1
+            yield self._before[1]
+        self._before = time, picture
+
+    def finish(self) -> Iterator[NDArray[np.uint8]]:
+        """Yields the last ones. Raises Drop where the picture ends more than MAX_HOLD before `end`."""
+        while (
+            self._before is not None
+            and self.done < self.count
+            and self.start + self.done / self.fps <= self._before[0] + MAX_HOLD
+        ):
+            self.done += 1
+            yield self._before[1]
+        if self.done < self.count:
+            said = f"{self.done} of {self.count} pictures from {self.start:.2f} to {self.end:.2f} s"
+            raise Drop("picture ends early", said)
 
 
 def sound(path: str | os.PathLike[str], start: float, end: float, rate: int) -> tuple[NDArray[np.float32], float]:

@@ -260,26 +260,45 @@ def score_clip(
     """
     from . import media
 
-    features, faces, frames = [], [], 0
-
-    def embed() -> None:
-        features.append(net.embed_faces(torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2)))
-
+    faces = FaceStream(net, regions)
     for picture in media.at_rate(path, start, end, FPS, max_pixels):
-        faces.append(cut(picture, regions[min(frames, len(regions) - 1)], SIZE, OUTSIDE))
-        frames += 1
-        if len(faces) == CHUNK + FRAMES - 1:
-            embed()
-            faces = faces[CHUNK:]  # the last 4 begin windows that are still to come
-    if len(faces) >= FRAMES:
-        embed()
-    waveform, heard = media.sound(path, start, start + frames / FPS, RATE)
-    if heard < (frames - 1) / FPS:
-        frames = min(frames, (int(np.append(0, np.flatnonzero(waveform)).max()) + 1) * FPS // RATE)
-    if frames <= FRAMES:
-        raise ValueError(f"{frames} frames at {FPS} fps with sound; at least {FRAMES + 1} are needed")
-    count = frames - FRAMES  # one window less than would fit, as published
-    return best_shift(torch.cat(features)[:count], net.embed_sound(torch.from_numpy(waveform), count))
+        faces.push(picture)
+    return faces.score(*media.sound(path, start, start + faces.frames / FPS, RATE))
+
+
+class FaceStream:
+    """The picture's side of `score_clip`, fed one picture after the other; only its features are kept."""
+
+    def __init__(self, net: SyncNet, regions: Sequence[Box]) -> None:
+        self.net, self.regions, self.frames = net, regions, 0
+        self._faces: list[NDArray[np.uint8]] = []
+        self._features: list[Tensor] = []
+
+    def push(self, picture: NDArray[np.uint8]) -> None:
+        """Takes the next picture at 25 fps, uint8 [H, W, 3]."""
+        region = self.regions[min(self.frames, len(self.regions) - 1)]
+        self._faces.append(cut(picture, region, SIZE, OUTSIDE))
+        self.frames += 1
+        if len(self._faces) == CHUNK + FRAMES - 1:
+            self._embed()
+            self._faces = self._faces[CHUNK:]  # the last 4 begin windows that are still to come
+
+    def _embed(self) -> None:
+        self._features.append(self.net.embed_faces(torch.from_numpy(np.stack(self._faces)).permute(0, 3, 1, 2)))
+
+    def score(self, waveform: NDArray[np.float32], heard: float) -> SyncScore:
+        """Of all pictures with the sound [T] at 16 kHz that begins with the first of them, of which the file has
+        `heard` seconds. Raises ValueError for less than 6 frames.
+        """
+        if len(self._faces) >= FRAMES:
+            self._embed()
+        frames = self.frames
+        if heard < (frames - 1) / FPS:
+            frames = min(frames, (int(np.append(0, np.flatnonzero(waveform)).max()) + 1) * FPS // RATE)
+        if frames <= FRAMES:
+            raise ValueError(f"{frames} frames at {FPS} fps with sound; at least {FRAMES + 1} are needed")
+        count = frames - FRAMES  # one window less than would fit, as published
+        return best_shift(torch.cat(self._features)[:count], self.net.embed_sound(torch.from_numpy(waveform), count))
 
 
 def face_regions(looks: Sequence[Sequence[float]] | NDArray[np.floating], start: float, end: float) -> list[Box]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,9 +23,22 @@ import torch
 
 from memo_core.video.write import VideoWriter
 from training import media
-from training.prepare import add_command, command, encode, engines, faces, picture, quality, review, scenes
+from training.prepare import (  # fmt: skip
+    add_command,
+    clip,
+    command,
+    encode,
+    engines,
+    faces,
+    picture,
+    pipeline,
+    quality,
+    review,
+    scenes,
+    videos,
+)
 from training.prepare.engines import Local, OnRay
-from training.prepare.rows import Drop, PrepareError, Row, Table, decide
+from training.prepare.rows import Drop, PrepareError, Row, Table, Work, decide
 from training.prepare.settings import Settings
 from training.prepare.worker import Worker, apply
 from training.shards import ShardError, Shards, ShardWriter
@@ -69,16 +82,18 @@ def write(path: Path, *parts: tuple[np.ndarray, np.ndarray], fps: float = FPS, s
     return path
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("vae", "wav2vec2", "emotion2vec", "misc"):
-        (folder / name).symlink_to(assets() / "toon" / name)
-    (folder / "misc").unlink()
+def make_models(folder: Path) -> Path:
     (folder / "misc").mkdir()
+    for name in ("vae", "wav2vec2", "emotion2vec"):
+        (folder / name).symlink_to(assets() / "toon" / name)
     (folder / EMOTION_HEAD).symlink_to(assets() / "toon" / EMOTION_HEAD)
     make_analyzer(folder, (32,))
     return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +126,8 @@ def brightness(models: Path, device: str):
 def arguments(raw: Path, out: Path, models: Path, *more: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_command(parser.add_subparsers())
-    words = ["--models", models, "--min-seconds", 1, "--size", 64, "--scorer", "test_prepare:brightness", *more]
+    words = ["--models", models, "--min-seconds", 1, "--size", 64, "--scorer", "test_prepare:brightness"]
+    words += ["--min-fps", 15, "--max-repeated", 1, *more]  # these videos have 25 fps
     return parser.parse_args(["prepare", str(raw), str(out), *map(str, words)])
 
 
@@ -121,16 +137,16 @@ class Inline:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
 
-    def __call__(self, stage: str, rows: list[Row], settings: Settings) -> Iterator[tuple[str, list[Row]]]:
+    def __call__(self, work: Work, rows: Iterable[Row], settings: Settings) -> Iterator[tuple[str, list[Row]]]:
         for row in rows:
-            self.asked.append((stage, row.source))
-            yield row.id, apply(stage, row, settings)
+            self.asked.append((" ".join(work), row.source))
+            yield row.id, apply(work, row, settings)
 
 
 def run(raw: Path, out: Path, models: Path, *more: str) -> tuple[dict[str, list[Row]], list[tuple[str, str]]]:
     """Rows by source, as the file has them, and what was computed."""
     engine = Inline()
-    command.prepare(command.check(arguments(raw, out, models, *more)), engine)
+    pipeline.prepare(command.check(arguments(raw, out, models, *more)), engine)
     rows: dict[str, list[Row]] = {}
     for row in Table(out / "table.jsonl").rows.values():
         rows.setdefault(row.source, []).append(row)
@@ -138,6 +154,7 @@ def run(raw: Path, out: Path, models: Path, *more: str) -> tuple[dict[str, list[
 
 
 def settings_for(raw: Path, tmp_path: Path, models: Path = Path("/nowhere"), **more) -> Settings:
+    more = {"min_fps": 15.0, "max_repeated": 1.0, "min_face": 32.0, **more}
     return Settings(raw=str(raw), out=str(tmp_path), models=str(models), min_seconds=1.0, size=64, **more)
 
 
@@ -202,7 +219,7 @@ def test_a_telephone_s_video_is_turned_upright(matrix: tuple[int, ...], turns: i
         step = 64 // max(picture.shape)
         assert picture.shape == upright[::step, ::step].shape
         assert np.abs(picture.astype(int) - upright[::step, ::step]).mean() < 20
-    (row, *_) = scenes.split(video_row(path.name), settings_for(tmp_path, tmp_path))
+    (row, *_) = scenes.split(video_row(path.name), settings_for(tmp_path, tmp_path, skip=("faces",)))
     assert (row.height, row.width) == upright.shape[:2]
 
 
@@ -225,13 +242,13 @@ def test_sound_lies_where_its_time_stamps_say(tmp_path: Path) -> None:
 
 
 def test_a_hard_cut_divides_a_video_and_long_scenes_are_cut_into_equal_pieces(raw: Path, tmp_path: Path) -> None:
-    settings = settings_for(raw, tmp_path)
+    settings = settings_for(raw, tmp_path, skip=("faces",))
     first, second = scenes.split(video_row("two scenes.mp4"), settings)
     assert [first.start, first.end, second.start, second.end] == pytest.approx([0, 1.2, 1.2, 2.8])
     assert first.failure is None and (first.width, first.height, first.fps) == (320, 240, 25)
     short, long = scenes.split(video_row("two scenes.mp4"), replace(settings, min_seconds=1.5))
     assert short.failure[:2] == ["scenes", "too short"] and long.failure is None
-    pieces = scenes.split(video_row("two scenes.mp4"), replace(settings, skip=("scenes",), max_seconds=1.3))
+    pieces = scenes.split(video_row("two scenes.mp4"), replace(settings, skip=("scenes", "faces"), max_seconds=1.3))
     assert [p.start for p in pieces] == pytest.approx([0, 2.8 / 3, 5.6 / 3])
     assert [p.end for p in pieces] == pytest.approx([2.8 / 3, 5.6 / 3, 2.8])
 
@@ -282,7 +299,9 @@ HOSTILE = {
 def test_a_video_that_cannot_be_used_is_one_row_with_its_reason(name: str, tmp_path: Path) -> None:
     make, cause = HOSTILE[name]
     make(tmp_path / name)
-    (row,) = apply("scenes", video_row(name), settings_for(tmp_path, tmp_path, max_pixels=100_000))
+    (row,) = apply(
+        {"scenes": "x"}, video_row(name), settings_for(tmp_path, tmp_path, max_pixels=100_000, skip=("faces",))
+    )
     assert row.failure is not None and row.failure[0] == "scenes" and row.failure[2]
     assert not row.error, row.failure
     assert cause is None or row.failure[1] == cause, row.failure
@@ -298,7 +317,7 @@ def test_a_video_of_eight_hours_is_refused_by_a_stated_limit(tmp_path: Path) -> 
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
         file.mux(audio.encode(None))
-    (row,) = apply("scenes", video_row("long.mkv"), settings_for(tmp_path, tmp_path))
+    (row,) = apply({"scenes": "x"}, video_row("long.mkv"), settings_for(tmp_path, tmp_path, skip=("faces",)))
     assert row.failure[1] == "too long" and "--max-hours 4" in row.failure[2]
 
 
@@ -316,7 +335,7 @@ def test_any_name_any_link_and_any_place_is_met_once(tmp_path: Path) -> None:
     (raw / "notes.txt").write_text("no video")
     (out / "own.mp4").write_bytes(b"x")
     os.mkfifo(raw / "pipe.mp4")
-    rows = {row.source: row for row in command.find_videos(raw, out.resolve())}
+    rows = {row.source: row for row in videos.find_videos(raw, out.resolve())}
     unusable = {
         "self.mp4": "cannot be read", "pipe.mp4": "cannot be read",
         "z same.mp4": "same file", "z copy.mp4": "same file",
@@ -330,7 +349,7 @@ def test_any_name_any_link_and_any_place_is_met_once(tmp_path: Path) -> None:
     table.save()
     assert Table(table.path).rows == table.rows
     cut_out = [replace(row, box=[0.0] * 4, start=0.0, end=1.0) for row in rows.values()]
-    review.write_page(tmp_path, cut_out, settings_for(raw, out))
+    review.write_page(tmp_path, {row.id: row for row in cut_out}, settings_for(raw, out))
     assert {clip["id"] for clip in clips_of(tmp_path)} == {row.id for row in cut_out}
 
 
@@ -344,7 +363,7 @@ def test_none_several_and_partial_faces_are_dropped(
     raw: Path, models: Path, tmp_path: Path, source: str, cause: str
 ) -> None:
     row = replace(video_row(f"{source}.mp4"), start=0.0, end=1.2, width=WIDTH, height=HEIGHT, fps=25.0)
-    (row,) = apply("faces", row, settings_for(raw, tmp_path, models))
+    (row,) = apply({"faces": "x"}, row, settings_for(raw, tmp_path, models))
     assert row.failure[:2] == ["faces", cause] and not row.error
 
 
@@ -357,8 +376,10 @@ def test_the_crop_is_one_square_around_the_face_in_all_pictures(raw: Path, model
     left, top, right, bottom = row.box
     assert right - left == pytest.approx(bottom - top) == pytest.approx(1.1 * 64)
     assert (left + right) / 2 == pytest.approx(x + 8) and (top + bottom) / 2 == pytest.approx(y + 8)
-    with av.open(str(tmp_path / "clips" / f"{row.id}.mp4")) as preview:
-        assert preview.streams.video[0].frames == 30 and preview.streams.audio
+    (row,) = clip.measure(row, {}, settings_for(raw, tmp_path, models), lambda stage: None)
+    assert row.failure is None and (tmp_path / "review" / f"{row.id}.jpg").is_file()
+    with av.open(str(tmp_path / "clips" / f"{row.id}.mp4")) as shown:
+        assert shown.streams.video[0].frames == 30 and shown.streams.audio
     # The detector's eyes are a quarter and three quarters of 16 pixels from the cell's corner, half way down.
     eyes = np.array([x + 4, y + 8, x + 12, y + 8]) - np.array([left, top, left, top])
     assert row.eyes_box[0] < eyes[0] / 70.4 < eyes[2] / 70.4 < row.eyes_box[2]
@@ -414,13 +435,18 @@ def test_hyperiqa_reads_the_published_format_without_the_network(tmp_path: Path)
 
 
 def test_the_reviewer_wins_over_scores_and_nothing_wins_over_a_clip_that_cannot_be_made() -> None:
+    def decided(row: Row, min_quality: float, min_confidence: float) -> tuple[str, str, str]:
+        limits = {"min_quality": min_quality, "min_confidence": min_confidence}
+        row = decide(row, Settings(raw="", out="", models="", **limits))
+        return row.decision, row.stage, row.cause
+
     row = replace(video_row("x.mp4"), quality=39.9, sync_confidence=4.9)
-    assert (decide(row, 40, 5).decision, decide(row, 40, 5).cause) == ("drop", "low quality")
-    assert decide(row, 39, 5).cause == "out of sync" and decide(row, 39, 4).decision == "keep"
-    assert decide(replace(row, verdict="keep"), 40, 5).decision == "keep"
-    assert decide(replace(row, verdict="drop"), 0, 0).stage == "review"
+    assert decided(row, 40, 5) == ("drop", "quality", "low quality")
+    assert decided(row, 39, 5) == ("drop", "sync", "out of sync") and decided(row, 39, 4) == ("keep", "", "")
+    assert decided(replace(row, verdict="keep"), 40, 5)[0] == "keep"
+    assert decided(replace(row, verdict="drop"), 0, 0)[1] == "review"
     failed = replace(row, verdict="keep").fail("faces", "no face", "0 faces")
-    assert (decide(failed, 0, 0).decision, decide(failed, 0, 0).cause) == ("drop", "no face")
+    assert decided(failed, 0, 0) == ("drop", "faces", "no face")
 
 
 def test_the_page_shows_the_most_doubtful_first_and_no_name_ends_its_script(tmp_path: Path) -> None:
@@ -429,7 +455,7 @@ def test_the_page_shows_the_most_doubtful_first_and_no_name_ends_its_script(tmp_
         replace(video_row(name), id=name, start=0.0, end=2.0, box=[0.0, 0, 1, 1], quality=q, sync_confidence=c)
         for name, q, c in (("sure", 80.0, 9.0), ("</script><script>alert(1)</script>", 60.0, 5.1), ("bad", 39.0, None))
     ]
-    review.write_page(tmp_path, [*rows, video_row("never cut out")], settings)
+    review.write_page(tmp_path, {row.id: row for row in [*rows, video_row("never cut out")]}, settings)
     page = (tmp_path / "review.html").read_text("utf-8")
     assert page.count("</script>") == 2
     assert [clip["id"] for clip in clips_of(tmp_path)] == [rows[1].id, "bad", "sure"]
@@ -507,7 +533,7 @@ def test_videos_become_shards_and_a_second_run_does_only_what_is_new(
     (ours / "broken.mp4").write_bytes(b"other")
     rows, asked = run(ours, out, models, "--min-quality", "30", *skip)
     assert sorted(asked) == sorted(
-        [("scenes", "new.mp4"), ("scenes", "broken.mp4"), *((s, "new.mp4") for s in ("faces", "quality", "encode"))]
+        [("scenes faces", "new.mp4"), ("scenes faces", "broken.mp4"), ("quality encode", "new.mp4")]
     )
     assert len(rows["broken.mp4"]) == 1 and len(Shards(out / "shards")) == 2
     with pytest.raises(ShardError, match="128 px"):
@@ -563,11 +589,13 @@ def test_taking_samples_out_writes_only_their_shards_and_survives_a_kill_at_any_
 
 def test_a_damaged_file_costs_its_row_and_can_be_tried_again(raw: Path, models: Path, tmp_path: Path) -> None:
     args = arguments(raw, tmp_path, models, "--skip", "scenes", "faces", "quality", "sync")
-    only = replace(video_row("two scenes.mp4"), id="a", start=0.0, end=1.2, box=[0.0, 0, 64, 64])
+    only = replace(video_row("two scenes.mp4"), id="a", start=0.0, end=1.2, fps=25.0, box=[0.0, 0, 64, 64])
 
     class Damaging(Inline):
-        def __call__(self, stage: str, rows: list[Row], settings: Settings) -> Iterator[tuple[str, list[Row]]]:
-            for id, results in [(row.id, [row]) for row in rows]:
+        def __call__(self, work: Work, rows: Iterable[Row], settings: Settings) -> Iterator[tuple[str, list[Row]]]:
+            for row in rows:
+                row = replace(row, key=clip.sample_key(row, work["encode"])).finish(work)
+                id, results = row.id, [row]
                 path = tmp_path / "encoded" / f"{results[0].key}.safetensors"
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(b"\xff" * 100)
@@ -576,7 +604,7 @@ def test_a_damaged_file_costs_its_row_and_can_be_tried_again(raw: Path, models: 
     settings, table = command.check(args), Table(tmp_path / "table.jsonl")
     digests = settings.digests()
     table.put([replace(only, done={stage: digests[stage] for stage in ("scenes", "faces")})])
-    work = command._Run(settings, Damaging(), table, digests, retry=True)
+    work = pipeline._Run(settings, Damaging(), table, retry=True)
     work.present = {only.source}
     work.encode()
     assert table.rows["a"].failure[:2] == ["encode", "damaged file"] and table.rows["a"].decision == "drop"
@@ -590,8 +618,8 @@ def test_latents_and_speech_are_those_of_the_clip(raw: Path, models: Path, tmp_p
     from safetensors.torch import load_file
 
     settings = settings_for(raw, tmp_path, models)
-    clip = scenes.split(video_row("two scenes.mp4"), settings)[1]
-    row = replace(clip, key="k", box=[96.0, 56.0, 224.0, 184.0])
+    second = scenes.split(video_row("two scenes.mp4"), replace(settings, skip=("faces",)))[1]
+    row = replace(second, key="k", box=[96.0, 56.0, 224.0, 184.0])
     encode.encode(row, settings)
     tensors = load_file(tmp_path / "encoded" / "k.safetensors")
     assert set(tensors) == {"latents", "speech", "emotion"}  # no face was looked for
@@ -615,7 +643,7 @@ def cheap(raw: Path, models: Path, tmp_path: Path):
     def prepare(**more) -> tuple[list[tuple[str, str]], dict[str, Row]]:
         engine = Inline()
         settings = command.check(arguments(ours, out, models, "--skip", "faces", "quality", "sync", "encode"))
-        return engine.asked, command.prepare(settings, engine, **more).rows
+        return engine.asked, pipeline.prepare(settings, engine, **more).rows
 
     prepare.raw, prepare.out = ours, out
     return prepare
@@ -633,7 +661,7 @@ def test_a_renamed_folder_is_not_new_and_what_is_gone_is_said_and_pruned_when_as
     (cheap.raw / "a.mp4").write_bytes(b"something else")
     os.utime(cheap.raw / "deep" / "b.mp4", (0, 0))
     asked, rows = cheap()
-    assert asked == [("scenes", "a.mp4")] and len(rows) == 3
+    assert ("scenes faces", "a.mp4") in asked and len(rows) == 3
     assert {rows[id].source for id in (first, second)} == {"deep/b.mp4"} and rows[first].verdict == "drop"
 
     (cheap.raw / "deep" / "b.mp4").unlink()
@@ -661,7 +689,7 @@ def test_a_file_of_verdicts_changes_only_the_clips_it_names(cheap, tmp_path: Pat
 
 def test_one_run_at_a_time_works_in_a_folder_and_a_killed_one_does_not_keep_others_out(cheap) -> None:
     cheap()
-    lock = cheap.out / command.LOCK
+    lock = cheap.out / pipeline.LOCK
     assert not lock.exists()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         lock.write_text(f"{other.pid} {platform.node()}")
@@ -698,7 +726,7 @@ def test_the_browser_remembers_what_was_judged_there_until_other_verdicts_are_re
     rows = [replace(video_row(n), id=n, start=0.0, end=2.0, box=[0.0, 0, 1, 1], verdict="keep") for n in ("a", "b")]
 
     def open_page(rows: list[Row], saved: dict, press: str = "") -> dict:
-        review.write_page(tmp_path, rows, settings_for(tmp_path, tmp_path))
+        review.write_page(tmp_path, {row.id: row for row in rows}, settings_for(tmp_path, tmp_path))
         words = [node, "-e", PAGE_IN_NODE, str(tmp_path / "review.html"), json.dumps(saved), press]
         return json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
@@ -720,7 +748,12 @@ def test_a_worker_whose_parent_is_gone_ends_by_itself(
     monkeypatch.setenv("SLEEP_ON_DARK", "1")
     worker = Worker(tmp_path / "log")
     worker._start()
-    request = {"stage": "quality", "row": row.to_json(), "settings": asdict(settings), "limit": -4.5}  # 5 s are added
+    request = {
+        "work": {"quality": "x"},
+        "row": row.to_json(),
+        "settings": asdict(settings),
+        "limit": -4.5,
+    }  # 5 s are added
     worker._process.stdin.write(json.dumps(request).encode() + b"\n")
     worker._process.stdin.flush()
     try:
@@ -755,7 +788,7 @@ def test_what_ended_in_an_error_is_run_again_only_when_asked(
     monkeypatch.delenv("FAIL_ON_DARK")
     assert run(raw, tmp_path, models, *skip)[1] == []
     engine = Inline()
-    table = command.prepare(command.check(arguments(raw, tmp_path, models, *skip)), engine, retry=True)
+    table = pipeline.prepare(command.check(arguments(raw, tmp_path, models, *skip)), engine, retry=True)
     assert engine.asked == [("quality", "two scenes.mp4")] and table.rows[dark.id].quality > 0
 
 
@@ -781,18 +814,18 @@ def test_a_worker_that_dies_or_hangs_costs_one_row_and_can_be_tried_again(
 ) -> None:
     args = arguments(raw, tmp_path, models, "--skip", "sync", "encode")
     settings = command.check(args)
-    clips = scenes.split(video_row("two scenes.mp4"), settings)
+    clips = scenes.split(video_row("two scenes.mp4"), replace(settings, skip=("faces",)))
     rows = [replace(row, box=[96.0, 56.0, 224.0, 184.0]) for row in clips]
     monkeypatch.setenv("CRASH_ON_DARK", "1")
     with Local(tmp_path, 1, limit=60) as engine:
-        results = dict(engine("quality", [rows[1], rows[0]], settings))
+        results = dict(engine({"quality": "x"}, [rows[1], rows[0]], settings))
     (dead,), (alive,) = results[rows[1].id], results[rows[0].id]
     assert dead.failure[:2] == ["quality", "worker died"] and dead.error
     assert alive.failure is None and alive.quality > 0
     monkeypatch.delenv("CRASH_ON_DARK")
     monkeypatch.setenv("SLEEP_ON_DARK", "1")
     with Local(tmp_path, 1, limit=4) as engine:
-        ((_, (late,)),) = engine("quality", [rows[1]], settings)
+        ((_, (late,)),) = engine({"quality": "x"}, [rows[1]], settings)
     assert late.failure[:2] == ["quality", "time limit"] and late.error
 
 
@@ -809,7 +842,7 @@ def test_processes_and_ray_give_the_same_rows(
         settings = command.check(arguments(raw, out, models, "--min-quality", "30", "--skip", "sync", "encode"))
         small = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20}
         with Local(out, 1, 60) if name == "local" else OnRay(out, 60, **small) as engine:
-            tables.append(command.prepare(settings, engine).rows)
+            tables.append(pipeline.prepare(settings, engine).rows)
     assert len(tables[0]) == 6 and tables[0] == tables[1]
     assert {row.cause for row in tables[0].values()} >= {"", "low quality", "several faces", "cannot be read"}
 
@@ -824,7 +857,7 @@ def test_what_ray_loses_costs_its_rows(
     small = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20}
     rows = [replace(video_row(name), id=name) for name in ("nobody.mp4", "edge.mp4")]
     with OnRay(tmp_path / "no such folder", 60, **small) as engine:  # its workers cannot begin there
-        results = dict(engine("scenes", rows, settings_for(raw, tmp_path, models)))
+        results = dict(engine({"scenes": "x"}, rows, settings_for(raw, tmp_path, models)))
     assert len(results) == 2
     assert all(row.failure[1] == "worker died" and row.error for (row,) in results.values())
 
@@ -835,8 +868,8 @@ def test_the_picture_counts_every_row_once(tmp_path: Path) -> None:
     rows[1] = rows[1].fail("faces", "no face", "x")
     rows[2] = replace(rows[2], quality=1.0)
     rows[3] = replace(rows[3], verdict="drop")
-    rows = [decide(row, 40, 5) for row in rows]
-    total, steps = picture.funnel(rows)
-    assert total == 10 and [left for _, left, _ in steps] == [9, 8, 7, 7, 6, 6]
-    assert picture.draw_funnel(rows, settings_for(tmp_path, tmp_path)).size == (1200, 520)
-    assert "no face" in picture.describe_funnel(rows, settings_for(tmp_path, tmp_path))
+    settings = settings_for(tmp_path, tmp_path)
+    found = picture.Funnel(decide(row, settings) for row in rows)
+    assert found.total == 10 and [left for _, left, _ in found.steps] == [9, 8, 7, 7, 6, 6]
+    assert picture.draw_funnel(found, settings).size == (1200, 520)
+    assert "no face" in picture.describe_funnel(found, settings)

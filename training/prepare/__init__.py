@@ -1,14 +1,19 @@
 """The data pipeline: talking videos as they are found become training shards (MEMO section 4.4, appendix B).
 
-  command.py    `python -m training prepare`: the order of the stages, what is missing, what is new
+  command.py    `python -m training prepare`: its arguments, what is missing
+  pipeline.py   the order of the stages, what is new
+  videos.py     what lies below RAW_DIR
   settings.py   thresholds, sizes, model files; the digest that says when a stage has to run again
-  rows.py       one row for every clip, kept or dropped, and the table of all
-stages, each a function (row, settings) -> rows
+  rows.py       one row for every clip, kept or dropped, the decision, and the table of all
+first pass, over a video
   scenes.py     video -> clips between scene cuts (PySceneDetect)
   faces.py      one whole face in every picture (SCRFD), and the square around it
+second pass, over a clip
+  clip.py       decodes it once for all that follow
   quality.py    first picture (HyperIQA)
   sync.py       lips and sound (SyncNet)
   encode.py     VAE latents, speech features, emotions, face embedding, focus mask
+  preview.py    what the review page shows
 around them
   worker.py     a process that runs stages and may die
   engines.py    many of them, on one machine or through Ray Data

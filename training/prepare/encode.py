@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from memo_core.checkpoint.layout import EMOTION_HEAD
@@ -20,62 +23,118 @@ from memo_core.tensorfile import save_tensors
 
 from .. import media
 from ..shards import ShardWriter
+from .clip import alone
 from .faces import face_analyzer
 from .rows import Row
 from .settings import Settings
 
 RATE = SAMPLE_RATE
 SAMPLES_PER_SHARD = 256
-CHUNK = 16  # pictures encoded at once
+CHUNK = 16  # pictures encoded at once on a GPU
+SPOOL = 256 * 2**20  # bytes
+
+
+def encode(row: Row, settings: Settings) -> list[Row]:
+    """Writes encoded/<key>.safetensors with the tensors that `training.shards` lists, or leaves it as it is."""
+    return [row] if _path(row, settings).is_file() else alone(row, settings, Encoder(row, settings, at_once=True))
+
+
+def _path(row: Row, settings: Settings) -> Path:
+    return Path(settings.out, "encoded", f"{row.key}.safetensors")
+
+
+class Encoder:
+    """What `encode` reads; a `clip.Reader`.
+
+    Args:
+        at_once: pictures are encoded while they are read. Else they wait for `finish`, in memory or, from SPOOL bytes
+            on, in a temporary file: 30 s of 512 pixels take 0.7 GB.
+    """
+
+    def __init__(self, row: Row, settings: Settings, at_once: bool) -> None:
+        self._row, self._settings, self._source = row, settings, Path(settings.raw, row.source)
+        self._rate = media.EvenRate(row.start, row.end, settings.fps)
+        self._chunk: list[NDArray[np.uint8]] = []
+        self._latents: list[Tensor] = []
+        self._portrait: NDArray[np.uint8] | None = None  # the picture of the surest face
+        self._spool = None if at_once else SpooledTemporaryFile(SPOOL)  # noqa: SIM115 -- until it is read
+
+    @property
+    def is_there(self) -> bool:
+        """Whether an earlier run has encoded the clip."""
+        return _path(self._row, self._settings).is_file()
+
+    def push(self, time: float, picture: NDArray[np.uint8]) -> None:
+        face_time = self._row.face_time
+        if self._portrait is None and face_time is not None and time >= face_time - 0.5 / self._row.fps:
+            self._portrait = picture
+        self._take(self._rate.push(time, picture))
+
+    def end(self) -> None:
+        self._take(self._rate.finish())
+
+    def _take(self, chosen: Iterator[NDArray[np.uint8]]) -> None:
+        for picture in chosen:
+            picture = media.cut(picture, self._row.box, self._settings.size)
+            if self._spool is not None:
+                self._spool.write(picture.tobytes())
+            else:
+                self._encode(picture)
+
+    def _encode(self, picture: NDArray[np.uint8] | None = None) -> None:
+        """A picture, with others; the last ones without one."""
+        if picture is not None:
+            self._chunk.append(picture)
+        if len(self._chunk) == CHUNK or (picture is None and self._chunk):
+            self._latents.append(_latents(_networks(self._settings.models, self._settings.device)[0], self._chunk))
+            self._chunk = []
+
+    def finish(self, row: Row) -> Row:
+        path = _path(row, self._settings)
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            save_tensors({name: tensor.contiguous() for name, tensor in self._tensors(row).items()}, path)
+        return row
+
+    @torch.no_grad()
+    def _tensors(self, row: Row) -> dict[str, Tensor]:
+        settings = self._settings
+        _, speech, emotion_encoder, emotion_head = _networks(settings.models, settings.device)
+        if self._spool is not None:
+            self._spool.seek(0)
+            shape = settings.size, settings.size, 3
+            while data := self._spool.read(math.prod(shape)):
+                self._encode(np.frombuffer(data, np.uint8).reshape(shape))
+            self._spool.close()
+        self._encode()
+        tensors = {"latents": torch.cat(self._latents)}
+        frames = len(tensors["latents"])
+        start = row.start - row.delay
+        waveform = media.sound(self._source, start, start + frames / settings.fps, RATE)[0]
+        track = encode_audio(waveform, RATE, speech, settings.fps, context=None, window_frames=1)
+        tensors["speech"] = track.embeddings[:frames, NEIGHBOURS].half()
+        labels = detect_emotion(waveform, RATE, emotion_encoder, emotion_head, frames, settings.fps).labels
+        tensors["emotion"] = labels.to(torch.uint8)
+        if row.keypoints is not None and self._portrait is not None:
+            tensors["face_embedding"] = _embedding(row, settings, self._portrait)
+            tensors["focus"] = focus([row.eyes_box, row.mouth_box], settings.size // 8)
+        return tensors
 
 
 @torch.no_grad()
-def encode(row: Row, settings: Settings) -> list[Row]:
-    """Writes encoded/<key>.safetensors with the tensors that `training.shards` lists, or leaves it as it is."""
-    path = Path(settings.out, "encoded", f"{row.key}.safetensors")
-    if path.is_file():
-        return [row]
-    path.parent.mkdir(exist_ok=True)
-    vae, speech, emotion_encoder, emotion_head = _networks(settings.models, settings.device)
-    source = Path(settings.raw, row.source)
-    latents, chunk = [], []
-    for picture in media.at_rate(source, row.start, row.end, settings.fps, settings.max_pixels):
-        chunk.append(media.cut(picture, row.box, settings.size))
-        if len(chunk) == CHUNK:
-            latents.append(_latents(vae, chunk))
-            chunk = []
-    if chunk:
-        latents.append(_latents(vae, chunk))
-    tensors = {"latents": torch.cat(latents)}
-    frames = len(tensors["latents"])
-    waveform = media.sound(source, row.start, row.start + frames / settings.fps, RATE)[0]
-    track = encode_audio(waveform, RATE, speech, settings.fps, context=None, window_frames=1)
-    tensors["speech"] = track.embeddings[:frames, NEIGHBOURS].half()
-    labels = detect_emotion(waveform, RATE, emotion_encoder, emotion_head, frames, settings.fps).labels
-    tensors["emotion"] = labels.to(torch.uint8)
-    if row.keypoints is not None:
-        tensors["face_embedding"] = _embedding(row, settings, source)
-        tensors["focus"] = focus([row.eyes_box, row.mouth_box], settings.size // 8)
-    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    return [row]
-
-
-def _latents(vae: Any, pictures: list[np.ndarray]) -> Tensor:
+def _latents(vae: Any, pictures: list[NDArray[np.uint8]]) -> Tensor:
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    return encode_frames(vae, pixels).cpu().half()
+    # One after the other on a CPU, where more at once are no faster and change the last digits.
+    at_once = CHUNK if vae.device.type == "cuda" else None
+    return encode_frames(vae, pixels, at_once=at_once).cpu().half()
 
 
-def _embedding(row: Row, settings: Settings, source: Path) -> Tensor:
+def _embedding(row: Row, settings: Settings, picture: NDArray[np.uint8]) -> Tensor:
     from memo_core.encoders.face import Face
 
-    step = 0.5 / row.fps
-    _, picture = next(
-        found
-        for found in media.pictures(source, row.face_time, row.face_time + step, settings.max_pixels)
-        if found[0] >= row.face_time - step
-    )
     points = np.array(row.keypoints, np.float32).reshape(5, 2)
-    return torch.from_numpy(face_analyzer(settings.models).embed(picture, Face(tuple(row.face_box), points, 1.0)))
+    face = Face(tuple(row.face_box), points, 1.0)
+    return torch.from_numpy(face_analyzer(settings.models, settings.device).embed(picture, face))
 
 
 def focus(boxes: Iterable[list[float]], side: int) -> Tensor:
@@ -97,8 +156,9 @@ def _networks(models: str, device: str) -> tuple[Any, Any, Any, Any]:
 
     folder = Path(models)
     vae = AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False, local_files_only=True)
+    vae = vae.bfloat16() if device.startswith("cuda") else vae.float()  # the latter is slow on a GPU
     return (
-        vae.float().eval().requires_grad_(False).to(device),
+        vae.eval().requires_grad_(False).to(device),
         SpeechEncoder.from_pretrained(folder / "wav2vec2", device=device),
         Emotion2Vec.from_pretrained(folder / "emotion2vec").to(device),
         EmotionHead.from_pretrained(folder / EMOTION_HEAD).to(device),
@@ -106,19 +166,13 @@ def _networks(models: str, device: str) -> tuple[Any, Any, Any, Any]:
 
 
 class Packer:
-    """Moves encoded clips into shards, as they come. Only whole shards count: what was not in one is still encoded/.
+    """Moves encoded clips into shards, as they come. Only whole shards count: what was not in one is still encoded/."""
 
-    Args:
-        wanted: keys that the shards may hold; others are taken out.
-    """
-
-    def __init__(self, settings: Settings, wanted: set[str]):
+    def __init__(self, settings: Settings):
         self.folder = Path(settings.out, "shards")
         self.encoded = Path(settings.out, "encoded")
-        self.encoders = settings.encoders()
-        self.writer = ShardWriter(self.folder, self.encoders, SAMPLES_PER_SHARD)
-        if not self.writer.keys <= wanted:
-            self.writer.remove(self.writer.keys - wanted)
+        self.fps = settings.fps
+        self.writer = ShardWriter(self.folder, settings.encoders(), SAMPLES_PER_SHARD)
         self._added: list[Path] = []
 
     @property
@@ -126,12 +180,21 @@ class Packer:
         """In shards, or about to be."""
         return self.writer.keys
 
+    def keep(self, wanted: set[str]) -> None:
+        """Takes samples of other keys out."""
+        if not self.writer.keys <= wanted:
+            self.close()
+            self.writer.remove(self.writer.keys - wanted)
+
     def add(self, row: Row) -> Row:
         """The row, failed where its file in encoded/ is damaged, which is then deleted."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = self.encoded / f"{row.key}.safetensors"
+        if row.key in self.keys:
+            path.unlink(missing_ok=True)
+            return row
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -139,7 +202,7 @@ class Packer:
             said = f"{path.name} cannot be read: {error}. --retry encodes the clip again"
             return row.fail("encode", "damaged file", said, error=True)
         about = {name: value for name, value in row.to_json().items() if name not in ("done", "failure", "error")}
-        self.writer.add(row.key, tensors, about)
+        self.writer.add(row.key, tensors, about | {"encoded_fps": self.fps})
         self._added.append(path)
         if len(self._added) >= SAMPLES_PER_SHARD:
             self.close()

@@ -24,35 +24,51 @@ NAMES = {
 KEPT, COLOURS = "#2f6690", ("#d1495b", "#c77d0a", "#7b5ea7", "#7a8b3c", "#a0785a", "#2a9d8f", "#5c6370")
 
 
-def funnel(rows: Iterable[Row]) -> tuple[int, list[tuple[str, int, Counter]]]:
-    """How many rows there are, and for every stage how many it left and what it dropped, by cause."""
-    rows = list(rows)
-    left, steps = len(rows), []
-    for stage in COLUMNS:
-        causes = Counter(row.cause for row in rows if row.stage == stage)
-        left -= causes.total()
-        steps.append((stage, left, causes))
-    return len(rows), steps
+class Funnel:
+    """How many rows there are, and for every stage how many it left and what it dropped, by cause.
+
+    Attributes:
+        total: rows. steps: (stage, rows left, how many were dropped by cause). seconds: of what was dropped, by stage
+            and cause. kept: seconds.
+    """
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        counts: dict[str, Counter] = {stage: Counter() for stage in COLUMNS}
+        self.seconds: Counter[tuple[str, str]] = Counter()
+        self.total, self.kept = 0, 0.0
+        for row in rows:
+            self.total += 1
+            if row.stage:
+                counts[row.stage][row.cause] += 1
+                self.seconds[row.stage, row.cause] += row.seconds
+            else:
+                self.kept += row.seconds
+        self.steps, left = [], self.total
+        for stage in COLUMNS:
+            left -= counts[stage].total()
+            self.steps.append((stage, left, counts[stage]))
 
 
-def describe_funnel(rows: Iterable[Row], settings: Settings) -> str:
-    """The same as lines of text."""
-    total, steps = funnel(rows)
-    lines = [f"{total:7d}  clips and unusable videos"]
-    for stage, left, causes in steps:
-        note = "left out" if stage in settings.skip else ", ".join(f"{n} {cause}" for cause, n in causes.most_common())
-        lines.append(f"{left:7d}  after {NAMES[stage]}{f' ({note})' if note else ''}")
+def describe_funnel(found: Funnel, settings: Settings) -> str:
+    """The same as lines of text, with how long it is what was dropped."""
+    lines = [f"{found.total:7d}  clips and unusable videos"]
+    for stage, left, causes in found.steps:
+        parts = ["left out"] if stage in settings.skip else []
+        for cause, count in causes.most_common():
+            seconds = round(found.seconds[stage, cause], 1)
+            parts.append(f"{count} {cause}{f' {clock(seconds)}' if seconds else ''}")
+        said = ", ".join(parts)
+        lines.append(f"{left:7d}  after {NAMES[stage]}{f' ({said})' if said else ''}")
     return "\n".join(lines)
 
 
-def draw_funnel(rows: Iterable[Row], settings: Settings) -> Image.Image:
+def draw_funnel(found: Funnel, settings: Settings) -> Image.Image:
     """A bar for every stage: what it left, and beside it what it dropped, by cause. An RGB image, 1200 pixels wide."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = list(rows)
-    total, steps = funnel(rows)
+    total, steps = found.total, found.steps
     figure = Figure(figsize=(12, 5.2), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -78,7 +94,7 @@ def draw_funnel(rows: Iterable[Row], settings: Settings) -> Image.Image:
     for y, count in enumerate([total, *(left for _, left, _ in steps)]):
         if count:
             axes.text(0.006 * max(total, 1), y, f"{count}", va="center", color="white", fontsize=11, fontweight="bold")
-    length = clock(round(sum(row.seconds for row in rows if row.decision == "keep"), 1))
+    length = clock(round(found.kept, 1))
     axes.set_title(f"{steps[-1][1]} of {total} clips kept, {length}", loc="left")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlim(0, max(total, 1) * 1.35)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import media
+from .clip import read
 from .rows import Row
 from .settings import HYPERIQA, Settings, find_model
 
@@ -23,11 +24,40 @@ device); `hyperiqa` below is the usual."""
 
 def assess(row: Row, settings: Settings, scorer: Scorer | None = None) -> list[Row]:
     """The clip with the quality of its first picture, cut out and at the training size."""
-    path = Path(settings.raw, row.source)
-    pictures = media.at_rate(path, row.start, row.start + 1 / settings.fps, settings.fps, settings.max_pixels)
-    picture = media.cut(next(pictures), row.box, settings.size)
-    scorer = scorer or _scorer(settings.scorer, settings.models, settings.device)
-    return [replace(row, quality=round(float(scorer(picture)), 3))]
+    short = replace(row, end=min(row.end, row.start + 1 / settings.fps))
+    reader = FirstPicture(row, settings, scorer)
+    read(short, settings, [reader])
+    return [reader.finish(row)]
+
+
+class FirstPicture:
+    """What `assess` reads; a `clip.Reader`."""
+
+    def __init__(self, row: Row, settings: Settings, scorer: Scorer | None = None) -> None:
+        self._row, self._settings, self._scorer = row, settings, scorer
+        self._rate = media.EvenRate(row.start, row.start + 1 / settings.fps, settings.fps)
+        self._picture: NDArray[np.uint8] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is read."""
+        return self._picture is not None
+
+    def push(self, time: float, picture: NDArray[np.uint8]) -> None:
+        self._take(self._rate.push(time, picture))
+        if time >= self._rate.end:  # the next scene, or another rate
+            self.end()
+
+    def end(self) -> None:
+        self._take(self._rate.finish())
+
+    def _take(self, chosen: Iterator[NDArray[np.uint8]]) -> None:
+        for picture in chosen:
+            self._picture = media.cut(picture, self._row.box, self._settings.size)
+
+    def finish(self, row: Row) -> Row:
+        scorer = self._scorer or _scorer(self._settings.scorer, self._settings.models, self._settings.device)
+        return replace(row, quality=round(float(scorer(self._picture)), 3))
 
 
 @lru_cache(maxsize=1)

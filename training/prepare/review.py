@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from .rows import PrepareError, Row, decide
 from .settings import Settings
 
 PAGE = "review.html"
+CLIPS = 960  # on a page; the next ones are on review-2.html and so on
 VERDICTS = ("verdicts.json", "verdicts.csv")
 SHOWN = ("id", "source", "start", "end", "quality", "sync_confidence", "sync_distance", "sync_offset")
 SHOWN += ("decision", "detail")  # as the scores alone have it
@@ -28,23 +29,42 @@ def doubt(row: Row, settings: Settings) -> float:
     return min([1.0, *(abs(score - least) / max(abs(least), 1e-6) for score, least in scores if score is not None)])
 
 
-def write_page(out: Path, rows: Iterable[Row], settings: Settings) -> None:
-    """Writes review.html: every clip that was cut out, with pictures, preview, scores and a choice."""
-    shown = sorted((row for row in rows if row.box is not None), key=lambda row: (doubt(row, settings), row.id))
-    clips = []
-    for row in shown:
-        alone = decide(replace(row, verdict=""), settings.min_quality, settings.min_confidence)
-        clip = {name: _readable(getattr(alone, name)) for name in SHOWN}
-        clips.append(clip | {"verdict": row.verdict, "doubt": round(doubt(row, settings), 4)})
-    # "<" is written as a code, so that no name can end the script.
+def write_page(out: Path, rows: Mapping[str, Row], settings: Settings) -> None:
+    """Writes review.html and the pages after it: every clip that was looked at closely, CLIPS on each, most doubtful
+    first, with pictures, preview, scores and a choice. Each page saves the verdicts of all.
+    """
+    order, verdicts = [], {}
+    for row in rows.values():
+        if row.box is not None and row.stage not in ("scenes", "faces"):  # of those there is no preview
+            order.append((doubt(row, settings), row.id))
+            if row.verdict:
+                verdicts[row.id] = row.verdict
+    order.sort()
     # The browser keeps what was judged in it under this, until other verdicts are read.
-    verdicts = json.dumps(sorted((row.id, row.verdict) for row in shown if row.verdict))
-    digest = hashlib.sha256(verdicts.encode()).hexdigest()[:16]
-    given = {"clips": clips, "quality": settings.min_quality, "sync": settings.min_confidence, "digest": digest}
-    data = json.dumps(given)
-    page = _PAGE.replace("DATA", data.replace("<", "\\u003c"))
-    with replace_whole(out / PAGE) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    digest = hashlib.sha256(json.dumps(sorted(verdicts.items())).encode()).hexdigest()[:16]
+    pages = [page_name(number) for number in range(max(1, -(-len(order) // CLIPS)))]
+    common = {"quality": settings.min_quality, "sync": settings.min_confidence, "offset": settings.max_offset}
+    common |= {"digest": digest, "verdicts": verdicts, "pages": pages}
+    for number, name in enumerate(pages):
+        clips = [_shown(rows[id], settings) for _, id in order[CLIPS * number : CLIPS * (number + 1)]]
+        # "<" is written as a code, so that no name can end the script.
+        data = json.dumps(common | {"clips": clips, "page": number}).replace("<", "\\u003c")
+        with replace_whole(out / name) as temporary:
+            temporary.write_text(_PAGE.replace("DATA", data), encoding="utf-8")
+    for path in out.glob(page_name("*")):
+        if path.name not in pages:
+            path.unlink()
+
+
+def page_name(number: int | str) -> str:
+    """The file of a page, counted from 0."""
+    return PAGE if number == 0 else PAGE.replace(".", f"-{number + 1 if isinstance(number, int) else number}.")
+
+
+def _shown(row: Row, settings: Settings) -> dict:
+    alone = decide(replace(row, verdict=""), settings)
+    clip = {name: _readable(getattr(alone, name)) for name in SHOWN}
+    return clip | {"verdict": row.verdict, "doubt": round(doubt(row, settings), 4)}
 
 
 def _readable(value):
@@ -120,16 +140,17 @@ button[aria-pressed=true] { background: #22262b; color: #fff; border-color: #222
 <select id="show"><option value="all">all clips</option><option value="undecided">without verdict</option>
 <option value="keep">kept</option><option value="drop">dropped</option></select>
 <button id="back">&larr;</button><span id="page"></span><button id="next">&rarr;</button>
+<span id="pages"></span>
 <button id="save">Save verdicts.json</button>
 <span>Put it into this folder and run <code>prepare</code> again. Keys on a clip: K keep, D drop, A automatic, space
 plays.</span></header>
 <main></main>
 <script id="data" type="application/json">DATA</script>
 <script>
-const {clips, quality, sync, digest} = JSON.parse(document.getElementById("data").textContent);
-const PER_PAGE = 48, store = `verdicts:${location.pathname}:${digest}`;
-const verdicts = {}, changed = {};
-for (const clip of clips) if (clip.verdict) verdicts[clip.id] = clip.verdict;
+const data = JSON.parse(document.getElementById("data").textContent);
+const {clips, quality, sync, offset, digest, pages} = data;
+const PER_PAGE = 48, store = `verdicts:${location.pathname.replace(/[^/]*$/, "")}:${digest}`;
+const verdicts = {...data.verdicts}, changed = {};
 try { Object.assign(changed, JSON.parse(localStorage.getItem(store) || "{}")) } catch {}
 Object.assign(verdicts, changed);
 let page = 0;
@@ -161,7 +182,7 @@ function card(clip) {
   score("quality", round(clip.quality, 1), clip.quality < quality);
   score("sync", round(clip.sync_confidence, 2), clip.sync_confidence < sync);
   score("distance", round(clip.sync_distance, 2));
-  score("offset", clip.sync_offset);
+  score("offset", clip.sync_offset, Math.abs(clip.sync_offset) > offset);
   score("doubt", clip.doubt.toFixed(2));
   const buttons = {}, said = make("span");
   const paint = () => {
@@ -199,14 +220,24 @@ const chosen = () => {
 function count() {
   const kept = clips.filter(clip => decision(clip) === "keep").length;
   document.getElementById("count").textContent =
-    `${clips.length} clips, ${kept} kept, ${Object.values(verdicts).filter(Boolean).length} judged by hand`;
+    `${clips.length} clips, ${kept} kept, ${clips.filter(clip => verdicts[clip.id]).length} judged by hand`;
 }
 function draw() {
-  const list = chosen(), pages = Math.max(1, Math.ceil(list.length / PER_PAGE));
-  page = Math.min(Math.max(page, 0), pages - 1);
-  document.getElementById("page").textContent = `page ${page + 1} of ${pages}`;
+  const list = chosen(), screens = Math.max(1, Math.ceil(list.length / PER_PAGE));
+  page = Math.min(Math.max(page, 0), screens - 1);
+  document.getElementById("page").textContent = `page ${page + 1} of ${screens}`;
   document.querySelector("main").replaceChildren(...list.slice(page * PER_PAGE, (page + 1) * PER_PAGE).map(card));
   count(); scrollTo(0, 0);
+}
+if (pages.length > 1) {
+  const places = document.getElementById("pages");
+  places.append(`part ${data.page + 1} of ${pages.length} `);
+  for (const [text, number] of [["before", data.page - 1], ["after", data.page + 1]]) {
+    if (!pages[number]) continue;
+    const link = make("a", text);
+    link.href = pages[number];
+    places.append(" ", link);
+  }
 }
 document.getElementById("show").onchange = () => { page = 0; draw(); };
 document.getElementById("back").onclick = () => { page--; draw(); };

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from memo_core.checkpoint.layout import EMOTION_HEAD
-from memo_core.encoders.face import DETECTOR, EMBEDDER, FOLDER
+from memo_core.encoders.face import CUDA_PROVIDER, DETECTOR, EMBEDDER, FOLDER
 
 from .rows import STAGES
 
@@ -21,7 +22,12 @@ HYPERIQA = "HyperIQA-resnet50-koniq10k-c96c41b1.pth"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything a stage reads besides its row. Paths are absolute; lengths in seconds."""
+    """Everything a stage reads besides its row. Paths are absolute; lengths in seconds.
+
+    scale is one number, or a pair between which `scale_of` draws. max_offset is in frames at 25 fps: 5 are 0.2 s, a
+    little more than broadcasters let pass (ITU-R BT.1359: sound 0.09 s early to 0.185 s late). What lies further apart
+    was not made to be in step, or SyncNet is mistaken.
+    """
 
     raw: str
     out: str
@@ -32,26 +38,49 @@ class Settings:
     max_seconds: float = 30.0
     max_hours: float = 4.0
     max_pixels: int = 8192 * 4320
-    min_fps: float = 15.0
+    min_fps: float = 29.0  # what is slower would be brought to 30 by repeating pictures
+    max_repeated: float = 0.1  # 25 fps made 30 are 0.17; people who sit still for a while stay below
     detect_fps: float = 5.0
-    scale: float = 1.1
+    scale: float | tuple[float, float] = 1.1
+    min_face: float = 256.0  # pixels of the square in the source: no more than doubled at 512
     size: int = 512
     fps: float = 30.0
     min_quality: float = 40.0
     min_confidence: float = 5.0
+    max_offset: int = 5
     scorer: str = "training.prepare.quality:hyperiqa"
     device: str = "cpu"
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Settings:
-        return cls(**{**values, "skip": tuple(values["skip"])})
+        scale = values["scale"]
+        return cls(**{**values, "skip": tuple(values["skip"]), "scale": scale if _is_one(scale) else tuple(scale)})
+
+    def scale_of(self, id: str) -> float:
+        """The crop's scale for a clip: the one there is, or drawn evenly between two by the clip's id."""
+        if _is_one(self.scale):
+            return self.scale
+        low, high = self.scale
+        drawn = int(hashlib.sha256(f"scale\0{id}".encode()).hexdigest()[:12], 16) / 16**12
+        return round(low + (high - low) * drawn, 4)
+
+    def uses_gpu(self, stages: Iterable[str]) -> bool:
+        """Whether any of these stages computes on a GPU."""
+        if not self.device.startswith("cuda"):
+            return False
+        skipped = set(self.skip)
+        return any(
+            stage in ("quality", "sync", "encode") or (stage == "faces" and finds_faces_on_gpu())
+            for stage in stages
+            if stage not in skipped
+        )
 
     def digests(self) -> dict[str, str]:
         """One digest for each stage: of its settings and model files, and of the stages whose results it reads."""
         values = asdict(self)
         own = {
             stage: [
-                {name: values[name] for name in names},
+                {name: values[name] for name in names} | _CONSTANT.get(stage, {}),
                 stage in self.skip,
                 [] if stage in self.skip else [_file_digest(path) for path in self.files(stage) if path.is_file()],
             ]
@@ -122,13 +151,28 @@ class Settings:
 
 # Settings that change what a stage finds. Thresholds are not among them: they only change the decision.
 _READS = {
-    "scenes": ("scene_threshold", "min_seconds", "max_seconds", "max_hours", "max_pixels", "min_fps"),
+    "scenes": ("scene_threshold", "min_seconds", "max_seconds", "max_hours", "max_pixels"),
     "faces": ("detect_fps", "scale"),
     "quality": ("scorer", "size"),
     "sync": (),
     "encode": ("size", "fps"),
 }
+# Once settings of a stage: without them, tables that were begun then would be measured again.
+_CONSTANT = {"scenes": {"min_fps": 15.0}}
 _PACKAGES = {"scenes": ("scenedetect", "cv2"), "faces": ("onnxruntime",), "quality": ("pyiqa",)}
+
+
+def _is_one(scale: Any) -> bool:
+    return isinstance(scale, (int, float))
+
+
+def finds_faces_on_gpu() -> bool:
+    """Whether onnxruntime is there with its CUDA provider."""
+    if find_spec("onnxruntime") is None:
+        return False
+    import onnxruntime
+
+    return CUDA_PROVIDER in onnxruntime.get_available_providers()
 
 
 def find_model(models: Path, name: str) -> Path:

@@ -7,6 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import media
+from .clip import alone
 from .rows import Row
 from .settings import Settings, find_model
 
@@ -18,20 +23,37 @@ def measure(row: Row, settings: Settings, net: SyncNet | None = None) -> list[Ro
     """The clip with SyncNet's confidence, distance and offset, from the source at 25 fps and SyncNet's own crop, which
     shows more than the clip's and follows the face.
     """
-    from ..syncnet import face_regions, score_clip
+    return alone(row, settings, Lips(row, settings, net))
 
-    net = net or _net(settings.models, settings.device)
-    path = Path(settings.raw, row.source)
-    regions = face_regions(row.looks, row.start, row.end) if row.looks else [row.box]
-    score = score_clip(net, path, regions, row.start, row.end, settings.max_pixels)
-    return [
-        replace(
+
+class Lips:
+    """What `measure` reads; a `clip.Reader`."""
+
+    def __init__(self, row: Row, settings: Settings, net: SyncNet | None = None) -> None:
+        from ..syncnet import FPS, FaceStream, face_regions
+
+        regions = face_regions(row.looks, row.start, row.end) if row.looks else [row.box]
+        self._faces = FaceStream(net or _net(settings.models, settings.device), regions)
+        self._rate, self._source = media.EvenRate(row.start, row.end, FPS), Path(settings.raw, row.source)
+
+    def push(self, time: float, picture: NDArray[np.uint8]) -> None:
+        for chosen in self._rate.push(time, picture):
+            self._faces.push(chosen)
+
+    def end(self) -> None:
+        for chosen in self._rate.finish():
+            self._faces.push(chosen)
+
+    def finish(self, row: Row) -> Row:
+        from ..syncnet import FPS, RATE
+
+        score = self._faces.score(*media.sound(self._source, row.start, row.start + self._faces.frames / FPS, RATE))
+        return replace(
             row,
             sync_confidence=round(float(score.confidence), 4),
             sync_distance=round(float(score.distance), 4),
             sync_offset=int(score.offset),
         )
-    ]
 
 
 @lru_cache(maxsize=1)
