@@ -48,6 +48,12 @@ class Report:
     unused: dict[str, int] = field(default_factory=dict)  # in the file alone
     silent: tuple[str, ...] = ()  # those of `new` that were set to zero
 
+    @property
+    def source_lacks_middle(self) -> bool:
+        """Whether a motion module left the middle block's memory as it was."""
+        middle = [name for name in self.new if MEMORY in name and ".mid_block." in name]
+        return bool(middle) and any(MEMORY in name for name in self.copied)
+
     def __str__(self) -> str:
         lines = [f"initialised from {self.source}"]
         for name in ("copied", "new", "unfitting", "unused"):
@@ -56,6 +62,11 @@ class Report:
             lines += [f"    {part}: {count}" for part, count in _parts(keys).items() if name != "copied"]
         if self.silent:
             lines.append(f"  {len(self.silent)} of the new weights are zero: their modules begin silent")
+        if self.source_lacks_middle:
+            lines += [
+                "  no middle block, as in AnimateDiff's version 3: the memory of mid_block begins random, silent where",
+                "  its last projection is zero; version 2, mm_sd_v15_v2.ckpt, has one",
+            ]
         return "\n".join(lines)
 
 
@@ -94,7 +105,7 @@ def from_animatediff(nets: nn.Module, motion_module: Path | str) -> Report:
     """Copies AnimateDiff's temporal modules into the Diffusion Net's memory modules where shapes allow, in place.
 
     They differ in what they compute (softmax attention with positions; linear attention without), not in their weights.
-    Those of version 3 have no middle block, those of version 2 have one.
+    Take version 2: version 3 has no middle block, whose memory then begins random, as the report says.
 
     Args:
         nets: with an attribute `diffusion_net`.

@@ -188,6 +188,8 @@ def test_memory_modules_begin_as_animatediffs(nets: Networks, tmp_path: Path, ve
     assert set(report.copied) | set(report.new) == memory
     assert {name.split(".")[1] for name in report.new} == (set() if version == 2 else {"mid_block"})
     assert report.unused and all(name.endswith("pos_encoder.pe") for name in report.unused)
+    assert ("the memory of mid_block begins random" in str(report)) == (version == 3)
+    assert ("mm_sd_v15_v2.ckpt, has one" in str(report)) == (version == 3)
     name = "up_blocks.2.motion_modules.1.temporal_transformer.transformer_blocks.0.attention_blocks.1.to_q.weight"
     prefix = "" if version == 2 else "module."
     assert torch.equal(state[name], weights[prefix + name])
