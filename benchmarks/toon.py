@@ -22,7 +22,7 @@ from memo_core import MemoPipeline
 from memo_core.checkpoint.digest import base_digest
 from memo_core.inputs.emotion import EmotionTrack
 from memo_core.release import WINDOW
-from training import engine, presets, run
+from training import engine, export, presets, run
 from training.config import Stage
 from training.toon import heads
 from training.toon.judge import Judge, correlation_and_lag, read_emotion, ssim
@@ -188,8 +188,8 @@ def measured(variant: Variant, seed: int, args: argparse.Namespace, judge: Judge
 
 def _trained(name: str, args: argparse.Namespace) -> Path:
     found = engine.latest(args.folder / "trained" / name)
-    if found is None:
-        raise SystemExit(f"error: {name} is not trained yet: run without --measure")
+    if found is None or not export.is_exported(found):
+        raise SystemExit(f"error: {name} is not trained to its end yet: run without --measure")
     return found
 
 
@@ -290,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     chosen = [variant for variant in VARIANTS if not args.only or variant.name in args.only]
     if not args.report:
-        if not args.measure and engine.latest(args.start) is None and not (args.start / "diffusion_net").is_dir():
+        if not args.measure and not export.is_exported(engine.latest(args.start) or args.start):
             raise SystemExit(f"error: no first stage in {args.start}: make it with python -m training toon --all")
         judge = Judge.load()
         for variant in chosen:

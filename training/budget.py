@@ -12,27 +12,22 @@ only the device knows (its context, work space of its libraries, fragmentation) 
 from __future__ import annotations
 
 import argparse
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from memo_core.inputs.speech import NEIGHBOURS
 from memo_core.release import WINDOW
 
 from .batches import Batch
 from .config import Stage, override
-from .learning import prepare_to_learn
+from .counting import Live, Step, measure
+from .disk import CheckpointSize, checkpoint_size
+from .learning import moments, prepare_to_learn
 from .nets import RELEASED, Nets, Sizes
 from .objectives.flow import FlowModel
 
@@ -47,23 +42,20 @@ DEVICES = {
 UTILISATION = 0.3  # assumed share of that speed; measure a step and say so with --utilisation
 RESERVE = 3 * GIB // 2  # assumed: context 0.5 GiB, work space of cuDNN and cuBLAS and fragmentation 1 GiB
 FPS = 30
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """One forward and backward pass, in operations and bytes."""
-
-    forward: int  # operations
-    backward: int  # with what is recomputed
-    weights: int  # bytes of all parameters and buffers
-    gradients: int  # of all parameters that learn
-    saved: int  # what the forward pass leaves for the backward pass
-    peak: int  # most at any time beside the weights: activations, their gradients, gradients made so far
-    peak_gradients: int  # the parameters' share of the peak
-
-    @property
-    def operations(self) -> int:
-        return self.forward + self.backward
+# Stable Diffusion 1.5's, as diffusers has it.
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "act_fn": "silu",
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +66,8 @@ class Cost:
     step: Step
     learning: int  # parameters that learn
     moments: int  # bytes of the optimiser
+    small_moments: int  # of the optimiser with optimizer.bits=8
+    checkpoint: CheckpointSize
     average: int  # bytes of the averaged weights
 
     @property
@@ -81,7 +75,15 @@ class Cost:
         """Bytes of device memory, at the greater of two moments: in the backward pass, or in the optimiser's step,
         which holds all gradients (and needs nothing besides: it is fused).
         """
-        gradients = self.step.gradients if self.stage.optimizer.accumulate > 1 else self.step.peak_gradients
+        return self._total(self.stage.optimizer.accumulate > 1)
+
+    @property
+    def total_of_many(self) -> int:
+        """`total`, of each of many processes (DDP), where all gradients lie in the buckets that are exchanged."""
+        return self._total(True)
+
+    def _total(self, all_gradients: bool) -> int:
+        gradients = self.step.gradients if all_gradients else self.step.peak_gradients
         backward = self.step.peak - self.step.peak_gradients + gradients
         held = self.step.weights + self.moments + self.average + RESERVE
         return held + max(backward, self.step.gradients)
@@ -94,111 +96,6 @@ class Cost:
     def hours(self, speed: float, utilisation: float = UTILISATION) -> float:
         """GPU hours of the whole stage at `speed` operations per second."""
         return self.operations * self.stage.steps / (speed * utilisation) / 3600
-
-
-def measure(module: nn.Module, step: Callable[[], Tensor], mixed: torch.dtype | None = None) -> Step:
-    """Counts one step; `module` and what `step` uses were made under FakeTensorMode, or are real and small.
-
-    Args:
-        module: its parameters are the weights; those that require gradients learn. Their gradients are left as None.
-        step: computes a loss, a scalar; called once.
-        mixed: type of mixed precision.
-    """
-    held = [*module.parameters(), *module.buffers()]
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    live = _Live()
-    live.ignore(held)
-    precision = nullcontext() if mixed is None else torch.autocast("cpu", mixed)
-    with precision, live, _as_on_cuda():
-        loss = step()
-        forward, saved = live.flops, live.now
-        loss.backward()
-    gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
-    result = Step(
-        forward=forward,
-        backward=live.flops - forward,
-        weights=sum(value.nbytes for value in held),
-        gradients=sum(value.nbytes for value in learning),
-        saved=saved,
-        peak=live.peak,
-        peak_gradients=sum(value.nbytes for value in gradients if live.born(value) <= live.peaked),
-    )
-    module.zero_grad(set_to_none=True)
-    return result
-
-
-class _Live(TorchDispatchMode):
-    """Operations, and bytes of all storages that they made and something still holds.
-
-    Not FlopCounterMode, whose record of modules keeps alive what gradient checkpointing lets go of; its formulas.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = self.now = self.peak = self.peaked = self.operations = 0
-        self._births: dict[int, int] = {}
-        self._ignored: set[int] = set()
-
-    def ignore(self, tensors: list[Tensor]) -> None:
-        self._ignored.update(tensor.untyped_storage()._cdata for tensor in tensors)
-
-    def born(self, tensor: Tensor) -> int:
-        """Number of the operation that made the tensor's storage."""
-        return self._births.get(tensor.untyped_storage()._cdata, 0)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.operations += 1
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._see(value.untyped_storage())
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._births or key in self._ignored:
-            return
-        self._births[key] = self.operations
-        weakref.finalize(storage, self._gone, key, size)
-        self.now += size
-        if self.now > self.peak:
-            self.peak, self.peaked = self.now, self.operations
-
-    def _gone(self, key: int, size: int) -> None:
-        self._births.pop(key, None)
-        self.now -= size
-
-
-@contextmanager
-def _as_on_cuda() -> Iterator[None]:
-    """Operations as a CUDA device does them, where the CPU, whose tensors stand in for its own, does otherwise."""
-
-    def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def wrapped(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            mixed = torch.is_autocast_enabled("cpu") and value.is_floating_point()
-            return function(value.float() if mixed else value, *args, **kwargs)
-
-        return wrapped
-
-    def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled("cpu") or not torch.backends.cuda.flash_sdp_enabled():
-            return attention(query, key, value)
-        mixed = torch.get_autocast_dtype("cpu")
-        query, key, value = (tensor.to(mixed) for tensor in (query, key, value))
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-
-    attention = F.scaled_dot_product_attention
-    # Patched instead of intercepted by a TorchFunctionMode, which is off during a backward pass that computes anew.
-    with ExitStack() as stack:
-        for owner, name in ((F, "layer_norm"), (F, "group_norm"), (torch, "softmax"), (Tensor, "sum")):
-            stack.enter_context(mock.patch.object(owner, name, in_float32(getattr(owner, name))))
-        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", fused))
-        # The one number that the loss reads is how many samples go without a reference: none, the dearest case.
-        stack.enter_context(mock.patch.object(Tensor, "__int__", lambda _: 0))
-        yield
 
 
 def count(config: Stage, sizes: Sizes = RELEASED, size: int = 512) -> Cost:
@@ -225,21 +122,17 @@ def count(config: Stage, sizes: Sizes = RELEASED, size: int = 512) -> Cost:
         model, batch = FlowModel(nets, config.loss), example(config, sizes, size)
         step = measure(model, lambda: model(batch)[0].mean(), mixed)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        size_on_disk = checkpoint_size(nets, learning, config)
     averaged = config.engine.ema and not config.lora.rank
     return Cost(
         stage=config,
         step=step,
         learning=sum(parameter.numel() for parameter in learning),
         moments=sum(moments(parameter.numel(), config.optimizer.bits) for parameter in learning),
+        small_moments=sum(moments(parameter.numel(), 8) for parameter in learning),
+        checkpoint=size_on_disk,
         average=sum(p.numel() * p.element_size() for p in learning) if averaged else 0,
     )
-
-
-def moments(numbers: int, bits: int) -> int:
-    """Bytes of Adam's two moments of a tensor: float32, or a byte and a scale per 256 (bitsandbytes; not for tensors
-    below 4096 numbers).
-    """
-    return 8 * numbers if bits == 32 or numbers < 4096 else 2 * (numbers + 4 * -(-numbers // 256))
 
 
 def example(config: Stage, sizes: Sizes, size: int = 512) -> Batch:
@@ -279,6 +172,34 @@ def storage(hours: float, size: int = 512, sizes: Sizes = RELEASED, clip_seconds
     return round(hours * 3600 * (FPS * frame + clip / clip_seconds))
 
 
+def encoding(size: int = 512, config: dict[str, Any] | None = None) -> int:
+    """Operations of the VAE's encoder for one picture of `size` pixels a side; `config` is diffusers' AutoencoderKL's.
+
+    The step is that of `prepare`, which runs it once for every picture of every clip.
+    """
+    from diffusers import AutoencoderKL
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    live = Live()
+    # Plain attention, whose products are counted one by one.
+    with FakeTensorMode(), sdpa_kernel([SDPBackend.MATH]), torch.no_grad():
+        vae = AutoencoderKL.from_config(config or VAE)
+        picture = torch.zeros(1, vae.config.in_channels, size, size)
+        with live:
+            vae.encode(picture)
+    return live.flops
+
+
+def preparation(hours: float, size: int = 512, config: dict[str, Any] | None = None, share: float = UTILISATION) -> str:
+    """What encoding so many hours of video takes, as text."""
+    pictures, operations = hours * 3600 * FPS, encoding(size, config)
+    times = [f"{name} {pictures * operations / (speed * share) / 3600:,.0f}" for name, (speed, _) in DEVICES.items()]
+    return (
+        f"Encoding {hours:g} h of video, {pictures / 1e6:,.1f} M pictures of {operations / 1e12:.3g} TFLOP by the VAE, "
+        f"in GPU hours: {', '.join(times)}"
+    )
+
+
 def table(costs: list[Cost], utilisation: float = UTILISATION) -> str:
     """The costs side by side, as text."""
     rows: list[tuple[str, Callable[[Cost], str]]] = [
@@ -297,7 +218,11 @@ def table(costs: list[Cost], utilisation: float = UTILISATION) -> str:
         ("activations at peak, GiB", lambda c: _gib(c.step.peak - c.step.peak_gradients)),
         ("reserve, GiB", lambda c: _gib(RESERVE)),
         ("all in all, GiB", lambda c: _gib(c.total)),
+        ("with 8-bit Adam, GiB", lambda c: _gib(c.total - c.moments + c.small_moments)),
+        ("each of many processes, GiB", lambda c: _gib(c.total_of_many)),
         ("fits", lambda c: ", ".join(name for name, (_, memory) in DEVICES.items() if c.total <= memory) or "none"),
+        ("checkpoint, GB", lambda c: f"{c.checkpoint.state / 1e9:.1f}"),
+        ("exported, GB", lambda c: f"{c.checkpoint.export / 1e9:.1f}"),
         ("steps", lambda c: f"{c.stage.steps:,}"),
     ]
     for name, (speed, _) in DEVICES.items():
@@ -338,13 +263,14 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--utilisation", type=float, default=UTILISATION, help="share of the device's speed (%(default)s)"
     )
-    command.add_argument("--hours", type=float, default=100.0, help="of video, for the storage (%(default)s)")
+    command.add_argument("--hours", type=float, default=100.0, help="of video, for storage and encoding (%(default)s)")
     command.set_defaults(run=run_budget)
 
 
 def run_budget(args: argparse.Namespace) -> None:
     from .presets import PRESETS
     from .toon.sizes import NETS as TOON
+    from .toon.sizes import VAE as TOON_VAE
 
     costs = []
     for name in args.presets:
@@ -359,3 +285,4 @@ def run_budget(args: argparse.Namespace) -> None:
             costs.append(count(replace(config, engine=engine), sizes, size))
     print(table(costs, args.utilisation))
     print(f"Shards of {args.hours:g} h of video: {storage(args.hours, size, sizes) / 1e9:.0f} GB")
+    print(preparation(args.hours, size, TOON_VAE if sizes is TOON else None, args.utilisation))

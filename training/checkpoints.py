@@ -1,26 +1,33 @@
-"""A run's checkpoints: folders in the released layout, with `state/` to go on from beside it."""
+"""A run's checkpoints: folders whose `state/` it goes on from.
+
+The state is written often, the weights in the released layout, beside it, rarely: the last checkpoint of a run has
+them (`engine.export_every`: others, too), and `training.export` reads those of any.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memo_core.checks import shown
 
-from . import lora, run
+from . import disk, lora, run
 from .config import ConfigError, Stage, flatten, from_json, to_json
 from .learning import Average
 from .logs import truncate
 from .nets import Nets, link_encoders
 from .reading import fits, read_json
 
-AVERAGE = "average.safetensors"
+STATE, WEIGHTS, AVERAGE, SIZES = "state", "model.safetensors", "average.safetensors", "sizes.json"
 # What a run has to have in common with the one it goes on from, besides its settings.
 _SAME = {"started_from": "the start's weights", "data": "the data", "samples_per_step": "samples per step"}
 
@@ -28,6 +35,7 @@ _SAME = {"started_from": "the start's weights", "data": "the data", "samples_per
 # learning rate does not follow them.
 _FREE = ("data.workers", "engine.save_every", "engine.keep", "engine.sample_every", "engine.samples")
 _FREE += ("engine.log_every", "engine.trackers", "engine.gradient_checkpointing")
+_FREE += ("engine.save_minutes", "engine.export_every")
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -64,6 +72,9 @@ class Checkpoints:
         started_from, data: digests of the weights that the run began with, and of its data.
         encoders: checkpoint whose VAE and encoders complete those of the run; None leaves them out.
         base: with adapters, the digest of the checkpoint they belong to.
+        size: of a checkpoint.
+        always: exports every checkpoint. Adapters are small, and of weights that processes hold parts of the state is
+            in parts, too.
     """
 
     def __init__(
@@ -77,15 +88,18 @@ class Checkpoints:
         data: str,
         encoders: Path | None,
         base: str,
+        size: disk.CheckpointSize,
+        always: bool,
     ) -> None:
         self.out, self.config, self.accelerator, self.nets, self.average = out, config, accelerator, nets, average
         self.started_from, self.data, self.encoders, self.base = started_from, data, encoders, base
+        self.size, self.always = size, always
 
     def folder(self, step: int) -> Path:
         return self.out / f"checkpoint-{step:07d}"
 
-    def resume(self) -> tuple[int, float]:
-        """Goes on from the newest one, if there is one; the run's steps and seconds until then.
+    def find(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest one, from which the run goes on, and its record; None where it begins.
 
         Raises:
             ConfigError: the run was begun with other settings, weights or data.
@@ -100,20 +114,33 @@ class Checkpoints:
             found = latest(self.out)
             names = [found and found.name]
         if (name := broadcast_object_list(names)[0]) is None:
-            return 0, 0.0
+            return None
         found = self.out / name
         if not found.is_dir():
             raise ConfigError(
                 f"process {accelerator.process_index} does not see {found}: --out must be a shared folder"
             )
-        record = self._check(found)
-        accelerator.load_state(str(found / "state"))
-        step, seconds = record["step"], float(record["seconds"])
+        if not (found / STATE).is_dir():
+            raise ConfigError(
+                f"{found} holds weights and no {STATE}/ to go on from: use another --out, with --start {found}"
+            )
+        return found, self._check(found)
+
+    def load(self, found: Path, record: dict[str, Any]) -> None:
+        """Takes over what `find` found."""
+        self.accelerator.load_state(str(found / STATE))
         if self.average is not None:
-            self.average.load(found / "state" / AVERAGE, record["averaged_steps"], accelerator.device)
-        if accelerator.is_main_process:
-            truncate(self.out / "log.jsonl", step)
-        return step, seconds
+            self.average.load(found / STATE / AVERAGE, record["averaged_steps"], self.accelerator.device)
+        if self.accelerator.is_main_process:
+            truncate(self.out / "log.jsonl", record["step"])
+
+    def require_room(self) -> None:
+        """DiskError where all checkpoints of the run do not find room; says how much they take."""
+        if self.accelerator.is_main_process:
+            print(disk.plan(self.size, self.config, self.out, self.always), file=sys.stderr)
+        remedy = "free some, keep fewer (engine.keep), or use another --out"
+        more = disk.most(self.size, self.config, self.always) - disk.taken(checkpoints(self.out))
+        disk.require_room(more, self.out, remedy)
 
     def _check(self, found: Path) -> dict[str, Any]:
         """The checkpoint's record; ConfigError where this run is another one."""
@@ -136,6 +163,7 @@ class Checkpoints:
             "averaged_steps": 0 if self.average is None else self.average.steps,
             "started_from": self.started_from,
             "data": self.data,
+            "encoders": None if self.encoders is None else str(self.encoders.absolute()),
             "samples_per_step": optimizer.batch * optimizer.accumulate * accelerator.num_processes,
             "processes": accelerator.num_processes,
             "hardware": run.hardware(),
@@ -143,31 +171,67 @@ class Checkpoints:
         }
 
     def save(self, model: nn.Module, step: int, seconds: float) -> Path:
-        """Writes `checkpoint-<step>` whole or not at all, then deletes all but the last `engine.keep`."""
+        """Writes `checkpoint-<step>` whole or not at all, then deletes all but the last `engine.keep`.
+
+        Raises:
+            DiskError: it could not be written; those before it are as they were.
+        """
         accelerator, folder = self.accelerator, self.folder(step)
         unfinished = folder.with_name(f"{folder.name}.tmp")
+        exported = self.always or step == self.config.steps or self._stays(step)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(unfinished / "state"))
-        with Average.swapped(self.average):
-            weights = accelerator.get_state_dict(model)  # gathered, where processes hold parts of it
+        try:
             if accelerator.is_main_process:
-                self._export(unfinished, {name.removeprefix("nets."): value for name, value in weights.items()})
+                needed = self.size.state + (self.size.export if exported else 0)
+                disk.require_room(needed, self.out, "free some")
+            accelerator.save_state(str(unfinished / STATE))
+            if exported:
+                self._export(unfinished, model)
+            if accelerator.is_main_process:
+                self._describe(unfinished, step, seconds)
+        except Exception as error:  # whatever torch and safetensors make of a full disk
+            shutil.rmtree(unfinished, ignore_errors=True)
+            last = latest(self.out)
+            raise disk.DiskError(
+                f"the checkpoint of step {step} could not be written: {error}. The same command, when there is room, "
+                f"goes on from {'the start' if last is None else last}"
+            ) from error
         if accelerator.is_main_process:
-            if self.average is not None:
-                self.average.save(unfinished / "state" / AVERAGE)
-            (unfinished / "config.json").write_text(to_json(self.config), encoding="utf-8")
-            record = json.dumps(self._record(step, seconds), indent=1) + "\n"
-            (unfinished / "training.json").write_text(record, encoding="utf-8")
             os.replace(unfinished, folder)
-            for old in checkpoints(self.out)[: -self.config.engine.keep]:
-                shutil.rmtree(old)
+            self._delete_old()
         accelerator.wait_for_everyone()
         return folder
 
-    def _export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        if self.config.lora.rank:
-            lora.save(self.nets, folder / "adapter.safetensors", self.base, to_json(self.config), state=weights)
-            return
-        self.nets.save(folder, torch.float32, weights)
-        if self.encoders is not None:
-            link_encoders(self.encoders, folder)
+    def _stays(self, step: int) -> bool:
+        """Whether the weights of that step are kept for good."""
+        return bool(self.config.engine.export_every) and step % self.config.engine.export_every == 0
+
+    def _export(self, folder: Path, model: nn.Module) -> None:
+        with nullcontext() if self.average is None else self.average.swapped():
+            weights = self.accelerator.get_state_dict(model)  # gathered, where processes hold parts of it
+            weights = {name.removeprefix("nets."): value for name, value in weights.items()}
+            if not self.accelerator.is_main_process:
+                return
+            if self.config.lora.rank:
+                file = folder / "adapter.safetensors"
+                lora.save(self.nets, file, self.base, to_json(self.config), state=weights)
+                return
+            self.nets.save(folder, torch.float32, weights)
+            if self.encoders is not None:
+                link_encoders(self.encoders, folder)
+
+    def _describe(self, folder: Path, step: int, seconds: float) -> None:
+        """Writes what a checkpoint has besides accelerate's state and the weights."""
+        if self.average is not None:
+            self.average.save(folder / STATE / AVERAGE)
+        (folder / STATE / SIZES).write_text(json.dumps(asdict(self.nets.sizes), indent=1) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(to_json(self.config), encoding="utf-8")
+        record = json.dumps(self._record(step, seconds), indent=1) + "\n"
+        (folder / "training.json").write_text(record, encoding="utf-8")
+
+    def _delete_old(self) -> None:
+        for old in checkpoints(self.out)[: -self.config.engine.keep]:
+            if not self._stays(int(old.name.rsplit("-", 1)[1])):
+                shutil.rmtree(old)
+            elif (old / STATE).is_dir():
+                shutil.rmtree(old / STATE)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,7 +122,11 @@ class Engine:
     mixed_precision: "no", "fp16" or "bf16".
     attention: "auto", or "math" (plain attention: faster backwards on the CPU for narrow heads).
     ema: decay of the averaged weights that checkpoints hold; 0: none.
-    save_every, sample_every, log_every: steps. keep: checkpoints kept.
+    save_every, sample_every, log_every: steps. save_minutes: a checkpoint is also written when the last one is so old
+        (at a step that is logged; 0: only by steps). save_every=0: only by minutes, and at the end.
+    keep: checkpoints kept.
+    export_every: steps; checkpoints of these steps hold the weights in the released layout, too, and keep those when
+        they are too old to be gone on from. 0: only the last checkpoint of a run does.
     trackers: others that accelerate knows, such as "wandb", besides TensorBoard.
     """
 
@@ -130,7 +135,9 @@ class Engine:
     attention: str = "auto"
     ema: float = 0.9999
     save_every: int = 1000
+    save_minutes: float = 0.0
     keep: int = 3
+    export_every: int = 0
     sample_every: int = 1000
     samples: int = 4
     log_every: int = 10
@@ -189,9 +196,12 @@ def check(config: Stage) -> Stage:
         if (name.startswith("drop.") or name in ("data.start_ratio", "engine.ema")) and not 0 <= value <= 1:
             raise ConfigError(f"{name} must be between 0 and 1, got {value}")
     whole = ("steps", "data.frames", "optimizer.batch", "optimizer.accumulate")
-    for name in (*whole, *(f"engine.{key}" for key in ("save_every", "keep", "sample_every", "samples", "log_every"))):
+    for name in (*whole, *(f"engine.{key}" for key in ("keep", "sample_every", "samples", "log_every"))):
         if flat[name] < 1:
             raise ConfigError(f"{name} must be at least 1, got {flat[name]}")
+    for name in ("engine.save_every", "engine.save_minutes", "engine.export_every"):
+        if not 0 <= flat[name] < math.inf:
+            raise ConfigError(f"{name} must be 0 or more, got {flat[name]}")
     if config.lora.rank and config.lora.base == "bf16" and config.engine.mixed_precision != "bf16":
         raise ConfigError(
             f"lora.base=bf16 needs engine.mixed_precision=bf16, got {config.engine.mixed_precision}; "

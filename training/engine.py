@@ -1,7 +1,7 @@
 """The training loop, on accelerate: one process on a laptop, or many through DDP, FSDP2 or DeepSpeed.
 
 Which of these is accelerate's own configuration (`accelerate launch --config_file ... -m training train ...`); the loop
-is the same. Every checkpoint is a folder in the released layout, with `state/` to go on from beside it.
+is the same.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from memo_core.checkpoint.digest import weights_digest
 
-from . import batches, logs, losses, run
+from . import batches, disk, logs, losses, run
 from .checkpoints import Checkpoints, begun, checkpoints, latest
 from .config import ConfigError, Stage, flatten
 from .learning import Average, adamw, prepare_to_learn
@@ -28,6 +30,9 @@ from .nets import Nets, check_encoders
 from .objectives import objective_of
 
 __all__ = ["Trainer", "begun", "checkpoints", "latest", "train"]
+
+# How long processes wait for the one that writes a checkpoint or draws pictures: 51 GB at 7 MB a second.
+TIMEOUT = timedelta(hours=2)
 
 
 def train(
@@ -52,6 +57,7 @@ def train(
         ConfigError: `out` was begun with other settings, weights or data; a tracker is not installed.
         CheckpointError: `encoders` lacks something.
         ShardError: the data cannot be used.
+        DiskError: there is no room for the checkpoints; those that were written are as they were.
         RuntimeError: the loss was not finite ten steps in a row.
     """
     trainer = Trainer(config, Path(data), Path(out), nets, None if encoders is None else Path(encoders), base)
@@ -66,7 +72,7 @@ class Trainer:
     """One run of one stage; see `train`."""
 
     def __init__(self, config: Stage, data: Path, out: Path, nets: Nets, encoders: Path | None, base: str) -> None:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 
         self.config, self.out, self.encoders = config, out, encoders
@@ -78,8 +84,12 @@ class Trainer:
             gradient_accumulation_steps=config.optimizer.accumulate,
             log_with=logs.trackers(config),
             project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "logs")),
-            # Which parameters a step uses depends on the process: its samples may all go without a reference.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=TIMEOUT),
+                # Which parameters a step uses depends on the process: its samples may all go without a reference.
+                # Gradients lie in the buckets that are exchanged, instead of beside them.
+                DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
+            ],
         )
         self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -97,6 +107,8 @@ class Trainer:
             face_embedding=nets.sizes.face_embedding,
         )
         groups = prepare_to_learn(nets, config)
+        learning = [parameter for parameter in nets.parameters() if parameter.requires_grad]
+        self.waiting = self._hold_back(groups)
         self.names = list(groups)
         groups_of = [{"params": parameters} for parameters in groups.values()]
         optimizer = adamw(groups_of, config, accelerator.device)
@@ -109,16 +121,30 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(objective_of(config, nets), optimizer)
         if accelerator.distributed_type == DistributedType.FSDP:
             gather_outside_forward(self.model)
-        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.average = Average.of(learning, config)
         self.checkpoints = Checkpoints(
-            out, config, accelerator, nets, self.average, started_from, self.set.shards.digest, encoders, base
+            out,
+            config,
+            accelerator,
+            nets,
+            self.average,
+            started_from,
+            self.set.shards.digest,
+            encoders,
+            base,
+            disk.checkpoint_size(nets, learning, config),
+            always=self.sharded or bool(config.lora.rank),
         )
         self.step, self.seconds = 0, 0.0
 
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator
-        self.step, self.seconds = self.checkpoints.resume()
+        if (found := self.checkpoints.find()) is not None:
+            self.step, self.seconds = found[1]["step"], float(found[1]["seconds"])
+            self._join()
+            self.checkpoints.load(*found)
+        if self.step < config.steps:
+            self.checkpoints.require_room()
         if accelerator.is_main_process:
             accelerator.init_trackers(config.name, config={k: logs.plain(v) for k, v in flatten(config).items()})
         stream = batches.loader(
@@ -131,11 +157,13 @@ class Trainer:
         last = self.checkpoints.folder(self.step)
         bar = run.bar(config.name, config.steps, self.step, accelerator.is_main_process)
         began, seconds = time.monotonic(), self.seconds
+        self.saved = began
         attention = sdpa_kernel([SDPBackend.MATH]) if config.engine.attention == "math" else nullcontext()
         self.model.train()
         figures, bad = logs.Figures(), 0
         with bar, attention:
             while self.step < config.steps:
+                self._join()
                 self._set_rates()
                 gradient_norm = self._step(stream, figures)
                 bad = 0 if math.isfinite(gradient_norm) else bad + 1
@@ -151,9 +179,60 @@ class Trainer:
                 bar.update()
                 if step % config.engine.sample_every == 0 or step == config.steps:
                     self._show()
-                if step % config.engine.save_every == 0 or step == config.steps:
+                if self._save_now():
                     last = self.checkpoints.save(self.model, step, self.seconds)
+                    self.saved = time.monotonic()
         return last
+
+    def _hold_back(self, groups: dict[str, list[nn.Parameter]]) -> bool:
+        """Keeps the parts in `join` from learning until `join_step`; whether there are any. They take no gradients
+        then, which nobody has to compute, keep or exchange.
+
+        Raises:
+            ConfigError: these processes cannot let parts join later.
+        """
+        from accelerate.utils import DistributedType
+
+        held = [parameter for name in groups if name in self.config.join for parameter in groups[name]]
+        if not held or not self.config.join_step:
+            return False
+        fsdp = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.deepspeed or (fsdp and not getattr(self.accelerator, "is_fsdp2", False)):
+            raise ConfigError(
+                f"join_step={self.config.join_step} lets {', '.join(self.config.join)} wait, and "
+                f"{'DeepSpeed' if self.deepspeed else 'FSDP1'} joins all that learns for good: use DDP or FSDP2, or "
+                "set join_step=0"
+            )
+        for parameter in held:
+            parameter.requires_grad_(False)
+        return True
+
+    def _join(self) -> None:
+        """Lets the parts in `join` learn, when it is time."""
+        if not self.waiting or self.step < self.config.join_step:
+            return
+        self.waiting = False
+        for name, group in zip(self.names, self.optimizer.param_groups):
+            if name in self.config.join:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(True)
+        if isinstance(self.model, DistributedDataParallel):  # which exchanges what learned when it was made
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model = None
+            self.accelerator.free_memory()
+            self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
+
+    def _save_now(self) -> bool:
+        engine, step = self.config.engine, self.step
+        if step == self.config.steps or (engine.save_every and step % engine.save_every == 0):
+            return True
+        if not engine.save_minutes or step % engine.log_every:
+            return False
+        from accelerate.utils import broadcast
+
+        # All processes write together: the first one's clock counts.
+        late = time.monotonic() - self.saved >= 60 * engine.save_minutes
+        return bool(broadcast(torch.tensor([int(late)], device=self.accelerator.device)))
 
     def _step(self, stream: Iterator[batches.Batch], figures: logs.Figures) -> float:
         """One step of the optimiser; returns the norm of its gradient, not finite if the step was skipped for that."""
@@ -189,11 +268,9 @@ class Trainer:
 
     def _descend(self, scale: float) -> float:
         accelerator, config = self.accelerator, self.config
-        for name, group in zip(self.names, self.optimizer.param_groups):
+        for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                if name in config.join and self.step < config.join_step:
-                    parameter.grad = None  # it waits, and does not count in the norm
-                elif parameter.grad is not None:
+                if parameter.grad is not None:
                     parameter.grad.mul_(scale)
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm))
         finite = math.isfinite(norm)
@@ -241,7 +318,8 @@ class Trainer:
         from . import preview
 
         self.model.eval()
-        with Average.swapped(self.average), torch.no_grad(), accelerator.autocast():
+        averaged = nullcontext() if self.average is None else self.average.swapped()
+        with averaged, torch.no_grad(), accelerator.autocast():
             sheet = preview.picture(accelerator.unwrap_model(self.model).nets, self.set, self.encoders)
         self.model.train()
         run.save_picture(sheet, self.out / "samples" / f"{self.step:07d}.png")

@@ -52,6 +52,13 @@ def adamw(groups: list[dict[str, Any]], config: Stage, device: torch.device) -> 
     return AdamW8bit(groups, **arguments)
 
 
+def moments(numbers: int, bits: int) -> int:
+    """Bytes of Adam's two moments of a tensor: float32, or a byte and a scale per 256 (bitsandbytes; not for tensors
+    below 4096 numbers).
+    """
+    return 8 * numbers if bits == 32 or numbers < 4096 else 2 * (numbers + 4 * -(-numbers // 256))
+
+
 class Average:
     """Moving average of what learns, in float32.
 
@@ -78,19 +85,15 @@ class Average:
     def step(self) -> None:
         self._average.step(self._parameters)
 
-    @staticmethod
     @contextmanager
-    def swapped(average: Average | None) -> Iterator[None]:
-        """The averaged weights in place of the model's, for a while; without an average nothing changes."""
-        if average is None:
-            yield
-            return
-        average._average.store(average._parameters)
-        average._average.copy_to(average._parameters)
+    def swapped(self) -> Iterator[None]:
+        """The averaged weights in place of the model's, for a while."""
+        self._average.store(self._parameters)
+        self._average.copy_to(self._parameters)
         try:
             yield
         finally:
-            average._average.restore(average._parameters)
+            self._average.restore(self._parameters)
 
     def save(self, path: Path) -> None:
         from safetensors.torch import save_file

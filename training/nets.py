@@ -84,7 +84,8 @@ RELEASED = Sizes(
 )
 
 
-def _sizes(configs: dict[str, dict[str, Any]], weights: dict[str, dict[str, Tensor]]) -> Sizes:
+def sizes_of(configs: dict[str, dict[str, Any]], weights: dict[str, dict[str, Tensor]]) -> Sizes:
+    """Sizes of stored networks, from the settings of the two large ones and the weights of the two projections."""
     audio, image = weights["audio_proj"], weights["image_proj"]
     hidden, width = audio["proj1.weight"].shape
     return Sizes(
@@ -135,7 +136,7 @@ class Nets(nn.Module):
         for name, config in configs.items():
             layers = NetConfig.from_json(config).layers(memory=name == "diffusion_net")
             require_layers(layers, len(weights[name]), folder / name / "config.json")
-        nets = on_meta(lambda: cls(_sizes(configs, weights)), folder)
+        nets = on_meta(lambda: cls(sizes_of(configs, weights)), folder)
         for name in NETS:
             check_fit(getattr(nets, name), weights[name], folder / name / WEIGHTS)
             floats = {key: value.float() for key, value in weights.pop(name).items()}

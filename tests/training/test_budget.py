@@ -221,3 +221,36 @@ def test_command_prints_a_table(one: budget.Cost, capsys, monkeypatch) -> None:
     args = parser.parse_args(["budget", "toon_stage1"])
     args.run(args)
     assert asked[-1][1] == 128
+
+
+def test_many_processes_hold_all_gradients_and_eight_bits_a_quarter_of_the_moments(one: budget.Cost) -> None:
+    more = one.total_of_many - one.total
+    assert more == max(one.step.peak - one.step.peak_gradients, 0) + one.step.gradients - max(
+        one.step.peak, one.step.gradients
+    )
+    assert one.small_moments == sum(2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n for n in _sizes_of_what_learns())
+
+
+def _sizes_of_what_learns() -> list[int]:
+    parts = Nets(TINY).parts()
+    return [parameter.numel() for name in STAGE.train for parameter in parts[name]]
+
+
+def test_encoding_is_counted_as_the_real_encoder_runs() -> None:
+    from diffusers import AutoencoderKL
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from training.toon.sizes import VAE
+
+    vae = AutoencoderKL.from_config(VAE)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]),
+    ):
+        vae.encode(torch.zeros(1, 3, 64, 64))
+    assert budget.encoding(64, VAE) == counter.get_total_flops() > 0
+    said = budget.preparation(2, 64, VAE, share=0.5)
+    hours = 2 * 3600 * 30 * counter.get_total_flops() / (312e12 * 0.5) / 3600
+    assert (
+        f"0.2 M pictures of {counter.get_total_flops() / 1e12:.3g} TFLOP" in said and f"A100 80 GB {hours:,.0f}" in said
+    )

@@ -397,7 +397,7 @@ def test_a_stage_that_warms_up_leaves_the_first_stages_modules_alone(data: Path,
     stage = replace(TINY, steps=4, join=("reference", "spatial", "face"), join_step=2)
     nets = small_nets()
     before = {key: value.clone() for key, value in nets.state_dict().items()}
-    engine.train(replace(stage, engine=replace(stage.engine, keep=9, ema=0.0)), data, tmp_path, nets, None)
+    engine.train(replace(stage, engine=replace(stage.engine, export_every=2, ema=0.0)), data, tmp_path, nets, None)
     for step, moved in ((2, False), (4, True)):
         after = weights_of(tmp_path / f"checkpoint-{step:07d}")
         key = "reference_net.conv_in.weight"
@@ -457,16 +457,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(data: Path, tmp_path: Path, momen
     script = (
         "import sys, time; root = sys.argv[1]\n"
         "sys.path[:0] = [root, root + '/tests', root + '/tests/training']; import test_training as t\n"
-        "from training import engine, nets\n"
+        "from training import engine, learning\n"
         "def wait(): print('now', flush=True); time.sleep(600)\n"
-        "save, step = nets.Nets.save, engine.Trainer._step\n"
-        "def slow_save(self, folder, *rest):\n"
-        "    save(self, folder, *rest)\n"
-        "    if '0004' in str(folder): wait()\n"
+        "save, step = learning.Average.save, engine.Trainer._step\n"
+        "def slow_save(self, path):\n"
+        "    save(self, path)\n"
+        "    if '0004' in str(path): wait()\n"
         "def slow_step(self, *rest):\n"
         "    if self.step == 3: wait()\n"
         "    return step(self, *rest)\n"
-        "if sys.argv[4] == 'saving': nets.Nets.save = slow_save\n"
+        "if sys.argv[4] == 'saving': learning.Average.save = slow_save\n"
         "else: engine.Trainer._step = slow_step\n"
         "t.engine.train(t.TINY, sys.argv[2], sys.argv[3], t.small_nets(), None)\n"
     )
@@ -500,7 +500,7 @@ def test_bad_samples_are_dropped_counted_and_named(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = replace(TINY, steps=2, loss=Loss(robust_threshold=0.0, robust_from=1), drop=Drop(reference=0.0))
-    stage = replace(stage, engine=replace(stage.engine, save_every=1))
+    stage = replace(stage, engine=replace(stage.engine, save_every=1, export_every=1))
     engine.train(stage, data, tmp_path, small_nets(), None)
     assert [row["kept"] for row in log_of(tmp_path)] == [1.0, 0.0] and math.isnan(log_of(tmp_path)[1]["loss"])
     one, two = (weights_of(path) for path in engine.checkpoints(tmp_path))
@@ -568,8 +568,10 @@ def test_encoders_behind_links_come_along(encoders: Path, tmp_path: Path) -> Non
             assert (tmp_path / "made" / "checkpoint" / path.relative_to(encoders)).read_bytes() == path.read_bytes()
 
 
-def launch(stage: Stage, data: Path, out: Path, processes: int) -> None:
-    """Trains with several processes on the CPU, joined by gloo, as `accelerate launch` would start them."""
+def launch(stage: Stage, data: Path, out: Path, processes: int, first: str = "") -> None:
+    """Trains with several processes on the CPU, joined by gloo, as `accelerate launch` would start them; each runs the
+    lines in `first` before.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -577,6 +579,7 @@ def launch(stage: Stage, data: Path, out: Path, processes: int) -> None:
         "import sys; root = sys.argv[1]\n"
         "sys.path[:0] = [root, root + '/tests', root + '/tests/training']; import test_training as t\n"
         "stage = t.config.from_json(sys.argv[4])\n"
+        f"{first}\n"
         "t.engine.train(stage, sys.argv[2], sys.argv[3], t.small_nets(), None)\n"
     )
     running = []

@@ -12,7 +12,7 @@ import torch
 from memo_core.checkpoint.layout import assets, find
 from memo_core.checkpoint.load import load
 
-from .. import engine, presets, run
+from .. import engine, export, presets, run
 from ..nets import Nets, begin_from_nothing, link_encoders
 from ..shards import Shards
 from . import data, judge, sizes, speech, vae, voices
@@ -49,7 +49,7 @@ def train_stage(name: str, folder: Path) -> Path:
         found = engine.latest(before)
         if found is None:
             raise FileNotFoundError(f"no checkpoint in {before}: run `--stage {before.name}` first")
-        nets = Nets.from_pretrained(found)
+        nets = export.read_nets(found)
     kind = "faces" if config.data.single_frames else "clips"
     return engine.train(config, folder / "data" / kind, folder / name, nets, folder / "checkpoint")
 
@@ -66,7 +66,7 @@ def assemble(folder: Path, out: Path) -> None:
         os.rename(old, out)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    Nets.from_pretrained(last).save(new, torch.float16)
+    export.read_nets(last).save(new, torch.float16)
     link_encoders(folder / "checkpoint", new)
     jobs = {}
     for path in sorted(folder.glob("*_job/state.pt")):
