@@ -150,7 +150,7 @@ class MemoPipeline:
         *,
         size: int | tuple[int, int] | None = None,
         crop: Literal["face", "none"] = "none",
-        margin: float = 0.35,
+        margin: float | None = None,
         face_index: int | None = None,
         face_box: Any = None,
         no_face: Literal["warn", "error"] = "warn",
@@ -165,7 +165,8 @@ class MemoPipeline:
                 values then pass unchanged if nothing is cropped, and takes the size the checkpoint was trained at for a
                 picture.
             crop: "face" crops to the face, "none" to the middle.
-            margin: room at each side of the face, in parts of the face's size.
+            margin: room at each side of the face, in parts of the face's size; None: as in the pictures that the
+                checkpoint was trained on, where it says so, else 0.35.
             face_index: which face, 0 for the largest; None takes the largest.
             face_box: where the face is: left, top, right, bottom in pixels, or a mask [H, W].
             no_face: "warn" goes on with a zero embedding, "error" raises.
@@ -184,7 +185,7 @@ class MemoPipeline:
             image,
             size,
             crop=crop,
-            margin=margin,
+            margin=self.crop_margin if margin is None else margin,
             face_index=face_index,
             analyzer=self.face_analyzer if looks_for_face else None,
             no_face=no_face if looks_for_face else "warn",
@@ -200,6 +201,11 @@ class MemoPipeline:
         """Height and width the checkpoint was trained at."""
         side = VAE_SCALE * self.nets.sample_size
         return side, side
+
+    @property
+    def crop_margin(self) -> float:
+        """Room at each side of a face in what the checkpoint was trained on, in parts of the face's size."""
+        return self.nets.diffusion_net.config.crop_margin
 
     def job(
         self,
@@ -359,7 +365,7 @@ class MemoPipeline:
         seed: int = 42,
         noise: Tensor | None = None,
         emotion_per: Literal["window", "frame"] = "window",
-        face_token_rows: Literal["released", "grouped"] = "released",
+        face_token_rows: Literal["released", "grouped"] | None = None,
         speed: str | Speed = "exact",
         store: WindowStore | None = None,
         on_progress: Callable[[int, int], None] | None = None,

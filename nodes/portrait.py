@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..memo_core.errors import PortraitError
 from ..memo_core.pipeline import MemoPipeline
+from ..memo_core.release import CROP_MARGIN
 from ..memo_core.video.clips import ImageClip, over_white
 from ..memo_core.video.compose import Box, Frame, centre_square, crop_square, face_square, paste_back
 from .clips import AnyClip, image_clip
@@ -20,6 +21,7 @@ from .host.progress import stop_if_interrupted
 from .wires import CATEGORY, MemoBox, MemoClip, MemoModel, MemoReference, one_of
 
 LARGEST_FACE = -1
+AS_TRAINED = -1.0  # margin
 LARGEST_SIZE = 2048  # pixels
 CROPS = ("face", "none")
 
@@ -64,11 +66,12 @@ class EncodeReference(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "margin",
-                    default=0.35,
-                    min=0.0,
+                    default=AS_TRAINED,
+                    min=AS_TRAINED,
                     max=5.0,
                     step=0.05,
-                    tooltip="Room left at each side of the face, in parts of the face's size.",
+                    tooltip="Room left at each side of the face, in parts of the face's size. -1: as the "
+                    "checkpoint was trained, else 0.35.",
                 ),
                 io.Int.Input(
                     "face_index",
@@ -116,7 +119,7 @@ class EncodeReference(io.ComfyNode):
             one_picture(image, alpha_mask),
             size=size or model.default_size,
             crop=crop,
-            margin=margin,
+            margin=None if margin < 0 else margin,
             face_index=face_index if chosen else None,
             face_box=None if face_mask is None else one_mask(face_mask, image),
             no_face="error" if chosen else "warn",
@@ -145,11 +148,12 @@ class CropPortrait(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "margin",
-                    default=0.35,
-                    min=0.0,
+                    default=AS_TRAINED,
+                    min=AS_TRAINED,
                     max=5.0,
                     step=0.05,
-                    tooltip="Room left at each side of the face or mask, in parts of its size.",
+                    tooltip="Room left at each side of the face or mask, in parts of its size. -1: as the "
+                    "checkpoint was trained, else 0.35.",
                 ),
                 io.Float.Input(
                     "center_x",
@@ -201,6 +205,8 @@ class CropPortrait(io.ComfyNode):
     ) -> io.NodeOutput:
         image = opaque(image, alpha_mask)
         size = (image.shape[1], image.shape[2])
+        if margin < 0:
+            margin = CROP_MARGIN if model is None else model.crop_margin
         face = one_mask(face_mask, image) if face_mask is not None else find_face(model, image, face_index)
         box = centre_square(size, center_x, center_y, scale) if face is None else face_square(size, face, margin)
         crop = crop_square(image, box)

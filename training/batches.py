@@ -21,13 +21,14 @@ from memo_core.inputs.speech import NEIGHBOURS
 from memo_core.release import NULL_EMOTION, WINDOW
 
 from . import losses
-from .config import Stage
+from .config import ConfigError, Drop, Stage
 from .shards import ShardError, Shards
+from .split import split, stable_hash
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B samples of F frames, with P past windows of 16 frames before them where they are windows."""
+    """B samples of F frames, with P past windows of F frames before them where they are windows."""
 
     keys: tuple[str, ...]
     latents: Tensor  # [B, 4, F, h, w]
@@ -37,7 +38,7 @@ class Batch:
     noise: Tensor  # as latents
     sigma: Tensor  # [B, F] noise levels
     no_reference: Tensor  # [B] bool
-    past: Tensor | None = None  # [B, P * 16, 4, h, w], oldest first
+    past: Tensor | None = None  # [B, P * F, 4, h, w], oldest first
     past_windows: Tensor | None = None  # [B] how many of the P past windows count: 0 to P
     audio: Tensor | None = None  # [B, F, 5, L, C]
     no_audio: Tensor | None = None  # [B] bool
@@ -82,49 +83,88 @@ class TrainingSet(Dataset):
         config: of the stage.
         samples_together: of all processes in one micro-step; they have equally many past windows.
         face_embedding: width of the face embedding, for clips that come without one.
+        window: frames that the networks denoise together.
+
+    Attributes:
+        first: number of the sample with which the epochs of these clips begin; not 0 where a run went on with others.
+        usable: numbers of the clips trained on; held_out: of those that are not.
 
     Raises:
-        ShardError: if no clip is long enough, or the clips have no sound where the stage needs it.
+        ShardError: if no clip is long enough, or the clips have no sound where the stage needs it. ConfigError:
+            windows of another length than the networks'.
     """
 
-    def __init__(self, folder: Path | str, config: Stage, samples_together: int = 1, face_embedding: int = 512):
+    def __init__(
+        self,
+        folder: Path | str,
+        config: Stage,
+        samples_together: int = 1,
+        face_embedding: int = 512,
+        window: int = WINDOW,
+    ):
         self.shards, self.config, self.samples_together = Shards(folder), config, samples_together
-        self.face_embedding = face_embedding
-        self.usable = [i for i, sample in enumerate(self.shards.samples) if sample.frames >= config.data.frames]
+        self.face_embedding, self.window, self.first = face_embedding, window, 0
+        self.length = config.data.frames if config.data.single_frames else window
+        if not config.data.single_frames and config.data.frames not in (WINDOW, window):
+            raise ConfigError(
+                f"data.frames={config.data.frames} is for single frames; a window has the networks' {window} frames: "
+                "leave it out"
+            )
+        sides = split(self.shards, config.data.held_out)
+        self.usable, self.held_out = ([i for i in side if self._frames_of(i) >= self.length] for side in sides)
         if not self.usable:
-            raise ShardError(f"none of the {len(self.shards)} clips in {folder} has {config.data.frames} frames")
+            held_out = f"; {len(self.held_out)} that have are held out (data.held_out)" if self.held_out else ""
+            raise ShardError(f"none of the {len(self.shards)} clips in {folder} has {self.length} frames{held_out}")
         names = self.shards.names(self.usable[0])
         if not config.data.single_frames and not {"speech", "emotion"} <= set(names):
             raise ShardError(f"clips in {folder} have {', '.join(names)}, but windows need speech and emotion")
+        self._ends = torch.tensor([self._stretches(i) for i in self.usable]).cumsum(0)
 
     def __len__(self) -> int:
-        return len(self.usable)
+        """Samples in an epoch."""
+        return int(self._ends[-1])
 
-    def clip(self, number: int) -> int:
-        """Which clip sample `number` is cut from. Within an epoch (as many samples as there are clips) all differ."""
-        epoch, place = divmod(number, len(self.usable))
-        return self.usable[_permutation(self.config.seed, epoch, len(self.usable))[place]]
+    def _frames_of(self, clip: int) -> int:
+        return self.shards.samples[clip].frames
+
+    def _stretches(self, clip: int) -> int:
+        """How often a clip comes in an epoch; each time a window begins in another stretch of it."""
+        return max(1, self._frames_of(clip) // self.window) if self.config.data.by_length else 1
+
+    def clip(self, number: int) -> tuple[int, int]:
+        """Which clip sample `number` is cut from, and which stretch of it. Within an epoch all differ."""
+        epoch, place = divmod(number - self.first, len(self))
+        drawn = int(_permutation(self.config.seed, epoch, len(self))[place])
+        index = int(torch.searchsorted(self._ends, drawn, right=True))
+        return self.usable[index], drawn - (int(self._ends[index - 1]) if index else 0)
 
     def __getitem__(self, number: int) -> Batch:
         """Sample `number` as a batch of one."""
-        clip = self.clip(number)
-        generator = _generator(self.config.seed, "sample", number)
-        return (
-            self._frames(clip, generator) if self.config.data.single_frames else self._window(clip, number, generator)
-        )
+        clip, stretch = self.clip(number)
+        return self._sample(clip, stretch, number, _generator(self.config.seed, "sample", number))
+
+    def _sample(self, clip: int, stretch: int, number: int, generator: torch.Generator) -> Batch:
+        if self.config.data.single_frames:
+            return self._frames(clip, generator)
+        starts, parts = self._frames_of(clip) - self.length + 1, self._stretches(clip)
+        low, high = stretch * starts // parts, (stretch + 1) * starts // parts
+        return self._window(clip, (low, high), number, generator)
 
     def _common(self, clip: int, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """What frames and windows have in common; `rows` are the frames of the sample."""
-        names, frames = self.shards.names(clip), self.shards.samples[clip].frames
+        names, frames = self.shards.names(clip), self._frames_of(clip)
         first, last = int(rows.min()), int(rows.max())
         if last - first < 2 * len(rows):
             latents = self.shards.read(clip, "latents", slice(first, last + 1))[rows - first]
         else:
             latents = torch.cat([self.shards.read(clip, "latents", slice(int(r), int(r) + 1)) for r in rows])
-        other = int(torch.randint(frames, (), generator=generator))
+        # Any frame of the clip shows who it is, but one that is to be made would teach to copy it.
+        shown = set(rows.tolist())
+        others = [row for row in range(frames) if row not in shown] or [0]
+        other = others[int(torch.randint(len(others), (), generator=generator))]
         if "portrait" in names:
             portrait = self.shards.read(clip, "portrait")
-        else:  # any frame of the clip shows who it is
+        else:
             portrait = self.shards.read(clip, "latents", slice(other, other + 1))[0]
         if "face_embedding" in names:
             face = self.shards.read(clip, "face_embedding").float()
@@ -142,8 +182,8 @@ class TrainingSet(Dataset):
         }
 
     def _frames(self, clip: int, generator: torch.Generator) -> Batch:
-        config, frames = self.config, self.shards.samples[clip].frames
-        rows = torch.randperm(frames, generator=generator)[: config.data.frames]
+        config = self.config
+        rows = torch.randperm(self._frames_of(clip), generator=generator)[: self.length]
         return Batch(
             keys=(self.shards.samples[clip].key,),
             **self._common(clip, rows, generator),
@@ -151,24 +191,25 @@ class TrainingSet(Dataset):
             no_reference=_chance(config.drop.reference, generator) | _chance(config.drop.all, generator),
         )
 
-    def _window(self, clip: int, number: int, generator: torch.Generator) -> Batch:
-        config, frames = self.config, self.shards.samples[clip].frames
-        length, drop = config.data.frames, config.drop
+    def _window(self, clip: int, starts: tuple[int, int], number: int, generator: torch.Generator) -> Batch:
+        """A window that begins at one of the frames `starts`, the second not included."""
+        config, frames, length = self.config, self._frames_of(clip), self.length
+        drop = config.drop
         choice = torch.randint(
             len(config.data.past_windows),
             (),
             generator=_generator(config.seed, "past", number // self.samples_together),
         )
         most = config.data.past_windows[int(choice)]
-        first = int(torch.randint(frames - length + 1, (), generator=generator))
+        first = starts[0] + int(torch.randint(starts[1] - starts[0], (), generator=generator))
         common = self._common(clip, torch.arange(first, first + length), generator)
 
         portrait = common["portrait"][0]
-        known = min(most, first // WINDOW)
+        known = min(most, first // length)
         if known == 0 or bool(_chance(config.data.start_ratio, generator)):
-            known, past = 1, portrait.expand(WINDOW, -1, -1, -1)  # a video begins with the portrait as its past
+            known, past = 1, portrait.expand(length, -1, -1, -1)  # a video begins with the portrait as its past
         else:
-            past = self.shards.read(clip, "latents", slice(first - known * WINDOW, first)).float()
+            past = self.shards.read(clip, "latents", slice(first - known * length, first)).float()
         now = torch.arange(first, first + length)[:, None] + torch.arange(-NEIGHBOURS, NEIGHBOURS + 1)
         begin, end = max(0, first - NEIGHBOURS), min(frames, first + length + NEIGHBOURS)
         speech = self.shards.read(clip, "speech", slice(begin, end)).float()
@@ -188,7 +229,7 @@ class TrainingSet(Dataset):
         noise = torch.rand((), generator=generator) * torch.randn(past.shape, generator=generator)
         past = past + config.data.past_noise * noise
         # Windows that are not there stand at the front and count for nothing.
-        past = torch.cat([torch.zeros((most - known) * WINDOW, *past.shape[1:]), past])
+        past = torch.cat([torch.zeros((most - known) * length, *past.shape[1:]), past])
         return Batch(
             keys=(self.shards.samples[clip].key,),
             **common,
@@ -200,6 +241,32 @@ class TrainingSet(Dataset):
             no_audio=no_audio,
             emotion=emotion.masked_fill(no_emotion, NULL_EMOTION),
         )
+
+
+class HeldOut(TrainingSet):
+    """The clips of a training set that it holds out, with nothing dropped: sample `number` is always the same.
+
+    In the order of a hash of their keys, so that most stay where they are when clips are added.
+    """
+
+    def __init__(self, of: TrainingSet):
+        vars(self).update(vars(of))
+        drop, data = Drop(emotion=0.0, reference=0.0, audio=0.0, past=0.0), replace(of.config.data, by_length=False)
+        self.config, self.samples_together = replace(of.config, drop=drop, data=data), 1
+        self.usable = sorted(of.held_out, key=lambda clip: stable_hash(self.shards.samples[clip].key))
+
+    def __len__(self) -> int:
+        return len(self.usable)
+
+    def clip(self, number: int) -> tuple[int, int]:
+        """Which clip sample `number` is cut from: anywhere in it."""
+        return self.usable[number % len(self)], 0
+
+    def __getitem__(self, number: int) -> Batch:
+        """Sample `number` as a batch of one."""
+        clip, stretch = self.clip(number)
+        purpose = f"held out {self.shards.samples[clip].key}"
+        return self._sample(clip, stretch, number, _generator(self.config.seed, purpose, number // len(self)))
 
 
 def collate(samples: list[Batch]) -> Batch:
@@ -247,8 +314,8 @@ class _Numbers:
 
 
 @lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> list[int]:
-    return torch.randperm(count, generator=_generator(seed, "epoch", epoch)).tolist()
+def _permutation(seed: int, epoch: int, count: int) -> Tensor:
+    return torch.randperm(count, generator=_generator(seed, "epoch", epoch))
 
 
 def _generator(seed: int, purpose: str, number: int) -> torch.Generator:

@@ -21,7 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memo_core.inputs.speech import NEIGHBOURS
-from memo_core.release import WINDOW
+from memo_core.release import FPS, WINDOW
 
 from .batches import Batch
 from .config import Stage, override
@@ -41,7 +41,6 @@ DEVICES = {
 }
 UTILISATION = 0.3  # assumed share of that speed; measure a step and say so with --utilisation
 RESERVE = 3 * GIB // 2  # assumed: context 0.5 GiB, work space of cuDNN and cuBLAS and fragmentation 1 GiB
-FPS = 30
 # Stable Diffusion 1.5's, as diffusers has it.
 VAE = {
     "in_channels": 3,
@@ -69,6 +68,7 @@ class Cost:
     small_moments: int  # of the optimiser with optimizer.bits=8
     checkpoint: CheckpointSize
     average: int  # bytes of the averaged weights
+    window: int = WINDOW  # frames that are denoised together
 
     @property
     def total(self) -> int:
@@ -132,12 +132,14 @@ def count(config: Stage, sizes: Sizes = RELEASED, size: int = 512) -> Cost:
         small_moments=sum(moments(parameter.numel(), 8) for parameter in learning),
         checkpoint=size_on_disk,
         average=sum(p.numel() * p.element_size() for p in learning) if averaged else 0,
+        window=_window(sizes),
     )
 
 
 def example(config: Stage, sizes: Sizes, size: int = 512) -> Batch:
     """A batch of the stage's shapes, of zeros; past windows as many as the stage may draw."""
-    count, frames, side = config.optimizer.batch, config.data.frames, size // 8
+    count, side, window = config.optimizer.batch, size // 8, _window(sizes)
+    frames = config.data.frames if config.data.single_frames else window
     channels = sizes.diffusion_net["in_channels"]
     windows = None if config.data.single_frames else max(config.data.past_windows)
     clip = torch.zeros(count, channels, frames, side, side)
@@ -155,7 +157,7 @@ def example(config: Stage, sizes: Sizes, size: int = 512) -> Batch:
         return batch
     return replace(
         batch,
-        past=torch.zeros(count, windows * WINDOW, channels, side, side),
+        past=torch.zeros(count, windows * window, channels, side, side),
         past_windows=torch.full((count,), windows),
         audio=torch.zeros(count, frames, 2 * NEIGHBOURS + 1, sizes.speech_layers, sizes.speech_dim),
         no_audio=torch.zeros(count, dtype=torch.bool),
@@ -163,13 +165,19 @@ def example(config: Stage, sizes: Sizes, size: int = 512) -> Batch:
     )
 
 
+def _window(sizes: Sizes) -> int:
+    """Frames that networks of these sizes denoise together."""
+    return sizes.diffusion_net.get("window_frames", WINDOW)
+
+
 def storage(hours: float, size: int = 512, sizes: Sizes = RELEASED, clip_seconds: float = 15.0) -> int:
-    """Bytes of shards for so many hours of video; the format is that of `shards`."""
+    """Bytes of shards for so many hours of video at the networks' rate; the format is that of `shards`."""
     side = size // 8
     frame = 2 * sizes.diffusion_net["in_channels"] * side**2 + 2 * sizes.speech_layers * sizes.speech_dim + 1
     clip = 2 * sizes.diffusion_net["in_channels"] * side**2 + 2 * side**2 + 4 * sizes.face_embedding
     clip += 2 * 512 + 1024  # tar headers; safetensors header, record and padding
-    return round(hours * 3600 * (FPS * frame + clip / clip_seconds))
+    fps = sizes.diffusion_net.get("fps", FPS)
+    return round(hours * 3600 * (fps * frame + clip / clip_seconds))
 
 
 def encoding(size: int = 512, config: dict[str, Any] | None = None) -> int:
@@ -238,7 +246,7 @@ def table(costs: list[Cost], utilisation: float = UTILISATION) -> str:
 
 
 def _past(cost: Cost) -> str:
-    return str(max(cost.stage.data.past_windows) * WINDOW)
+    return str(max(cost.stage.data.past_windows) * cost.window)
 
 
 def _gib(number: int) -> str:

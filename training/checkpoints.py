@@ -36,6 +36,7 @@ _SAME = {"started_from": "the start's weights", "data": "the data", "samples_per
 _FREE = ("data.workers", "engine.save_every", "engine.keep", "engine.sample_every", "engine.samples")
 _FREE += ("engine.log_every", "engine.trackers", "engine.gradient_checkpointing")
 _FREE += ("engine.save_minutes", "engine.export_every")
+_FREE += ("engine.guidance", "engine.validated")
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -57,6 +58,9 @@ def begun(folder: Path) -> tuple[Stage, dict[str, Any]]:
     for name in (*kinds, *_SAME):
         if not fits(record.get(name), kinds.get(name, int | str)):
             raise ConfigError(f"{folder / 'training.json'} is not a run's record: {name} is {shown(record.get(name))}")
+    history = record.setdefault("history", [])
+    if not fits(history, list[dict[str, int | str]]) or not all(fits(data.get("step"), int) for data in history):
+        raise ConfigError(f"{folder / 'training.json'} is not a run's record: history is {shown(history)}")
     return settings, record
 
 
@@ -75,6 +79,10 @@ class Checkpoints:
         size: of a checkpoint.
         always: exports every checkpoint. Adapters are small, and of weights that processes hold parts of the state is
             in parts, too.
+
+    Attributes:
+        new_data: whether a run that was begun with other data may go on.
+        history: the data that the run had before: their digests, and the steps at which others came.
     """
 
     def __init__(
@@ -94,6 +102,7 @@ class Checkpoints:
         self.out, self.config, self.accelerator, self.nets, self.average = out, config, accelerator, nets, average
         self.started_from, self.data, self.encoders, self.base = started_from, data, encoders, base
         self.size, self.always = size, always
+        self.new_data, self.history = False, list[dict[str, Any]]()
 
     def folder(self, step: int) -> Path:
         return self.out / f"checkpoint-{step:07d}"
@@ -132,7 +141,8 @@ class Checkpoints:
         if self.average is not None:
             self.average.load(found / STATE / AVERAGE, record["averaged_steps"], self.accelerator.device)
         if self.accelerator.is_main_process:
-            truncate(self.out / "log.jsonl", record["step"])
+            for name in ("log.jsonl", "validation.jsonl"):
+                truncate(self.out / name, record["step"])
 
     def require_room(self) -> None:
         """DiskError where all checkpoints of the run do not find room; says how much they take."""
@@ -149,7 +159,13 @@ class Checkpoints:
         free = _FREE + (("steps",) if self.config.optimizer.schedule == "constant" else ())
         other = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if k not in free and before[k] != now[k]]
         mine = self._record(record["step"], record["seconds"])
+        self.history = record["history"]
+        if self.new_data and record["data"] != mine["data"]:
+            self.history = [*self.history, {"step": record["step"], "data": record["data"]}]
+            mine["data"] = record["data"]
         other += [f"{what} was {record[k]}, is {mine[k]}" for k, what in _SAME.items() if record[k] != mine[k]]
+        if other == [f"the data was {record['data']}, is {mine['data']}"]:
+            other[0] += " (--new-data goes on with these)"
         if other:
             raise ConfigError(f"{self.out} was begun otherwise: {'; '.join(other)}. Use another --out, or delete it")
         return record
@@ -164,6 +180,7 @@ class Checkpoints:
             "started_from": self.started_from,
             "data": self.data,
             "encoders": None if self.encoders is None else str(self.encoders.absolute()),
+            "history": self.history,
             "samples_per_step": optimizer.batch * optimizer.accumulate * accelerator.num_processes,
             "processes": accelerator.num_processes,
             "hardware": run.hardware(),

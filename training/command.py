@@ -10,9 +10,9 @@ from memo_core.checkpoint.digest import base_digest
 
 from . import dry_run, engine, export, initialise
 from .budget import UTILISATION
-from .config import ConfigError, Stage, flatten, override
+from .config import ConfigError, Stage, flatten
 from .nets import RELEASED, Nets
-from .presets import PRESETS
+from .presets import PRESETS, settings
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -48,6 +48,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         type=Path,
         help="checkpoint whose VAE and encoders complete the new ones, and make the pictures (default: --start)",
     )
+    train.add_argument(
+        "--new-data", action="store_true", help="go on with other data than the run was begun with, such as more"
+    )
     train.add_argument("--show", action="store_true", help="print the settings and stop")
     train.add_argument(
         "--dry-run",
@@ -67,7 +70,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    config = override(PRESETS[args.preset](), args.set)
+    config = settings(args.preset, args.set, args.out)
     if args.show:
         print("\n".join(f"{name}={value}" for name, value in flatten(config).items()))
         return
@@ -84,7 +87,7 @@ def run_train(args: argparse.Namespace) -> None:
         dry_run.report(config, args.data, args.out, sizes, encoders, args.processes, args.utilisation)
         return
     nets = _nets(start, args)
-    last = engine.train(config, args.data, args.out, nets, encoders, _base(config, start))
+    last = engine.train(config, args.data, args.out, nets, encoders, _base(config, start), args.new_data)
     print(f"the last checkpoint is {last}")
 
 

@@ -26,11 +26,14 @@ class Data:
     """What one sample is.
 
     single_frames: frames of a clip that do not follow each other, each by itself, without sound or past (stage 1).
-    frames: of a sample, 16 for windows.
-    past_windows: numbers of 16-frame past windows; one is drawn per micro-step.
+    frames: of a sample of single frames; a window has as many as the networks denoise together.
+    past_windows: numbers of past windows; one is drawn per micro-step.
     start_ratio: probability that a window is treated as a video's first, whose past is the portrait; windows that
-        begin in a clip's first 16 frames always are.
+        begin in a clip's first one always are.
     past_noise: greatest standard deviation of noise on past latents, because generated ones are not clean either.
+    by_length: clips are drawn as often as whole windows fit into them, so that every second counts the same; in an
+        epoch each of these stretches is drawn from once. Otherwise each clip comes once in an epoch, however long.
+    held_out: share of the videos that is not trained on, for validation and previews (`training.split`).
     workers: processes that read, per training process.
     """
 
@@ -39,6 +42,8 @@ class Data:
     past_windows: tuple[int, ...] = (1,)
     start_ratio: float = 0.0
     past_noise: float = 0.0
+    by_length: bool = False
+    held_out: float = 0.0
     workers: int = 0
 
 
@@ -62,6 +67,7 @@ class Loss:
 
     weighting: how noise levels are drawn and weighted, as in Stable Diffusion 3 (Esser et al. 2024, section 3.1):
         logit_normal, mode, cosmap, sigma_sqrt or uniform.
+    pure_noise: share of samples at noise level 1, where sampling begins and which few of these draws come near.
     robust_threshold: samples whose error exceeds it are dropped from the step; infinity drops none. Those without a
         portrait stay: what they should look like is anybody's guess, so their error says nothing.
     robust_measure: "loss", the mean squared error of the velocity; or "clean", that error seen in the clean estimate
@@ -74,6 +80,7 @@ class Loss:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
+    pure_noise: float = 0.0
     robust_threshold: float = 0.1
     robust_measure: str = "loss"
     robust_from: int = 0
@@ -127,6 +134,8 @@ class Engine:
     keep: checkpoints kept.
     export_every: steps; checkpoints of these steps hold the weights in the released layout, too, and keep those when
         they are too old to be gone on from. 0: only the last checkpoint of a run does.
+    guidance: scale that the pictures are sampled with; 1: without.
+    validated: held-out windows, or sets of frames, whose loss is measured whenever pictures are made.
     trackers: others that accelerate knows, such as "wandb", besides TensorBoard.
     """
 
@@ -140,6 +149,8 @@ class Engine:
     export_every: int = 0
     sample_every: int = 1000
     samples: int = 4
+    guidance: float = 1.0
+    validated: int = 16
     log_every: int = 10
     trackers: tuple[str, ...] = ()
 
@@ -182,6 +193,8 @@ _CHOICES = {
     "engine.mixed_precision": ("no", "fp16", "bf16"),
     "engine.attention": ("auto", "math"),
 }
+_BOUNDS = dict.fromkeys(("data.start_ratio", "data.held_out", "loss.pure_noise", "engine.ema"), (0, 1))
+_BOUNDS |= {"engine.guidance": (1, 100), "engine.validated": (0, 10**6)}
 
 
 def check(config: Stage) -> Stage:
@@ -192,9 +205,9 @@ def check(config: Stage) -> Stage:
         for value in values:
             if value not in allowed:
                 raise ConfigError(f"{name}: {value!r} is none of {', '.join(map(repr, allowed))}")
-    for name, value in flat.items():
-        if (name.startswith("drop.") or name in ("data.start_ratio", "engine.ema")) and not 0 <= value <= 1:
-            raise ConfigError(f"{name} must be between 0 and 1, got {value}")
+    for name, (low, high) in (_BOUNDS | {name: (0, 1) for name in flat if name.startswith("drop.")}).items():
+        if not low <= flat[name] <= high:
+            raise ConfigError(f"{name} must be between {low} and {high}, got {flat[name]}")
     whole = ("steps", "data.frames", "optimizer.batch", "optimizer.accumulate")
     for name in (*whole, *(f"engine.{key}" for key in ("keep", "sample_every", "samples", "log_every"))):
         if flat[name] < 1:

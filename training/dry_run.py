@@ -31,15 +31,17 @@ def report(
         utilisation: assumed share of the device's speed.
     """
     together = config.optimizer.batch * processes
-    samples = batches.TrainingSet(data, config, samples_together=together, face_embedding=sizes.face_embedding)
+    net = NetConfig.from_json(sizes.diffusion_net)
+    samples = batches.TrainingSet(
+        data, config, samples_together=together, face_embedding=sizes.face_embedding, window=net.window
+    )
     first = batches.collate([samples[number] for number in range(config.optimizer.batch)])
     cost = budget.count(config, sizes, 8 * first.latents.shape[-1])
-    fps = NetConfig.from_json(sizes.diffusion_net).fps
     lines = [
         _memory(cost, processes),
         "disk: " + disk.plan(cost.checkpoint, config, out, always=bool(config.lora.rank)),
     ]
-    lines += [_hours(cost, utilisation), _data(samples, fps), _batch(config, samples, processes, fps)]
+    lines += [_hours(cost, utilisation), _data(samples, net.fps), _batch(config, samples, processes, net.fps)]
     print("\n".join(lines))
     if encoders is None:
         print("picture: none without a VAE; give --encoders")
@@ -78,12 +80,16 @@ def _data(samples: batches.TrainingSet, fps: float) -> str:
     shards = samples.shards.samples
     frames = sum(shards[clip].frames for clip in samples.usable)
     text = f"data: {len(samples.usable):,} clips, {frames / fps / 3600:.3g} h, {frames:,} frames"
-    short = len(shards) - len(samples.usable)
-    return text + (f"; {short:,} more are shorter than {samples.config.data.frames} frames" if short else "")
+    if samples.held_out:
+        text += f"; {len(samples.held_out):,} clips are held out"
+    rest = len(shards) - len(samples.usable) - len(samples.held_out)
+    short = sum(sample.frames < samples.length for sample in shards)
+    text += f"; {short:,} more are shorter than {samples.length} frames" if short else ""
+    return text + (f"; {rest - short:,} show videos or faces of both sides" if rest > short else "")
 
 
 def _batch(config: Stage, samples: batches.TrainingSet, processes: int, fps: float) -> str:
-    optimizer, length = config.optimizer, config.data.frames
+    optimizer, length = config.optimizer, samples.length
     together = processes * optimizer.batch * optimizer.accumulate
     frames = sum(samples.shards.samples[clip].frames for clip in samples.usable)
     seen = config.steps * together

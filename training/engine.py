@@ -28,6 +28,7 @@ from .config import ConfigError, Stage, flatten
 from .learning import Average, adamw, prepare_to_learn
 from .nets import Nets, check_encoders
 from .objectives import objective_of
+from .validation import validate
 
 __all__ = ["Trainer", "begun", "checkpoints", "latest", "train"]
 
@@ -36,19 +37,26 @@ TIMEOUT = timedelta(hours=2)
 
 
 def train(
-    config: Stage, data: Path | str, out: Path | str, nets: Nets, encoders: Path | str | None, base: str = ""
+    config: Stage,
+    data: Path | str,
+    out: Path | str,
+    nets: Nets,
+    encoders: Path | str | None,
+    base: str = "",
+    new_data: bool = False,
 ) -> Path:
     """Trains or resumes one stage.
 
     Args:
         config: of the stage.
         data: folder of shards.
-        out: `checkpoint-<step>` folders, `log.jsonl`, `logs/` (TensorBoard), `samples/` and, for each process,
-            `dropped-<rank>.jsonl` go there. With many machines, a folder that all of them see.
+        out: `checkpoint-<step>` folders, `log.jsonl`, `validation.jsonl`, `logs/` (TensorBoard), `samples/` and, for
+            each process, `dropped-<rank>.jsonl` go there. With many machines, a folder that all of them see.
         nets: to start from; a run that goes on replaces their weights, and refuses to have started from others.
         encoders: checkpoint in the released layout whose VAE and encoders the checkpoints are completed with; None
             leaves them out, and makes no pictures.
         base: with adapters, the digest of the checkpoint they belong to (`memo_core.checkpoint.digest.base_digest`).
+        new_data: a run that was begun with other data goes on with these, and its record says so.
 
     Returns:
         The last checkpoint.
@@ -60,7 +68,8 @@ def train(
         DiskError: there is no room for the checkpoints; those that were written are as they were.
         RuntimeError: the loss was not finite ten steps in a row.
     """
-    trainer = Trainer(config, Path(data), Path(out), nets, None if encoders is None else Path(encoders), base)
+    encoders = None if encoders is None else Path(encoders)
+    trainer = Trainer(config, Path(data), Path(out), nets, encoders, base, new_data)
     try:
         return trainer.run()
     finally:
@@ -71,7 +80,16 @@ def train(
 class Trainer:
     """One run of one stage; see `train`."""
 
-    def __init__(self, config: Stage, data: Path, out: Path, nets: Nets, encoders: Path | None, base: str) -> None:
+    def __init__(
+        self,
+        config: Stage,
+        data: Path,
+        out: Path,
+        nets: Nets,
+        encoders: Path | None,
+        base: str,
+        new_data: bool = False,
+    ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 
@@ -105,7 +123,14 @@ class Trainer:
             config,
             samples_together=config.optimizer.batch * accelerator.num_processes,
             face_embedding=nets.sizes.face_embedding,
+            window=nets.window,
         )
+        self.held_out = batches.HeldOut(self.set) if self.set.held_out else None
+        if config.data.held_out and self.held_out is None and accelerator.is_main_process:
+            clips = len(self.set.shards)
+            print(f"no clip is held out: {clips} clips are too few for data.held_out={config.data.held_out:g}")
+        if self.set.shards.crop_scale is not None:
+            nets.crop_to(self.set.shards.crop_scale)
         groups = prepare_to_learn(nets, config)
         learning = [parameter for parameter in nets.parameters() if parameter.requires_grad]
         self.waiting = self._hold_back(groups)
@@ -135,6 +160,7 @@ class Trainer:
             disk.checkpoint_size(nets, learning, config),
             always=self.sharded or bool(config.lora.rank),
         )
+        self.checkpoints.new_data = new_data
         self.step, self.seconds = 0, 0.0
 
     def run(self) -> Path:
@@ -145,6 +171,9 @@ class Trainer:
             self.checkpoints.load(*found)
         if self.step < config.steps:
             self.checkpoints.require_room()
+        if history := self.checkpoints.history:  # the epochs of these data begin where they came
+            micro = config.optimizer.batch * accelerator.num_processes * config.optimizer.accumulate
+            self.set.first = history[-1]["step"] * micro
         if accelerator.is_main_process:
             accelerator.init_trackers(config.name, config={k: logs.plain(v) for k, v in flatten(config).items()})
         stream = batches.loader(
@@ -178,6 +207,7 @@ class Trainer:
                     self._log(figures.taken(), bar)
                 bar.update()
                 if step % config.engine.sample_every == 0 or step == config.steps:
+                    self._validate()
                     self._show()
                 if self._save_now():
                     last = self.checkpoints.save(self.model, step, self.seconds)
@@ -310,6 +340,19 @@ class Trainer:
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def _validate(self) -> None:
+        """Writes down the loss on what is held out."""
+        if self.held_out is None or not self.config.engine.validated:
+            return
+        self.model.eval()
+        with nullcontext() if self.average is None else self.average.swapped():
+            figures = validate(self.model, self.held_out, self.config.engine.validated, self.accelerator)
+        self.model.train()
+        if self.accelerator.is_main_process:
+            self.accelerator.log(figures, step=self.step)
+            with open(self.out / "validation.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **figures}) + "\n")
+
     def _show(self) -> None:
         """Samples beside the truth, as a picture and in the trackers; only where one process holds all weights."""
         accelerator = self.accelerator
@@ -320,7 +363,8 @@ class Trainer:
         self.model.eval()
         averaged = nullcontext() if self.average is None else self.average.swapped()
         with averaged, torch.no_grad(), accelerator.autocast():
-            sheet = preview.picture(accelerator.unwrap_model(self.model).nets, self.set, self.encoders)
+            nets, shown = accelerator.unwrap_model(self.model).nets, self.held_out or self.set
+            sheet = preview.picture(nets, shown, self.encoders)
         self.model.train()
         run.save_picture(sheet, self.out / "samples" / f"{self.step:07d}.png")
         for tracker in accelerator.trackers:

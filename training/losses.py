@@ -9,13 +9,16 @@ from .config import Loss
 
 
 def draw_sigma(count: int, config: Loss, generator: torch.Generator) -> Tensor:
-    """Noise levels [count] in (0, 1), drawn as the weighting says (Esser et al. 2024, section 3.1)."""
+    """Noise levels [count] in (0, 1], drawn as the weighting says (Esser et al. 2024, section 3.1), or 1."""
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
     scheme = "none" if config.weighting == "uniform" else config.weighting
-    return compute_density_for_timestep_sampling(
+    sigma = compute_density_for_timestep_sampling(
         scheme, count, config.logit_mean, config.logit_std, config.mode_scale, generator=generator
     )
+    if not config.pure_noise:  # and nothing is drawn for it: settings from before it was one draw the same numbers
+        return sigma
+    return sigma.masked_fill(torch.rand(count, generator=generator) < config.pure_noise, 1.0)
 
 
 def sigma_weight(sigma: Tensor, config: Loss) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +143,25 @@ class Nets(nn.Module):
             load_strict(getattr(nets, name), floats, folder / name / WEIGHTS)
         return nets
 
+    @property
+    def window(self) -> int:
+        """Frames that are denoised together."""
+        return self.diffusion_net.config.window
+
+    def crop_to(self, scale: float) -> None:
+        """Lets the networks' checkpoints say how wide the squares are that they learn from, in sides of the face: so
+        are portraits cut then.
+        """
+        margin = round(max(0.0, (scale - 1) / 2), 4)
+        self.sizes = replace(self.sizes, diffusion_net=self.sizes.diffusion_net | {"crop_margin": margin})
+
     def save(self, folder: Path, dtype: torch.dtype = torch.float32, values: dict[str, Tensor] | None = None) -> None:
         """Writes the four networks in the released layout; `values` replaces parameters by name."""
         state = self.state_dict() if values is None else values
         configs = {
             "reference_net": self.sizes.reference_net,
-            "diffusion_net": self.sizes.diffusion_net,
+            # In training each row's face tokens are its own; the released code mixes them, and so would sampling.
+            "diffusion_net": self.sizes.diffusion_net | {"face_token_rows": "grouped"},
             "image_proj": {"_class_name": "ImageProjModel"},
             "audio_proj": {"_class_name": "AudioProjModel"},
         }

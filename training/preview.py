@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memo_core.nets.conditions import Conditions
 from memo_core.nets.past import Memory
+from memo_core.release import NULL_EMOTION
 from memo_core.sampling.settings import Settings
 from memo_core.sampling.vae import decode_latents
 from memo_core.sampling.window import sample_window
@@ -38,12 +39,13 @@ def _vae(folder: Path) -> Any:
 def picture(nets: Nets, data: TrainingSet, encoders: Path) -> Tensor:
     """uint8 [3, H, W]: in each row the portrait, true frames, and sampled ones; always of the same samples."""
     device = next(nets.parameters()).device
+    settings = Settings(steps=STEPS, guidance_scale=data.config.engine.guidance)
     pictures = []
     for batch in _samples(data):
         batch = batch.to(device)
         noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(7)).to(device)
-        conditions, memory = _conditions(nets, batch)
-        sampled = sample_window(nets, noise, conditions, memory, Settings(steps=STEPS, guidance_scale=1.0))[0]
+        conditions, memory = conditions_of(nets, batch, settings.guided)
+        sampled = sample_window(nets, noise, conditions, memory, settings)[0]
         shown = torch.linspace(0, sampled.shape[1] - 1, min(SHOWN, sampled.shape[1])).round().long()
         row = torch.cat([batch.portrait[0][:, None], batch.latents[0][:, shown], sampled[:, shown]], dim=1)
         pictures.append(decode_latents(_vae(encoders), row.cpu()))
@@ -57,14 +59,23 @@ def _samples(data: TrainingSet) -> list[Batch]:
     return [collate([undropped[number]]) for number in range(data.config.engine.samples)]
 
 
-def _conditions(nets: Nets, batch: Batch) -> tuple[Conditions, list[Memory] | None]:
+def conditions_of(nets: Nets, batch: Batch, guided: bool) -> tuple[Conditions, list[Memory] | None]:
+    """What a batch of one is sampled under; with guidance an unconditional row before it, as sampling has it."""
     tokens = nets.image_proj(batch.face_embedding)
-    windows = batch.audio is not None
+    reference = nets.reference_net(batch.portrait, tokens)
+    audio, emotion, past, windows = batch.audio, batch.emotion, batch.past, batch.past_windows
+    audio = None if audio is None else nets.audio_proj(audio)
+    if guided:
+        tokens = torch.cat([nets.image_proj(torch.zeros_like(batch.face_embedding)), tokens])
+        if audio is not None:
+            audio = torch.cat([torch.zeros_like(audio), audio])
+            emotion = torch.cat([torch.full_like(emotion, NULL_EMOTION), emotion])
+            past, windows = torch.cat([past, past]), torch.cat([windows, windows])
     conditions = Conditions(
-        reference=nets.reference_net(batch.portrait, tokens),
+        reference=reference,
         face_tokens=tokens,
-        audio_tokens=nets.audio_proj(batch.audio) if windows else None,
-        emotion=batch.emotion if windows else None,
+        audio_tokens=audio,
+        emotion=emotion,
         frames=batch.latents.shape[2],
     )
-    return conditions, memory_of(nets, batch.past, tokens, batch.past_windows) if windows else None
+    return conditions, None if audio is None else memory_of(nets, past, tokens, windows)

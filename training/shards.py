@@ -19,23 +19,35 @@ import hashlib
 import io
 import json
 import math
-import os
 import tarfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memo_core.checks import shown, whole
-from memo_core.files import Unfinished, open_regular, replace_whole
+from memo_core.files import Unfinished, replace_whole
 
-from .reading import fits, parse_json, read_json
+from .reading import fits, parse_json
+from .shard_index import (
+    INDEX,
+    MOST,
+    TOLD,
+    ShardError,
+    folder_of,
+    is_key,
+    is_told,
+    number_of,
+    open_inside,
+    pread,
+    read_index,
+    size_of,
+)
 
-INDEX = "index.json"
-_MOST = 2**62  # bytes, frames, sides of a tensor
 _MAX_HEADER, _MAX_META = 2**20, 2**24  # bytes of a sample's safetensors header, and of its .json
 _DTYPES = {
     "F64": torch.float64,
@@ -48,19 +60,21 @@ _DTYPES = {
 }
 
 
-class ShardError(ValueError):
-    """A shard, an index or a sample that cannot be used."""
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Where a sample lies: `size` bytes of safetensors at `offset` of the tar file `shard`."""
+    """Where a sample lies: `size` bytes of safetensors at `offset` of the tar file `shard`.
+
+    video: that it was cut from, by a name of its own; empty where the index does not say.
+    crop_scale: side of the square that was cut out, in sides of the face; None where the index does not say.
+    """
 
     key: str
     shard: str
     offset: int
     size: int
     frames: int
+    video: str = ""
+    crop_scale: float | None = None
 
 
 class Shards:
@@ -71,19 +85,19 @@ class Shards:
     """
 
     def __init__(self, folder: Path | str):
-        self.folder = _folder(folder)
-        index = _read_index(self.folder)
+        self.folder = folder_of(folder)
+        index = read_index(self.folder)
         if not index["shards"]:
             raise ShardError(f"no shards in {self.folder}: there is no {INDEX} there, or it lists none")
         self.encoders: dict[str, str] = index["encoders"]
         self.samples = [
-            Sample(key, shard["name"], offset, size, frames)
+            Sample(key, shard["name"], offset, size, frames, **(told[0] if told else {}))
             for shard in index["shards"]
-            for key, offset, size, frames in shard["samples"]
+            for key, offset, size, frames, *told in shard["samples"]
         ]
         for shard in index["shards"]:
             path = self.folder / shard["name"]
-            found = _size(path)
+            found = size_of(path)
             if found != shard["bytes"]:
                 raise ShardError(f"{path} should have {shard['bytes']} bytes, found {found}: copy or make it again")
 
@@ -95,6 +109,36 @@ class Shards:
         """Tells sets of samples apart: their keys, order, lengths, and the encoders that made them."""
         listed = json.dumps([self.encoders, [(sample.key, sample.frames) for sample in self.samples]], sort_keys=True)
         return hashlib.sha256(listed.encode()).hexdigest()[:16]
+
+    @property
+    def crop_scale(self) -> float | None:
+        """Mean side of the squares that were cut out, in sides of the face; None where no sample tells."""
+        told = [sample.crop_scale for sample in self.samples if sample.crop_scale is not None]
+        return fmean(told) if told else None
+
+    def videos(self) -> list[str]:
+        """The video of each sample; one of which neither the index nor its .json tells is a video of its own.
+
+        Shards from before the index told are read through, once.
+        """
+        silent = {sample.shard for sample in self.samples if not sample.video}
+        found = {name: self._videos_in(name) for name in sorted(silent)}
+        return [s.video or found[s.shard].get(s.key) or f"sample {s.key}" for s in self.samples]
+
+    def _videos_in(self, name: str) -> dict[str, str]:
+        """Videos by key, as the .json of a shard's samples tell them: `video`, or `identity`."""
+        path, found = self.folder / name, {}
+        try:
+            with open_inside(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    if member.isreg() and member.name.endswith(".json") and member.size <= _MAX_META:
+                        told = parse_json(tar.extractfile(member).read())
+                        video = told.get("video") or told.get("identity")
+                        if isinstance(video, str):
+                            found[member.name.removesuffix(".json")] = video
+        except (tarfile.TarError, ValueError, OSError) as error:
+            raise ShardError(f"{path} does not tell its samples' videos: {error}") from error
+        return found
 
     def names(self, number: int) -> dict[str, tuple[int, ...]]:
         """Shapes of a sample's tensors by name; ShardError where the sample is damaged."""
@@ -126,7 +170,7 @@ class Shards:
             first, end, shape[0] = first + start * row, first + stop * row, stop - start
         if first == end:
             return torch.empty(shape, dtype=_DTYPES[entry["dtype"]])
-        data = _pread(self.folder / sample.shard, base + first, end - first)
+        data = pread(self.folder / sample.shard, base + first, end - first)
         return torch.frombuffer(bytearray(data), dtype=_DTYPES[entry["dtype"]]).view(shape)
 
     def meta(self, number: int) -> dict[str, Any]:
@@ -138,7 +182,7 @@ class Shards:
         sample = self._sample(number)
         path = self.folder / sample.shard
         try:
-            with _open_inside(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            with open_inside(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 member = tar.getmember(f"{sample.key}.json")
                 if not member.isreg() or member.size > _MAX_META:
                     raise ValueError(f"{member.name} is no file of at most {_MAX_META} bytes")
@@ -159,11 +203,11 @@ class Shards:
         """Where a sample's data begin, and its tensors' dtypes, shapes and places there, all of which make sense."""
         sample = self._sample(number)
         path = self.folder / sample.shard
-        length = int.from_bytes(_pread(path, sample.offset, 8), "little")
+        length = int.from_bytes(pread(path, sample.offset, 8), "little")
         if length > min(sample.size - 8, _MAX_HEADER):
             raise ShardError(f"{path} holds no safetensors at {sample.offset}, where {sample.key} should lie")
         try:
-            header = parse_json(_pread(path, sample.offset + 8, length))
+            header = parse_json(pread(path, sample.offset + 8, length))
             header.pop("__metadata__", None)
             for name, entry in header.items():
                 if not _is_tensor(entry, sample.size - 8 - length):
@@ -182,7 +226,7 @@ def _is_tensor(entry: Any, size: int) -> bool:
     shape, places = entry.get("shape"), entry.get("data_offsets")
     if not fits(shape, list[int]) or not fits(places, tuple[int, int]) or len(shape) > 16:
         return False
-    if any(whole(side, 0, _MOST) is None for side in shape):
+    if any(whole(side, 0, MOST) is None for side in shape):
         return False
     first, end = places
     return 0 <= first <= end <= size and end - first == math.prod(shape) * _DTYPES[entry["dtype"]].itemsize
@@ -204,7 +248,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path | str, encoders: dict[str, str] | None = None, samples_per_shard: int = 256):
-        self.folder, self.samples_per_shard = _folder(folder), samples_per_shard
+        self.folder, self.samples_per_shard = folder_of(folder), samples_per_shard
         encoders = encoders or {}
         if not fits(encoders, dict[str, str]) or whole(samples_per_shard, 1) is None:
             raise ShardError(
@@ -212,7 +256,7 @@ class ShardWriter:
                 f"{shown(samples_per_shard)}"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._index = _read_index(self.folder)
+        self._index = read_index(self.folder)
         if self._index["shards"] and self._index["encoders"] != encoders:
             raise ShardError(
                 f"{self.folder} was made with {self._index['encoders']}, now it is {encoders}: "
@@ -220,10 +264,10 @@ class ShardWriter:
             )
         self._index["encoders"] = encoders
         # Not their count: some may have been removed. One that no index names, after a crash, is written over.
-        numbers = [_number_of(shard["name"]) for shard in self._index["shards"]]
+        numbers = [number_of(shard["name"]) for shard in self._index["shards"]]
         self._next = 1 + max(numbers, default=-1)
         self.keys = {sample[0] for shard in self._index["shards"] for sample in shard["samples"]}
-        self._open: list[tuple[str, int]] = []
+        self._open: list[tuple[Any, ...]] = []  # key, frames, and what the index tells besides
         self._tar: tarfile.TarFile | None = None
         self._file: Unfinished | None = None
 
@@ -243,16 +287,25 @@ class ShardWriter:
         return tarfile.open(self._file.temporary, "w")
 
     def add(self, key: str, tensors: dict[str, Tensor], meta: dict[str, Any] | None = None) -> None:
-        """Appends a sample; `key` must be new and without dots or slashes (WebDataset splits names at dots)."""
+        """Appends a sample.
+
+        Args:
+            key: new, and without dots or slashes (WebDataset splits names at dots).
+            tensors: by name.
+            meta: becomes the sample's .json; the index repeats its `video` and `crop_scale` (see `Sample`).
+        """
         from safetensors import SafetensorError
         from safetensors.torch import save
 
-        if not isinstance(key, str) or not _is_key(key) or key in self.keys:
+        if not isinstance(key, str) or not is_key(key) or key in self.keys:
             raise ShardError(f"{shown(key)} cannot be a sample's key: it is empty, taken, or has a dot or slash in it")
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise ShardError(f"a sample's tensors are tensors by name, received {shown(tensors)}")
         if "latents" not in tensors or not tensors["latents"].ndim or not len(tensors["latents"]):
             raise ShardError(f"{key} has no latents, only {', '.join(map(str, tensors)) or 'nothing'}")
+        told = {name: meta[name] for name in TOLD if isinstance(meta, dict) and meta.get(name) is not None}
+        if not is_told(told):
+            raise ShardError(f"{key}: video is a text and crop_scale a number above 0, received {shown(told)}")
         try:
             data, about = save({name: t.contiguous() for name, t in tensors.items()}), json.dumps(meta or {}).encode()
         except (TypeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
@@ -262,7 +315,7 @@ class ShardWriter:
         _add(self._tar, f"{key}.safetensors", data)
         _add(self._tar, f"{key}.json", about)
         self.keys.add(key)
-        self._open.append((key, len(tensors["latents"])))
+        self._open.append((key, len(tensors["latents"]), *([told] if told else [])))
         if len(self._open) >= self.samples_per_shard:
             self.close()
 
@@ -287,9 +340,9 @@ class ShardWriter:
         self.close()
         shards = []
         for shard in self._index["shards"]:
-            kept = [(key, frames) for key, _, _, frames in shard["samples"] if key not in keys]
+            kept = [(key, frames, *told) for key, _, _, frames, *told in shard["samples"] if key not in keys]
             if 0 < len(kept) < len(shard["samples"]):
-                names = {key for key, _ in kept}
+                names = {key for key, *_ in kept}
                 shard = self._without(self.folder / shard["name"], names, kept)
             if kept:
                 shards.append(shard)
@@ -301,10 +354,10 @@ class ShardWriter:
             if path.name not in named:  # also what an earlier run, killed before this line, left
                 path.unlink()
 
-    def _without(self, path: Path, names: set[str], kept: list[tuple[str, int]]) -> dict[str, Any]:
+    def _without(self, path: Path, names: set[str], kept: list[tuple[Any, ...]]) -> dict[str, Any]:
         """Writes the samples of these names of a shard into a new one; its entry for the index."""
         try:
-            with _open_inside(path) as file, tarfile.open(fileobj=file, mode="r:") as old, self._begin() as new:
+            with open_inside(path) as file, tarfile.open(fileobj=file, mode="r:") as old, self._begin() as new:
                 for member in old:
                     if member.isreg() and member.name.partition(".")[0] in names:
                         new.addfile(member, old.extractfile(member))
@@ -316,16 +369,16 @@ class ShardWriter:
                 raise
             raise ShardError(f"{path} cannot be written anew: {error}") from error
 
-    def _finish(self, samples: list[tuple[str, int]]) -> dict[str, Any]:
-        """Names the unfinished file, which holds these samples (key, frames); its entry for the index."""
+    def _finish(self, samples: list[tuple[Any, ...]]) -> dict[str, Any]:
+        """Names the unfinished file, which holds these samples (see `_open`); its entry for the index."""
         path = self._file.path
         with tarfile.open(self._file.temporary, "r:") as tar:
             places = {m.name: (m.offset_data, m.size) for m in tar.getmembers()}
-        if lost := [key for key, _ in samples if f"{key}.safetensors" not in places]:
+        if lost := [key for key, *_ in samples if f"{key}.safetensors" not in places]:
             raise ShardError(f"{', '.join(lost[:10])} should be in it, and is not")
         self._file.finish()
         self._next += 1
-        listed = [[key, *places[f"{key}.safetensors"], frames] for key, frames in samples]
+        listed = [[key, *places[f"{key}.safetensors"], *rest] for key, *rest in samples]
         return {"name": path.name, "bytes": path.stat().st_size, "samples": listed}
 
     def _write_index(self) -> None:
@@ -333,93 +386,7 @@ class ShardWriter:
             temporary.write_text(json.dumps(self._index), encoding="utf-8")
 
 
-def _folder(folder: Path | str) -> Path:
-    if not isinstance(folder, (str, os.PathLike)) or "\0" in str(folder):
-        raise ShardError(f"a folder of shards is a path, received {shown(folder)}")
-    return Path(folder)
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    """What the index says, once it makes sense; ShardError names the first thing that does not."""
-    path = folder / INDEX
-    if not os.path.lexists(path):
-        return {"encoders": {}, "shards": []}
-    index = read_json(path, lambda text: ShardError(f"{text}. The index is damaged"))
-    if not fits(index.get("encoders"), dict[str, str]) or not isinstance(index.get("shards"), list):
-        raise ShardError(f"{path} is damaged: it should hold encoders and shards, it is {shown(index)}")
-    for shard in index["shards"]:
-        if problem := _problem(shard):
-            raise ShardError(f"{path} is damaged: {problem}")
-    return index
-
-
-def _problem(shard: Any) -> str:
-    """What is wrong with a shard's entry in the index; nothing where it is right."""
-    if (
-        not isinstance(shard, dict)
-        or not isinstance(shard.get("name"), str)
-        or not isinstance(shard.get("samples"), list)
-    ):
-        return f"an entry is {shown(shard)}, not a shard's name, bytes and samples"
-    name, size = shard["name"], whole(shard.get("bytes"), 0, _MOST)
-    if not name.endswith(".tar") or not name.isprintable() or set(name) & set("/\\:"):
-        return f"{shown(name)} is not the name of a tar file in this folder"
-    if size is None:
-        return f"{name} has {shown(shard.get('bytes'))} bytes"
-    spans = []
-    for sample in shard["samples"]:
-        if not fits(sample, tuple[str, int, int, int]) or not _is_key(sample[0]):
-            return f"{name} holds {shown(sample)}, not [key, offset, size, frames]"
-        key, offset, length, frames = sample
-        if offset < 0 or length < 8 or offset + length > size or frames < 1:
-            return f"{key} in {name} has {frames} frames in {length} bytes at {offset}, of {size}"
-        spans.append((offset, length, key))
-    spans.sort()
-    for (offset, length, key), (following, _, other) in zip(spans, spans[1:]):
-        if offset + length > following:
-            return f"{key} and {other} in {name} overlap"
-    return ""
-
-
-def _is_key(key: str) -> bool:
-    return bool(key) and not set(key) & set("./\\\0")
-
-
-def _number_of(name: str) -> int:
-    digits = name.removeprefix("clips-").removesuffix(".tar")
-    if not digits.isdecimal() or len(digits) > 12:
-        raise ShardError(f"{name} is not the name of a shard that this program wrote: clips-000000.tar")
-    return int(digits)
-
-
-def _open_inside(path: Path) -> BinaryIO:
-    """Opens a shard; ShardError where it is no file, or a link to one outside its folder."""
-    try:
-        if Path(os.path.realpath(path)).parent != Path(os.path.realpath(path.parent)):
-            raise ShardError(f"{path} is a link that leads out of its folder: put the shard itself there")
-        return open_regular(path)
-    except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error}") from error
-
-
-def _size(path: Path) -> int | None:
-    """Bytes of a shard, None where there is none."""
-    if not os.path.lexists(path):
-        return None
-    with _open_inside(path) as file:
-        return os.fstat(file.fileno()).st_size
-
-
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
-
-
-def _pread(path: Path, offset: int, size: int) -> bytes:
-    with _open_inside(path) as file:
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) < size:
-        raise ShardError(f"{path} ends before byte {offset + size}: copy or make it again")
-    return data

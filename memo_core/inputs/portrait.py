@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checks import number, shown, whole
 from ..encoders.face import EMBEDDING_SIZE, FOLDER, Box, Face, FaceAnalyzer, logger
 from ..errors import PortraitError
+from ..release import CROP_MARGIN
 
 SIZE_MULTIPLE = 64  # VAE 8, then three halvings in the networks
 MAX_SIDE = 4096  # pixels of a video: the memory's sums alone would take half a terabyte there
@@ -43,7 +44,7 @@ def prepare_portrait(
     image: PortraitImage,
     size: int | tuple[int, int] = 512,
     crop: Literal["face", "none"] = "face",
-    margin: float = 0.35,
+    margin: float = CROP_MARGIN,
     face_index: int | None = None,
     analyzer: FaceAnalyzer | None = None,
     no_face: Literal["warn", "error"] = "warn",

@@ -8,12 +8,14 @@ from typing import Any
 
 from ..checks import number, shown, whole
 from ..errors import CheckpointError
-from ..release import FPS, LONGEST_WINDOW, WINDOW
+from ..release import CROP_MARGIN, FPS, LONGEST_WINDOW, WINDOW
 
 LARGEST = 2**16  # width, number of heads, kernel, ...: far beyond any network, and nothing to build on the meta device
 LONGEST = 64  # list, as of widths by level
 _MOST_PAST = 256  # past frames that a layer may look at
 DEEPEST = 1000  # layers of a kind
+_WIDEST_MARGIN = 10.0  # in parts of the face, as for a portrait
+FACE_TOKEN_ROWS = ("released", "grouped")
 
 
 def settings_like(settings: Mapping[str, Any], defaults: Mapping[str, Any], source: object) -> dict[str, Any]:
@@ -200,6 +202,8 @@ class NetConfig:
     fps: int = FPS  # frames a second that it was trained at
     noise_levels: tuple[float, ...] = ()  # from 1 down to 0 that it samples at; (): the released schedule
     guidance_embedded: bool = False  # it has learnt its guidance: the conditional row is all that is computed
+    face_token_rows: str = "released"  # which rows read which face tokens; see `sampling.settings.Settings`
+    crop_margin: float = CROP_MARGIN  # room around the faces that it was trained on, in parts of a face's size
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> NetConfig:
@@ -224,12 +228,22 @@ class NetConfig:
                 "fps": FPS,
                 "noise_levels": (1.0,),
                 "guidance_embedded": False,
+                "face_token_rows": "released",
+                "crop_margin": CROP_MARGIN,
             },
             "config.json",
         )
         if read["window_frames"] > LONGEST_WINDOW:
             raise CheckpointError(
                 f"config.json: window_frames = {read['window_frames']} must be at most {LONGEST_WINDOW}"
+            )
+        if read["face_token_rows"] not in FACE_TOKEN_ROWS:
+            raise CheckpointError(
+                f"config.json: face_token_rows = {shown(read['face_token_rows'])} must be one of {FACE_TOKEN_ROWS}"
+            )
+        if read["crop_margin"] > _WIDEST_MARGIN:
+            raise CheckpointError(
+                f"config.json: crop_margin = {read['crop_margin']} must be at most {_WIDEST_MARGIN:g} faces"
             )
         for name in ("block_out_channels", "down_block_types", "up_block_types"):
             if config.get(name) is None:
@@ -269,6 +283,8 @@ class NetConfig:
             fps=read["fps"],
             noise_levels=_noise_levels(read["noise_levels"]) if config.get("noise_levels") is not None else (),
             guidance_embedded=read["guidance_embedded"],
+            face_token_rows=read["face_token_rows"],
+            crop_margin=read["crop_margin"],
         )
         made._check_widths()
         return made

@@ -37,7 +37,8 @@ class Conditioner:
     """
 
     def __init__(self, nets: Networks, reference: Reference, settings: Settings, cache: MemoryCache):
-        self.nets, self.reference, self.settings, self.cache = nets, reference, settings, cache
+        self.nets, self.reference, self.cache = nets, reference, cache
+        self.settings = settings.for_checkpoint(nets.diffusion_net.config)
         self.plan: Plan | None = None
         self.device, self.dtype = nets.device, nets.diffusion_net.conv_in.weight.dtype
         self.past_dtype = precision.remembered(self.dtype)  # of what later windows remember

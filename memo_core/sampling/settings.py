@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..checks import number, shown, whole
 from ..errors import SamplingError
-from ..nets.config import NetConfig
+from ..nets.config import FACE_TOKEN_ROWS, NetConfig
 from .solvers import SOLVERS
 
 
@@ -71,9 +71,6 @@ def speed_named(name: str) -> Speed:
     return PRESETS[name]
 
 
-FACE_TOKEN_ROWS = ("released", "grouped")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """How to sample.
@@ -84,7 +81,8 @@ class Settings:
         seed: of the noise; each window draws from (seed, number of its first frame).
         emotion_per: "window" gives every frame of a window the most frequent label, as released; "frame" its own.
         face_token_rows: with guidance the released code hands the two sets of face tokens to the Reference Net's rows
-            in turn ("released"); "grouped" gives each batch row its own.
+            in turn ("released"); "grouped" gives each batch row its own, as in training. None: as the checkpoint says,
+            or as released where it says nothing.
         speed: which approximations are allowed: the name of a preset (`PRESETS`), or a bundle of one's own.
     """
 
@@ -92,7 +90,7 @@ class Settings:
     guidance_scale: float = 3.5
     seed: int = 42
     emotion_per: str = "window"
-    face_token_rows: str = "released"
+    face_token_rows: str | None = None
     speed: Speed = PRESETS["exact"]
 
     def __post_init__(self) -> None:
@@ -112,9 +110,9 @@ class Settings:
         object.__setattr__(self, "guidance_scale", scale)  # 3 and 3.0 are one setting
         if self.emotion_per not in ("window", "frame"):
             raise SamplingError(f"emotion_per must be 'window' or 'frame', received {shown(self.emotion_per)}")
-        if self.face_token_rows not in FACE_TOKEN_ROWS:
+        if self.face_token_rows not in (None, *FACE_TOKEN_ROWS):
             raise SamplingError(
-                f"face_token_rows must be one of {FACE_TOKEN_ROWS}, received {shown(self.face_token_rows)}"
+                f"face_token_rows must be None or one of {FACE_TOKEN_ROWS}, received {shown(self.face_token_rows)}"
             )
         if not isinstance(self.speed, Speed):
             object.__setattr__(self, "speed", speed_named(self.speed))
@@ -122,8 +120,11 @@ class Settings:
         object.__setattr__(self, "steps", steps)
 
     def for_checkpoint(self, config: NetConfig) -> Settings:
-        """As a checkpoint samples that brings its own noise levels, or has learnt its guidance."""
-        made = replace(self, guidance_scale=1.0) if config.guidance_embedded and self.guided else self
+        """As the checkpoint samples: with its face token rows where none are asked for, with noise levels that it
+        brings, without guidance that it has learnt.
+        """
+        made = self if self.face_token_rows else replace(self, face_token_rows=config.face_token_rows)
+        made = replace(made, guidance_scale=1.0) if config.guidance_embedded and self.guided else made
         steps = len(config.noise_levels) - 1
         if steps < 1 or (steps == self.steps and self.speed.max_steps is None):
             return made
@@ -144,5 +145,5 @@ class Settings:
         )
         return (
             f"Settings(steps={s.steps!r}, guidance_scale={s.guidance_scale!r}, seed={s.seed!r}, "
-            f"emotion_per={s.emotion_per!r}, face_token_rows={s.face_token_rows!r}, speed={speed})"
+            f"emotion_per={s.emotion_per!r}, face_token_rows={s.face_token_rows or 'released'!r}, speed={speed})"
         )

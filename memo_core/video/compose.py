@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ComposeError
 from ..inputs.portrait import crop_region, read_box
+from ..release import CROP_MARGIN
 
 Frame = Tensor | NDArray[Any]
 LARGEST = 4  # a box's side, in longer sides of its picture
@@ -67,7 +68,7 @@ class Box:
         return self.right - self.left
 
 
-def face_square(image_size: tuple[int, int], face_box: Any, margin: float = 0.35) -> Box:
+def face_square(image_size: tuple[int, int], face_box: Any, margin: float = CROP_MARGIN) -> Box:
     """The square around a face, the same that `inputs.portrait.prepare_portrait` cuts.
 
     Args:

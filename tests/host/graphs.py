@@ -37,7 +37,7 @@ class Graph(dict):
 
     def reference(self, model: Link, image: Link | None = None, size: int = 64, **inputs: Any) -> Link:
         image = image or [self.add("MEMO_Example", speech="voice"), 0]
-        settings = {"size": size, "crop": "face", "margin": 0.35, "face_index": -1} | inputs
+        settings = {"size": size, "crop": "face", "margin": -1.0, "face_index": -1} | inputs
         return [self.add("MEMO_EncodeReference", model=model, image=image, **settings), 0]
 
     def voice(self, model: Link, file: str, **inputs: Any) -> Link:

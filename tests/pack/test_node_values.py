@@ -254,6 +254,27 @@ def test_a_cut_out_is_cropped_over_white(pack: SimpleNamespace) -> None:
         assert np.array_equal((crop[0] * 255).round().numpy(), white)
 
 
+def test_faces_are_cut_as_the_checkpoint_was_trained_unless_asked_otherwise(pack: SimpleNamespace) -> None:
+    margins, cut_out_already = [], SimpleNamespace(pixels=torch.zeros(3, 8, 8))
+    model = SimpleNamespace(
+        encode_reference=lambda *_, margin, **more: margins.append(margin) or cut_out_already,
+        default_size=(16, 16),
+        face_analyzer=None,
+        crop_margin=0.1,
+    )
+    for margin in (pack.portrait.AS_TRAINED, 0.35):
+        pack.portrait.EncodeReference.execute(model, torch.zeros(1, 8, 8, 3), 0, "face", margin, -1)
+    assert margins == [None, 0.35]
+    image, face = torch.zeros(1, 100, 100, 3), torch.zeros(1, 100, 100)
+    face[:, 40:60, 40:60] = 1
+    cut = pack.portrait.CropPortrait.execute
+    sides = [
+        len(cut(image, -1, margin, 0.5, 0.5, 1.0, model=one, face_mask=face).args[0][0])
+        for one, margin in ((model, -1.0), (None, -1.0), (model, 0.5))
+    ]
+    assert sides == [24, 34, 40]
+
+
 def test_transparent_frames_are_joined_over_white(pack: SimpleNamespace) -> None:
     frames = torch.zeros(20, 16, 16, 4)
     frames[:, :8, :, 3] = 1

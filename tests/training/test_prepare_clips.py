@@ -82,6 +82,7 @@ def test_sound_that_comes_late_or_early_ends_in_step_in_sample_and_preview(
         shards = Shards(out / "shards")
         assert shards.samples[0].key == row.key and shards.meta(0)["sync_offset"] == -by
         assert (shards.meta(0)["source"], shards.meta(0)["identity"]) == ("a.mp4", row.identity)
+        assert shards.samples[0].video == row.identity, "which the index tells, too"
         samples[name] = shards.read(0, "speech").float()[10:-10].flatten(), shards.read(0, "latents")
         shown = replace(row, source=f"{row.id}.mp4", start=0.0, end=3.0, box=[0.0, 0, 256, 256])
         (shown,) = sync.measure(shown, settings_for(out / "clips", out))

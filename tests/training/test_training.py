@@ -262,7 +262,7 @@ class _Callable(torch.nn.Module):
 
 def test_memory_in_training_is_the_memory_of_sampling() -> None:
     nets = small_nets().eval()
-    nets.device, nets.window = torch.device("cpu"), 16
+    nets.device = torch.device("cpu")
     past = torch.randn(1, 48, 4, SIZE, SIZE)
     tokens = nets.image_proj(torch.zeros(1, 512))
     with torch.no_grad():

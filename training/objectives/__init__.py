@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..config import ConfigError, Stage
+from ..config import Stage
 from ..nets import Nets
 from .flow import FlowModel
 
@@ -15,11 +15,5 @@ OBJECTIVES = {"flow": FlowModel}
 
 
 def objective_of(config: Stage, nets: Nets) -> nn.Module:
-    """The objective of a stage, with the networks inside, so that an engine can wrap all of it.
-
-    ConfigError where windows of another length than the networks' would be trained.
-    """
-    window = nets.diffusion_net.config.window
-    if not config.data.single_frames and config.data.frames != window:
-        raise ConfigError(f"data.frames={config.data.frames}: the networks denoise windows of {window} frames")
+    """The objective of a stage, with the networks inside, so that an engine can wrap all of it."""
     return OBJECTIVES[config.objective](nets, config.loss)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from statistics import median
 from tempfile import SpooledTemporaryFile
 from typing import Any
 
@@ -146,6 +147,16 @@ def focus(boxes: Iterable[list[float]], side: int) -> Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(fine[None], side)[0].half()
 
 
+def crop_scale(row: Row) -> float | None:
+    """Side of the square that is cut out, in sides of the face as one picture shows it: a portrait that is cut so looks
+    like the clip. None where no face was looked for.
+    """
+    if row.box is None or not row.looks:
+        return None
+    faces = [max(right - left, bottom - top) for _, left, top, right, bottom in row.looks]
+    return round((row.box[2] - row.box[0]) / median(faces), 4)
+
+
 @lru_cache(maxsize=1)
 def _networks(models: str, device: str) -> tuple[Any, Any, Any, Any]:
     from diffusers import AutoencoderKL
@@ -202,7 +213,8 @@ class Packer:
             said = f"{path.name} cannot be read: {error}. --retry encodes the clip again"
             return row.fail("encode", "damaged file", said, error=True)
         about = {name: value for name, value in row.to_json().items() if name not in ("done", "failure", "error")}
-        self.writer.add(row.key, tensors, about | {"encoded_fps": self.fps})
+        about |= {"encoded_fps": self.fps, "video": row.identity, "crop_scale": crop_scale(row)}
+        self.writer.add(row.key, tensors, about)
         self._added.append(path)
         if len(self._added) >= SAMPLES_PER_SHARD:
             self.close()

@@ -10,12 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from common import relative_l2, thinned
 from torch import Tensor, nn
 
-from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState
+from memo_core import AudioTrack, EmotionTrack, MemoPipeline, MemoryState, Reference
 from memo_core.budget.counting import needs
 from memo_core.checkpoint.lora import Adapter, Factors, apply
 from memo_core.checkpoint.save import save_module
@@ -281,6 +282,9 @@ def test_places_are_the_windows_and_not_the_pasts(checkpoint: Callable[[str], Pa
         ({"prediction": "epsilon"}, "only 'flow' is"),
         ({"noise_levels": [1.0, 0.5]}, "must fall from 1 to 0"),
         ({"noise_levels": [0.5, 0.0]}, "must fall from 1 to 0"),
+        ({"face_token_rows": "mixed"}, "'mixed' must be one of .*grouped"),
+        ({"crop_margin": 11}, "at most 10"),
+        ({"crop_margin": -0.1}, "a number from 0"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(
@@ -317,6 +321,33 @@ def test_a_checkpoint_may_bring_its_window_rate_levels_and_guidance(
     hook.remove()
     assert rows == [12] * 6 and [window.latents.shape[1] for window in windows] == [12, 12, 6]
     assert [len(entry.latents) for entry in windows[-1].memory.entries] == [12, 12, 12, 6]
+
+
+def test_a_checkpoint_may_say_how_it_was_shown_faces(
+    memo_tiny: Path, tmp_path: Path, pipe: MemoPipeline, small: Reference, track: AudioTrack
+) -> None:
+    """Rows of face tokens and the crop: what nobody asks for otherwise is as in its training."""
+    folder = tmp_path / "own"
+    shutil.copytree(memo_tiny, folder)
+    file = folder / "diffusion_net" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"face_token_rows": "grouped", "crop_margin": 0.05}))
+    own = MemoPipeline.from_pretrained(folder)
+
+    def sample(one: MemoPipeline, **settings: Any) -> Tensor:
+        return one.sample_clip(small, track, num_frames=16, steps=1, **settings)[0].latents
+
+    assert own.job(small, track, num_frames=16).settings.face_token_rows == "grouped"
+    assert pipe.job(small, track, num_frames=16).settings.face_token_rows == "released"
+    released, grouped = (sample(pipe, face_token_rows=rows) for rows in ("released", "grouped"))
+    assert torch.equal(sample(pipe), released) and torch.equal(sample(own), grouped)
+    assert torch.equal(sample(own, face_token_rows="released"), released) and not torch.equal(released, grouped)
+
+    picture = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    cuts = dict(size=64, crop="face", face_box=(40, 30, 70, 60), face_embedding=torch.zeros(512))
+    for one, margin in ((own, 0.05), (pipe, 0.35)):
+        asked = one.encode_reference(picture, margin=margin, **cuts)
+        assert torch.equal(one.encode_reference(picture, **cuts).pixels, asked.pixels)
+    assert not torch.equal(own.encode_reference(picture, **cuts).pixels, asked.pixels)
 
 
 @pytest.mark.parametrize("speed", PRESETS)
