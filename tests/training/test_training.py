@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch
 from common import ROOT, relative_l2
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from small_training import SIZE, TINY, launch, log_of, small_nets, write_clips
 
 from memo_core import MemoPipeline, MemoryState, Reference, kernels
 from memo_core.checkpoint.layout import EMOTION_HEAD
@@ -43,33 +43,11 @@ from memo_core.sampling.settings import Settings
 from memo_core.sampling.window import sample_window
 from training import __main__ as command
 from training import batches, config, engine, learning, losses, presets
-from training.config import ConfigError, Drop, Engine, Loss, Optimizer, Stage
-from training.nets import Nets, begin_from_nothing, checkpoint_gradients, link_encoders
+from training.config import ConfigError, Drop, Loss
+from training.nets import Nets, checkpoint_gradients, link_encoders
 from training.objectives import flow
 from training.shards import Shards, ShardWriter
 from training.toon import sizes
-
-SIZE = 8  # latents: 64 x 64 pixels
-NARROW = {"block_out_channels": [16, 16, 32]}
-SIZES = replace(sizes.NETS, reference_net=sizes.REFERENCE_NET | NARROW, diffusion_net=sizes.DIFFUSION_NET | NARROW)
-TINY = Stage(
-    name="tiny",
-    steps=6,
-    loss=Loss(robust_threshold=math.inf),
-    optimizer=Optimizer(learning_rate=1e-3, batch=2),
-    engine=Engine(
-        mixed_precision="no", gradient_checkpointing=False, ema=0.9, save_every=2, keep=2, sample_every=100, log_every=1
-    ),
-)
-
-
-def small_nets(seed: int = 0) -> Nets:
-    torch.manual_seed(seed)
-    nets = Nets(SIZES)
-    begin_from_nothing(nets)
-    for parameter in nets.parameters():  # what begins at zero would pass nothing back in the first steps
-        parameter.data.add_(0.02 * torch.randn(parameter.shape))
-    return nets
 
 
 @pytest.fixture(scope="session")
@@ -88,20 +66,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight random clips."""
-    folder = tmp_path_factory.mktemp("data")
-    torch.manual_seed(0)
-    with ShardWriter(folder, samples_per_shard=4) as writer:
-        for number in range(8):
-            tensors = {
-                "latents": torch.randn(64, 4, SIZE, SIZE).half(),
-                "portrait": torch.randn(4, SIZE, SIZE).half(),
-                "speech": torch.randn(64, sizes.SPEECH_LAYERS, sizes.SPEECH_DIM).half(),
-                "emotion": torch.full((64,), number, dtype=torch.uint8),
-                "focus": torch.rand(SIZE, SIZE).half(),
-            }
-            writer.add(f"clip{number}", tensors)
-    return folder
+    return write_clips(tmp_path_factory.mktemp("data"))
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -121,10 +86,6 @@ def assert_same_state(one: Path, other: Path) -> None:
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     moments = [torch.load(path / "state" / "optimizer.bin", weights_only=True)["state"] for path in (one, other)]
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
-
-
-def log_of(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -566,44 +527,6 @@ def test_encoders_behind_links_come_along(encoders: Path, tmp_path: Path) -> Non
     for path in encoders.rglob("*"):
         if path.is_file():
             assert (tmp_path / "made" / "checkpoint" / path.relative_to(encoders)).read_bytes() == path.read_bytes()
-
-
-def launch(stage: Stage, data: Path, out: Path, processes: int, first: str = "") -> None:
-    """Trains with several processes on the CPU, joined by gloo, as `accelerate launch` would start them; each runs the
-    lines in `first` before.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = (
-        "import sys; root = sys.argv[1]\n"
-        "sys.path[:0] = [root, root + '/tests', root + '/tests/training']; import test_training as t\n"
-        "stage = t.config.from_json(sys.argv[4])\n"
-        f"{first}\n"
-        "t.engine.train(stage, sys.argv[2], sys.argv[3], t.small_nets(), None)\n"
-    )
-    running = []
-    for rank in range(processes):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-        }
-        arguments = [sys.executable, "-c", script, str(ROOT), str(data), str(out), config.to_json(stage)]
-        running.append(
-            subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    for process in running:
-        try:
-            said = process.communicate(timeout=240)[0]
-        finally:
-            process.kill()
-        assert process.returncode == 0, said
 
 
 def test_two_processes_learn_what_one_with_twice_the_batch_learns(data: Path, tmp_path: Path) -> None:
