@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from memo_core.checkpoint.digest import weights_digest
 
-from . import batches, disk, logs, losses, run
+from . import batches, disk, logs, losses, robust, run
 from .checkpoints import Checkpoints, begun, checkpoints, latest
 from .config import ConfigError, Stage, flatten
 from .learning import Average, adamw, prepare_to_learn
@@ -161,6 +161,7 @@ class Trainer:
             always=self.sharded or bool(config.lora.rank),
         )
         self.checkpoints.new_data = new_data
+        self.robust = robust.RobustFilter(config.loss).kept_with(accelerator)
         self.step, self.seconds = 0, 0.0
 
     def run(self) -> Path:
@@ -267,26 +268,26 @@ class Trainer:
     def _step(self, stream: Iterator[batches.Batch], figures: logs.Figures) -> float:
         """One step of the optimiser; returns the norm of its gradient, not finite if the step was skipped for that."""
         config, accelerator = self.config, self.accelerator
-        threshold = config.loss.robust_threshold if self.step >= config.loss.robust_from else math.inf
-        total, kept, seen = 0.0, 0, 0
+        limits, judged = self.robust.limits(self.step).to(accelerator.device), []
         for micro in range(config.optimizer.accumulate):
             batch = next(stream).to(accelerator.device)
             accelerator.gradient_state._set_sync_gradients(micro == config.optimizer.accumulate - 1)
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(self.model):
                 loss, error = self.model(batch)
-                keep = losses.kept_by_filter(loss, error, batch.no_reference, threshold)
+                bins = robust.bin_of(batch.sigma)
+                keep = losses.kept_by_filter(loss, error, batch.no_reference, limits[bins])
                 whole = torch.where(keep, loss, 0).sum()
-                # How many samples all processes keep: a process that keeps none still takes part in everything.
-                counts = torch.stack([keep.sum(), torch.ones_like(keep).sum(), whole.detach()]).float()
-                counts = accelerator.reduce(counts, "sum")
+                # What all processes keep: one that keeps no sample still takes part in everything.
+                judged.append(accelerator.gather(robust.judged(bins, error, keep, batch.no_reference, loss)))
                 # The sum over all kept samples; the engine averages over processes and micro-steps. It is divided by
                 # their number below, when that is known; by DeepSpeed, which steps by itself, for each micro-step.
                 scale = accelerator.num_processes * config.optimizer.accumulate
                 if self.deepspeed:
-                    scale = accelerator.num_processes / counts[0].clamp_min(1)
+                    scale = accelerator.num_processes / judged[-1][:, robust.KEPT].sum().clamp_min(1)
                 accelerator.backward(whole * scale)
-            kept, seen, total = kept + int(counts[0]), seen + int(counts[1]), total + float(counts[2])
-            self._note_dropped(batch, error, keep)
+            dropped = self.out / f"dropped-{accelerator.process_index}.jsonl"
+            robust.write_dropped(dropped, self.step, batch, error, limits[bins], keep)
+        kept, seen, total = self.robust.note(torch.cat(judged).cpu())
         norm = 0.0
         if self.deepspeed:
             self.optimizer.step()  # DeepSpeed skips steps that are not finite itself, and tells no norm
@@ -318,25 +319,18 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.optimizer.learning_rate * factor
 
-    def _note_dropped(self, batch: batches.Batch, error: Tensor, keep: Tensor) -> None:
-        rows = [(key, float(e)) for key, e, kept in zip(batch.keys, error, keep.tolist()) if not kept]
-        if rows:
-            path = self.out / f"dropped-{self.accelerator.process_index}.jsonl"
-            with open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": self.step, "key": key, "error": e}) + "\n" for key, e in rows)
-
     def _log(self, figures: dict[str, float], bar: Any) -> None:
         if not self.accelerator.is_main_process:
             return
         if not figures["kept"]:
             bar.write(
-                f"step {self.step}: every sample was dropped since the last line; loss.robust_threshold="
-                f"{self.config.loss.robust_threshold} is below all their errors (dropped-*.jsonl), or they are damaged"
+                f"step {self.step}: every sample was dropped since the last line; {self.robust.why_nothing_stays()} "
+                "(dropped-*.jsonl), or they are damaged"
             )
         figures = figures | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
-        self.accelerator.log(figures, step=self.step)
-        row = {"step": self.step, "seconds": round(self.seconds, 1), **figures}
+        self.accelerator.log(figures | self.robust.figures(), step=self.step)
+        row = {"step": self.step, "seconds": round(self.seconds, 1), **figures, **self.robust.row()}
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -41,8 +41,8 @@ def flow_errors(
 ) -> tuple[Tensor, Tensor]:
     """Loss of each sample, and the error by which the robust filter judges it.
 
-    An error e of the velocity moves the clean estimate by sigma * e; measured there (`robust_measure` "clean") it does
-    not depend on how noisy the sample was.
+    An error e of the velocity moves the clean estimate by sigma * e. Measured there (`robust_measure` "clean") it
+    changes less with the noise level than the velocity's own.
 
     Args:
         predicted, velocity: [B, 4, F, h, w].
@@ -57,8 +57,8 @@ def flow_errors(
     return weighted.mean(dim=(1, 2, 3, 4)) / weight.expand_as(error).mean(dim=(1, 2, 3, 4)), seen.mean(dim=(1, 2, 3, 4))
 
 
-def kept_by_filter(loss: Tensor, error: Tensor, exempt: Tensor, threshold: float) -> Tensor:
-    """Which samples [B] stay in the step: those whose error is at most `threshold`, and the exempt ones.
+def kept_by_filter(loss: Tensor, error: Tensor, exempt: Tensor, threshold: float | Tensor) -> Tensor:
+    """Which samples [B] stay in the step: those whose error is at most `threshold` (one, or [B]), and the exempt ones.
 
     Exempt are samples without a portrait: what they should look like is anybody's guess, so their error says nothing.
     One that is not finite never stays.

@@ -102,8 +102,8 @@ def test_the_presets_are_the_papers() -> None:
     )
     assert set(three.train) == {"audio", "memory"} and three.data.past_windows == (1, 2, 3)
     for stage in (two, three):
-        assert stage.drop == Drop(emotion=0.3, reference=0.05, audio=0.05, past=0.05, all=0.0)
-        assert stage.loss.robust_threshold == 0.1 and stage.loss.weighting == "logit_normal"
+        assert stage.drop == Drop(emotion=0.3, reference=0.05, audio=0.05, past=0.05, all=0.05)
+        assert stage.loss.robust_measure == "quantile" and stage.loss.weighting == "logit_normal"
         assert stage.optimizer.learning_rate == 1e-5
     assert all(config.check(preset()).name for preset in presets.PRESETS.values())
 
