@@ -7,12 +7,11 @@ import sys
 
 from memo_core.errors import MemoError
 
-from . import budget, export
+from . import budget, evaluation, export
 from . import command as train
 from .config import ConfigError
 from .disk import DiskError
 from .emotion import command as emotion
-from .evaluation import command as evaluation
 from .prepare import command as prepare
 from .shards import ShardError
 from .toon import jobs
@@ -25,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_command(commands)
     export.add_command(commands)
     emotion.add_command(commands)
-    evaluation.add_command(commands)
+    evaluation.add_commands(commands)
     budget.add_command(commands)
     jobs.add_command(commands)
     args = parser.parse_args(arguments)

@@ -217,11 +217,15 @@ def sound(path: str | os.PathLike[str], start: float, end: float, rate: int) -> 
 
 
 def cut(
-    image: NDArray[np.uint8], box: list[float] | tuple[float, ...], size: int, fill: int | None = None
+    image: NDArray[np.uint8],
+    box: list[float] | tuple[float, ...],
+    size: int | tuple[int, int],
+    fill: int | None = None,
 ) -> NDArray[np.uint8]:
-    """The square `box` (left, top, right, bottom) of an image as uint8 [size, size, 3]; beyond the image its edge
-    repeats, or there is gray `fill`.
+    """The part `box` (left, top, right, bottom) of an image as uint8 [H, W, 3] of `size`, the side of a square or width
+    and height; beyond the image its edge repeats, or there is gray `fill`.
     """
+    shape = (size, size) if isinstance(size, int) else size
     left, top, right, bottom = box
     height, width = image.shape[:2]
     x0, y0, x1, y1 = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
@@ -232,5 +236,5 @@ def cut(
             image[(y < 0) | (y >= height)] = fill
             image[:, (x < 0) | (x >= width)] = fill
         left, top, right, bottom = left - x0, top - y0, right - x0, bottom - y0
-    picture = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    picture = Image.fromarray(image).resize(shape, Image.Resampling.BILINEAR, box=(left, top, right, bottom))
     return np.asarray(picture)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from common import ROOT
+from made_videos import SIZE, plain, talk, write_video
 from torch import Tensor, nn
 
 from memo_core.checkpoint.download import RELEASE_FILES
 from memo_core.errors import CheckpointError, VideoError
-from memo_core.video.write import VideoWriter
 from training.evaluation import add_command, evaluate
 from training.evaluation.faces import FaceTrack
 from training.evaluation.frechet import FACE_3D_SIZE, Fid, Fvd, Moments, align_3d, frechet_distance, load_inception
@@ -32,46 +31,16 @@ from training.evaluation.report import table, write_report
 from training.evaluation.sync import Sync, score_video
 from training.evaluation.videos import CHUNK_PIXELS, Chunk, PairReader, frames_at, pair_videos
 from training.syncnet import SyncNet, cut
-from training.toon import heads, voices
 
 onnx = pytest.importorskip("onnx", reason="the onnx package, which builds the test models, is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 
-SIZE = 128
 BOX = (30.0, 30.0, 98.0, 110.0)  # where the test detector sees a face
 MOVES = np.zeros(106)
 MOVES[52:72:2] = 1  # of the mouth, points 52 to 71, every second one
 MOVES[[51, 72]] = 3  # their neighbours, which are not the mouth's
 KEYPOINTS = ((48, 62), (80, 62), (64, 78), (52, 92), (76, 92))
-
-
-def write_video(path: Path, frames: Iterable[np.ndarray], fps: float = 25, sound: np.ndarray | None = None) -> Path:
-    frames = list(frames)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = frames[0].shape[:2]
-    with VideoWriter(path, width, height, fps, None if sound is None else voices.RATE) as writer:
-        if sound is not None:
-            writer.write_audio(sound)
-        for frame in frames:
-            writer.write_frames(frame)
-    return path
-
-
-def plain(*levels: float, count: int = 16, size: int = SIZE) -> list[np.ndarray]:
-    """Frames of one colour."""
-    return [np.broadcast_to(np.array(levels, np.uint8), (size, size, 3))] * count
-
-
-def talk(
-    path: Path, seed: int, seconds: float = 0.8, size: int = SIZE, noise: float = 0, count: int | None = None
-) -> Path:
-    """A toon head that talks, 30 fps, with its voice."""
-    rng = np.random.default_rng(seed)
-    spoken = voices.speak(voices.sample_voice(rng), 4, seconds, rng)
-    frames = heads.render(heads.sample_identity(rng), heads.perform(spoken, 4, rng), size)[:count].permute(0, 2, 3, 1)
-    noisy = frames.numpy() + rng.normal(0, noise, frames.shape)
-    return write_video(path, noisy.clip(0, 255).astype(np.uint8), voices.FPS, spoken.waveform)
 
 
 # --- Networks of the published signatures -------------------------------------------------------------------------

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import get_args
 
 from memo_core.errors import MemoError
 
-from .evaluate import METRICS, evaluate, readable
+from .crop import CropRule
+from .evaluate import METRICS, Evaluation, evaluate, readable
 from .report import VideoTable, table, write_report
 
 
@@ -30,7 +32,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         default=Path("runs/evaluation"),
         help="report.md, report.json, videos.csv, curves/ (%(default)s)",
     )
-    parser.add_argument("--metrics", type=_names, help="some of the names below, with commas between (all)")
+    parser.add_argument("--metrics", type=names_of_measures, help="some of the names below, with commas between (all)")
     parser.add_argument(
         "--weights",
         type=Path,
@@ -40,7 +42,28 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--every", type=int, default=1, help="networks that look at single frames look at every n-th (%(default)s)"
     )
+    add_protocol(parser)
+    parser.add_argument(
+        "--crop",
+        choices=get_args(CropRule),
+        help="crop real pictures like the generated ones: `portrait`, as `memo generate` crops the real video's first "
+        "picture; `match`, so that the first real face lies as the first generated one does (no crop)",
+    )
     parser.set_defaults(run=run)
+
+
+def add_protocol(parser: argparse.ArgumentParser, fps: float | None = None) -> None:
+    """Adds the options that make numbers comparable with others'."""
+    parser.add_argument(
+        "--fps",
+        type=float,
+        default=fps,
+        help="read both sides at this rate, so that none repeats pictures, such as 25 "
+        f"({'that of each generated video' if fps is None else '%(default)s'})",
+    )
+    parser.add_argument(
+        "--clips-per-video", type=int, help="clips of a video for FVD, drawn by its name; StyleGAN-V takes 1 (all)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,18 +71,32 @@ def run(args: argparse.Namespace) -> None:
     try:
         with VideoTable(args.out / "videos.csv", args.metrics or list(METRICS)) as videos:
             found = evaluate(
-                args.generated, args.real, args.metrics, args.weights, args.device, args.every, videos.write
+                args.generated,
+                args.real,
+                args.metrics,
+                args.weights,
+                args.device,
+                args.every,
+                videos.write,
+                fps=args.fps,
+                clips_per_video=args.clips_per_video,
+                crop=args.crop,
             )
         write_report(found, args.out)
     except (MemoError, ValueError, OSError) as error:
         raise SystemExit(f"evaluate: {error}") from error
-    print(readable(table(found)))
+    show(found)
     print(readable(f"\n{args.out / 'report.md'}"))
     if args.metrics and found.missing:
         raise SystemExit(1)
 
 
-def _names(text: str) -> list[str]:
+def show(found: Evaluation) -> None:
+    """Prints the totals and what to know of them."""
+    print(readable("\n".join([table(found), *(f"- {line}" for line in found.remarks)])))
+
+
+def names_of_measures(text: str) -> list[str]:
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     if unknown := [name for name in names if name not in METRICS]:
         raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}; there are {', '.join(METRICS)}")

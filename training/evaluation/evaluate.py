@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +14,14 @@ from tqdm import tqdm
 
 from memo_core.errors import CheckpointError, MemoError
 
+from .crop import CropRule, find_crop
 from .frechet import EFid, Fid, Fvd
 from .identity import FSim
 from .landmarks import HeadMotion, LandmarkDistance
 from .metric import Measure, Metric, Reading, Tools
 from .pictures import Lpips, Psnr, Ssim
 from .sync import Sync
-from .videos import Pair, PairReader, pair_videos
+from .videos import MAX_PIXELS, Pair, PairReader, pair_videos, read_header, video_errors
 
 logger = logging.getLogger(__name__)
 
@@ -45,29 +47,56 @@ class Total:
 
 @dataclass
 class VideoRow:
-    """One pair. reason: why nothing was measured; else empty. frames: compared, at `fps`."""
+    """One pair. reason: why nothing was measured; else empty. frames: compared, at `fps`. sizes: width and height of
+    the generated and of the real pictures.
+    """
 
     name: str
     readings: dict[str, Reading] = field(default_factory=dict)
     frames: int = 0
     fps: float = 0.0
+    sizes: tuple[tuple[int, int], ...] = ()
     note: str = ""
     reason: str = ""
 
 
 @dataclass
 class Evaluation:
-    """What `evaluate` found, by measure and by video."""
+    """What `evaluate` found, by measure and by video. settings: what it was told that changes numbers."""
 
     generated: Path
     real: Path
     totals: dict[str, Total]
     videos: list[VideoRow]
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[str]:
         """Names of measures that could not be taken for want of a file or package."""
         return [name for name, total in self.totals.items() if total.missing]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader of the numbers has to know: what was told, and where pictures of two sizes were compared."""
+        told = self.settings
+        lines = []
+        if told.get("fps"):
+            lines.append(f"Both sides are read at {told['fps']:g} frames a second.")
+        if told.get("clips_per_video"):
+            lines.append(f"FVD takes {told['clips_per_video']} clips of a video, drawn by its name.")
+        if told.get("every", 1) > 1:
+            lines.append(f"Networks that look at single frames look at one in {told['every']}.")
+        if told.get("crop"):
+            lines.append(f"Real pictures are cropped like the generated ones (rule: {told['crop']}).")
+        unlike = [row for row in self.videos if len(set(row.sizes)) > 1]
+        if unlike:
+            sizes = " and ".join(f"{width}x{height}" for width, height in unlike[0].sizes)
+            lines.append(
+                f"In {len(unlike)} of {len(self.videos)} videos generated and real pictures differ in size (the first: "
+                f"{sizes}): FID, FVD and E-FID see another sharpness there, or another part of the picture, and SSIM, "
+                "PSNR and LPIPS scaled pictures. --crop makes the real ones like the generated ones."
+            )
+        return lines
 
 
 def evaluate(
@@ -78,6 +107,11 @@ def evaluate(
     device: str | torch.device = "cpu",
     every: int = 1,
     on_row: Callable[[VideoRow], None] | None = None,
+    *,
+    fps: float | None = None,
+    clips_per_video: int | None = None,
+    crop: CropRule | None = None,
+    pairs: Sequence[Pair] | None = None,
 ) -> Evaluation:
     """Measures generated videos against real ones.
 
@@ -89,31 +123,33 @@ def evaluate(
         device: for networks in PyTorch; those in ONNX run on the CPU.
         every: networks that look at single frames look at every n-th.
         on_row: called with each video's row when it is measured.
+        fps: both sides are read at this rate; None: at each generated video's. Sync has a rate of its own, 25.
+        clips_per_video: how many clips of a video FVD takes, drawn by its name; None takes all.
+        crop: real pictures are cropped and scaled like the generated ones, see `find_crop`; a pair that has a crop
+            keeps it. Sync looks at the whole real pictures, in which it crops by itself.
+        pairs: what is compared, where names do not say it; `generated` and `real` are then titles.
 
     Measures whose files or packages are missing are logged before work starts and told in the result, and the others
     are taken. A video that cannot be read costs its row.
 
     Raises:
-        VideoError: nothing to compare. ValueError: an unknown name, a device that is not there, or `every` below 1.
+        VideoError: nothing to compare. CheckpointError: a crop without face models. ValueError: an unknown name, a
+            device that is not there, or a number that cannot be.
     """
     generated, real = Path(generated), Path(real)
     names = list(METRICS) if metrics is None else list(dict.fromkeys(metrics))
     if unknown := [name for name in names if name not in METRICS]:
         raise ValueError(f"there is no measure {', '.join(map(repr, unknown))}; there are {', '.join(METRICS)}")
-    if every < 1:
-        raise ValueError(f"every is {every}; allowed is 1 and up")
-    try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    pairs = pair_videos(generated, real)
-    tools = Tools(None if weights is None else Path(weights), device, every)
+    tools = make_tools(weights, device, every, fps, clips_per_video)
+    pairs = pair_videos(generated, real) if pairs is None else pairs
+    if crop is not None:
+        _ = tools.analyzer  # says now what is missing
     totals = {name: Total() for name in names}
     running = _load(tools, totals)
 
     rows = []
     for pair in tqdm(pairs, desc="evaluate", unit="video", disable=len(pairs) < 2):
-        rows.append(_measure(pair, running, names, tools))
+        rows.append(_measure(crop_pair(pair, crop, tools), running, names, tools))
         if rows[-1].reason:
             logger.warning("%s: %s", pair.name, rows[-1].reason)
         if on_row is not None:
@@ -127,7 +163,41 @@ def evaluate(
     for name, total in totals.items():
         if not total.missing and total.value is None and not total.note:
             totals[name] = _mean([row.readings[name] for row in rows if name in row.readings])
-    return Evaluation(generated, real, totals, rows)
+    given = "given" if any(pair.crop for pair in pairs) else None
+    settings = {"every": every, "fps": fps, "clips_per_video": clips_per_video, "crop": crop or given}
+    return Evaluation(generated, real, totals, rows, settings)
+
+
+def make_tools(
+    weights: str | Path | None, device: str | torch.device, every: int, fps: float | None, clips_per_video: int | None
+) -> Tools:
+    """What measures share; ValueError for a number that cannot be, or a device that is not there."""
+    if every < 1:
+        raise ValueError(f"every is {every}; allowed is 1 and up")
+    if fps is not None and not 0.1 <= fps <= 1000:
+        raise ValueError(f"fps is {fps}; allowed is 0.1 to 1000, or None for that of each generated video")
+    if clips_per_video is not None and clips_per_video < 1:
+        raise ValueError(f"clips_per_video is {clips_per_video}; allowed is 1 and up, or None for all")
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return Tools(None if weights is None else Path(weights), device, every, fps, clips_per_video)
+
+
+def crop_pair(pair: Pair, rule: CropRule | None, tools: Tools) -> Pair:
+    """The pair with the crop that the rule finds; with the problem where it finds none."""
+    if rule is None or pair.crop is not None or pair.problem:
+        return pair
+    try:
+        header = read_header(pair.generated)
+        with video_errors(pair.real):
+            found = find_crop(
+                rule, tools.analyzer, pair.generated, pair.real, (header.width, header.height), MAX_PIXELS
+            )
+    except Exception as error:  # networks and codecs raise anything; the other videos go on
+        return replace(pair, problem=_say(error))
+    return replace(pair, crop=found)
 
 
 def _load(tools: Tools, totals: dict[str, Total]) -> list[Metric]:
@@ -167,7 +237,7 @@ def _measure(pair: Pair, metrics: list[Metric], names: list[str], tools: Tools) 
                 failed[metric] = _say(error)
 
     try:
-        reader = PairReader(pair.generated, pair.real, tools.device)
+        reader = PairReader(pair.generated, pair.real, tools.device, tools.fps, pair.crop)
         for metric in metrics:
             attempt(metric, lambda metric: metric.start(pair))
         with tqdm(total=reader.generated.frames, desc=readable(pair.name), unit="frame", leave=False) as progress:
@@ -178,7 +248,7 @@ def _measure(pair: Pair, metrics: list[Metric], names: list[str], tools: Tools) 
     except Exception as error:  # a hostile file must not end the run
         row.reason = _say(error)
         return row
-    row.frames, row.fps, row.note = reader.frames, reader.fps, reader.note()
+    row.frames, row.fps, row.sizes, row.note = reader.frames, reader.fps, reader.sizes, reader.note()
     for metric in metrics:
         attempt(metric, lambda metric: row.readings.update(metric.finish()))
         if metric in failed:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from memo_core.encoders.face import Face, FaceAnalyzer
 
 from .. import media
-from .videos import MAX_PIXELS, video_errors
+from .crop import Crop
+from .videos import MAX_PIXELS, Pair, video_errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,11 @@ class FaceTrack:
         point = values[left] + share * (values[right] - values[left])
         return Face(tuple(point[:4].tolist()), point[4:].reshape(5, 2).astype(np.float32), 1.0)
 
+    def inside(self, crop: Crop) -> FaceTrack:
+        """The same face in pixels of a part of the pictures."""
+        boxes = crop.points(self.boxes.reshape(-1, 2, 2)).reshape(-1, 4)
+        return FaceTrack(self.times, boxes, crop.points(self.keypoints), self.found)
+
     @cached_property
     def _seen(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Times [N] and boxes with keypoints [N, 14] where there is a face."""
@@ -67,6 +73,11 @@ class FaceTracks:
                 del self._known[next(iter(self._known))]
             self._known[path] = self._look(path)
         return self._known[path]
+
+    def of_pair(self, pair: Pair) -> tuple[FaceTrack, FaceTrack]:
+        """Of the generated and of the real video, in pixels of what is compared. Raises VideoError."""
+        generated, real = self.of(pair.generated), self.of(pair.real)
+        return generated, real if pair.crop is None else real.inside(pair.crop)
 
     def _look(self, path: Path) -> FaceTrack:
         times, boxes, keypoints, found = [], [], [], []

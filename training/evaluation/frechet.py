@@ -7,6 +7,7 @@ symmetric: with fewer samples than dimensions, as is usual here, that gives valu
 from __future__ import annotations
 
 import io
+import random
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -145,14 +146,35 @@ def load_inception(tools: Tools) -> Any:
         raise CheckpointError(f"{path} does not fit Inception v3: {error}") from error
 
 
+class Sample:
+    """Which items of a stream, whose length is not known, belong to a random sample of them (Vitter 1985, algorithm R).
+
+    Args:
+        size: of the sample; None takes all.
+        seed: the same one draws the same items.
+    """
+
+    def __init__(self, size: int | None, seed: str) -> None:
+        self._size, self._seen, self._random = size, 0, random.Random(seed)
+
+    def place(self) -> int | None:
+        """Where in the sample the next item goes, in place of what is there; None: it does not belong."""
+        self._seen += 1
+        if self._size is None or self._seen <= self._size:
+            return self._seen - 1
+        place = self._random.randrange(self._seen)
+        return place if place < self._size else None
+
+
 class Fvd(_Frechet):
     measures = (
         Measure(
             "fvd",
             "FVD",
             "lower",
-            f"Fréchet distance of I3D features of clips of {CLIP} frames that do not overlap (Unterthiner et al. 2018; "
-            f"network and input as in StyleGAN-V; {I3D} is TorchScript, a program that was run)",
+            f"Fréchet distance of I3D features of clips of {CLIP} frames that do not overlap, all of them or so many "
+            "drawn from each video (Unterthiner et al. 2018; network and input as in StyleGAN-V; "
+            f"{I3D} is TorchScript, a program that was run)",
         ),
     )
     files, what = (I3D,), f"clips of {CLIP} frames"
@@ -170,6 +192,9 @@ class Fvd(_Frechet):
     def start(self, pair: Pair) -> None:
         super().start(pair)
         self._waiting: list[list[Tensor]] = [[], []]
+        # The name as seed: the same clips on both sides, and of every system that is measured.
+        self._samples = [Sample(self.tools.clips_per_video, pair.name) for _ in range(2)]
+        self._found: list[dict[int, Tensor]] = [{}, {}]
 
     @torch.inference_mode()
     def update(self, chunk: Chunk) -> None:
@@ -178,8 +203,17 @@ class Fvd(_Frechet):
             self._waiting[side] += list(small)
             while len(self._waiting[side]) >= CLIP:
                 clip, self._waiting[side] = self._waiting[side][:CLIP], self._waiting[side][CLIP:]
-                video = torch.stack(clip, 1)[None].to(self.tools.device)  # [1, 3, 16, 224, 224] in [0, 255]
-                self.add(side, self._net(video, rescale=True, resize=True, return_features=True).float())
+                place = self._samples[side].place()
+                if place is not None:
+                    video = torch.stack(clip, 1)[None].to(self.tools.device)  # [1, 3, 16, 224, 224] in [0, 255]
+                    features = self._net(video, rescale=True, resize=True, return_features=True)
+                    self._found[side][place] = features.float().cpu()
+
+    def finish(self) -> dict[str, Reading]:
+        for side, found in enumerate(self._found):
+            for features in found.values():
+                self.add(side, features)
+        return super().finish()
 
 
 class EFid(_Frechet):
@@ -202,7 +236,7 @@ class EFid(_Frechet):
 
     def start(self, pair: Pair) -> None:
         super().start(pair)
-        self._tracks = [self.tools.tracks.of(path) for path in (pair.generated, pair.real)]
+        self._tracks = self.tools.tracks.of_pair(pair)
 
     def update(self, chunk: Chunk) -> None:
         for side, frames in enumerate((chunk.generated, chunk.real)):

@@ -30,7 +30,7 @@ class FSim(Metric):
         self._times: list[float] = []
         self._embeddings: list[NDArray[np.float32] | None] = []
         self._reference: NDArray[np.float32] | None = None
-        self._generated, self._real = (self.tools.tracks.of(path) for path in (pair.generated, pair.real))
+        self._generated, self._real = self.tools.tracks.of_pair(pair)
 
     def update(self, chunk: Chunk) -> None:
         for i in chunk.chosen(self.tools.every):

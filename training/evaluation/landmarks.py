@@ -67,7 +67,7 @@ class LandmarkDistance(Metric):
         self._mouth: list[float] = []
         self._face: list[float] = []
         self._faceless = 0
-        self._tracks = [self.tools.tracks.of(path) for path in (pair.generated, pair.real)]
+        self._tracks = self.tools.tracks.of_pair(pair)
 
     def update(self, chunk: Chunk) -> None:
         for i in chunk.chosen(self.tools.every):
@@ -132,7 +132,7 @@ class HeadMotion(Metric):
 
     def start(self, pair: Pair) -> None:
         self._points: list[list[NDArray[np.float32]]] = [[], []]
-        self._tracks = [self.tools.tracks.of(path) for path in (pair.generated, pair.real)]
+        self._tracks = self.tools.tracks.of_pair(pair)
 
     def update(self, chunk: Chunk) -> None:
         for i in chunk.chosen(self.tools.every):

@@ -83,11 +83,15 @@ class Tools:
     weights: folder of network files (None: ./weights); also looked into are its misc/face_analysis/models, as MEMO is
         released, and torch hub's cache. PROGRAMS are looked for only in a folder that was given.
     every: networks that look at single frames look at every n-th.
+    fps: both videos are read at this rate; None: at the generated one's.
+    clips_per_video: of FVD, drawn from those of a video; None takes all.
     """
 
     weights: Path | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     every: int = 1
+    fps: float | None = None
+    clips_per_video: int | None = None
 
     def find(self, name: str) -> Path | None:
         """The file of this name, or None."""

@@ -51,6 +51,25 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
         temporary.write_text(text, "utf-8", "backslashreplace")
 
 
+def compare(folder: Path) -> None:
+    """Writes systems.md: the totals of every report at SYSTEM/report/report.json below `folder`, side by side.
+
+    A note says so where they were not measured alike.
+    """
+    reports = {path.parts[-3]: json.loads(path.read_text("utf-8")) for path in folder.glob("*/report/report.json")}
+    names = [name for name in METRICS if any(name in report["measures"] for report in reports.values())]
+    lines = [_row(["system", "videos", *(f"{METRICS[name].title} {ARROWS[METRICS[name].better]}" for name in names)])]
+    lines.append("|---|---:|" + "---:|" * len(names))
+    for system in sorted(reports):
+        measures, videos = reports[system]["measures"], reports[system]["videos"]
+        values = [_number(measures.get(name, {}).get("value")) or "–" for name in names]
+        lines.append(_row([_escaped(system), str(sum(not video["reason"] for video in videos)), *values]))
+    if len({json.dumps(report["settings"], sort_keys=True) for report in reports.values()}) > 1:
+        lines += ["", "**Not measured alike**: the settings in the reports differ."]
+    with replace_whole(folder / "systems.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", "utf-8", "backslashreplace")
+
+
 class VideoTable:
     """videos.csv, which begins with the first row and has each on disk at once: what ends the run loses none."""
 
@@ -116,6 +135,7 @@ def draw_curves(row: VideoRow, folder: Path) -> Path | None:
 
 def _markdown(evaluation: Evaluation, pictures: list[Path]) -> str:
     parts = [f"# {_escaped(str(evaluation.generated))} against {_escaped(str(evaluation.real))}", table(evaluation)]
+    parts += ["\n".join(f"- {_escaped(line)}" for line in evaluation.remarks)] if evaluation.remarks else []
     names = list(evaluation.totals)
     rows = [_row(["video", "frames", *(METRICS[name].title for name in names), "remark"])]
     rows.append("|---|---:|" + "---:|" * len(names) + "---|")
@@ -152,6 +172,8 @@ def _plain(evaluation: Evaluation) -> Any:
         {
             "generated": str(evaluation.generated),
             "real": str(evaluation.real),
+            "settings": evaluation.settings,
+            "remarks": evaluation.remarks,
             "measures": {name: asdict(METRICS[name]) | asdict(total) for name, total in evaluation.totals.items()},
             "videos": [asdict(row) for row in evaluation.videos],
         }

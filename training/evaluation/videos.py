@@ -22,6 +22,7 @@ from memo_core.video.read import VideoInfo
 
 from .. import media
 from ..prepare.rows import Drop
+from .crop import Crop
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
 CHUNK_PIXELS, CHUNK_FRAMES = 2**21, 16  # 8 frames of 512x512
@@ -32,12 +33,16 @@ ASPECT = 0.05  # pictures whose aspects differ by more (as a logarithm) are not 
 
 @dataclass(frozen=True)
 class Pair:
-    """A generated and a real video; `problem` says why they cannot be compared."""
+    """A generated and a real video; `problem` says why they cannot be compared.
+
+    crop: the part of the real pictures that is compared; None takes the whole.
+    """
 
     name: str
     generated: Path | None
     real: Path | None
     problem: str = ""
+    crop: Crop | None = None
 
 
 def pair_videos(generated: Path, real: Path) -> list[Pair]:
@@ -117,22 +122,26 @@ class Chunk:
 
 
 class PairReader:
-    """Reads a pair in step, at the generated video's rate.
+    """Reads a pair in step, at `fps` or else the generated video's rate; of the real pictures the part `crop`.
 
     Raises VideoError if one of them cannot be opened; while iterating, where one is damaged.
     """
 
-    def __init__(self, generated: Path, real: Path, device: torch.device) -> None:
-        self.paths, self.device = (generated, real), device
+    def __init__(
+        self, generated: Path, real: Path, device: torch.device, fps: float | None = None, crop: Crop | None = None
+    ) -> None:
+        self.paths, self.device, self.crop = (generated, real), device, crop
         self.generated, self.real = read_header(generated), read_header(real)
-        self.fps = self.generated.fps
+        self.fps = fps or self.generated.fps
         self.frames = 0  # read so far
 
     def chunks(self) -> Iterator[Chunk]:
-        pixels = max(info.width * info.height for info in (self.generated, self.real))
+        pixels = max(width * height for width, height in self.sizes)
         size = max(1, min(CHUNK_FRAMES, CHUNK_PIXELS // pixels))
         lengths = self.generated.duration, self.real.duration
         ours, theirs = (frames_at(path, self.fps, end) for path, end in zip(self.paths, lengths, strict=True))
+        if self.crop is not None:
+            theirs = map(self.crop.cut, theirs)
         parts: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
         for frames in zip(ours, theirs, strict=False):
             parts.append(frames)
@@ -149,12 +158,20 @@ class PairReader:
         self.frames += len(parts)
         return Chunk(generated, real, self.frames - len(parts), self.fps, self.device)
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Width and height of the generated and of the real pictures that are compared."""
+        real = self.real if self.crop is None else self.crop
+        return (self.generated.width, self.generated.height), (real.width, real.height)
+
     def note(self) -> str:
         """In words, how the two differ; after reading."""
         notes = []
-        if abs(self.generated.fps - self.real.fps) > 0.01:
+        if max(abs(info.fps - self.fps) for info in (self.generated, self.real)) > 0.01:
             notes.append(f"{self.generated.fps:g} and {self.real.fps:g} fps, compared at {self.fps:g}")
-        sizes = [f"{info.width}x{info.height}" for info in (self.generated, self.real)]
+        if self.crop is not None:
+            notes.append(f"of the real {self.real.width}x{self.real.height} pixels {self.crop}")
+        sizes = [f"{width}x{height}" for width, height in self.sizes]
         if sizes[0] != sizes[1]:
             notes.append(f"{sizes[0]} and {sizes[1]} pixels")
         longest = max(round(info.duration * self.fps) for info in (self.generated, self.real))
