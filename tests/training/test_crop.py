@@ -19,11 +19,11 @@ from memo_core.inputs.portrait import prepare_portrait
 from training import media
 from training.evaluation import add_commands, evaluate
 from training.evaluation.crop import Crop, matching_crop, portrait_crop
-from training.evaluation.faces import FaceTrack
+from training.evaluation.faces import FaceTrack, FaceTracks
 from training.evaluation.frechet import Sample
 from training.evaluation.metric import I3D, Tools
 from training.evaluation.report import write_report
-from training.evaluation.videos import PairReader, frames_at, pair_videos
+from training.evaluation.videos import Pair, PairReader, frames_at, pair_videos
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 CPU = torch.device("cpu")
@@ -107,6 +107,13 @@ def test_faces_are_told_in_pixels_of_the_part() -> None:
     track = FaceTrack(np.array([0.0]), np.array([[20.0, 30, 40, 70]]), np.full((1, 5, 2), 30.0), np.array([True]))
     inside = track.inside(Crop(10, 20, 60, 120, 100, 100)).at(0.0)
     assert inside.box == (20, 10, 60, 50) and inside.keypoints[0].tolist() == [40, 10]
+
+
+def test_both_faces_of_a_cropped_pair_lie_alike(cropped: tuple[Path, Path, Crop]) -> None:
+    made, true, crop = cropped
+    ours, theirs = FaceTracks(Spotter()).of_pair(Pair("a", made, true, crop=crop))
+    np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=3)
+    assert ours.boxes[0, 2] - ours.boxes[0, 0] > 60  # 50 in the whole picture
 
 
 def test_a_video_without_a_face_to_crop_by_costs_its_row(spotting: None, tmp_path: Path) -> None:

@@ -86,11 +86,15 @@ def write_cropped(real: Path, crop: Crop, target: Path, fps: float | None = None
         video_errors(real),
         av.open(f"file:{temporary.absolute()}", "w", format="matroska") as file,
     ):
-        picture = file.add_stream("ffv1", rate=Fraction(fps).limit_denominator(1001))
+        rate = Fraction(fps).limit_denominator(1001)
+        picture = file.add_stream("ffv1", rate=rate)
         picture.width, picture.height, picture.pix_fmt = crop.width, crop.height, "gbrp"
+        picture.codec_context.time_base = 1 / rate
         _copy_sound(real, file)
-        for frame in frames_at(real, fps, header.duration):
-            file.mux(picture.encode(av.VideoFrame.from_ndarray(crop.cut(frame), "rgb24")))
+        for number, shown in enumerate(frames_at(real, fps, header.duration)):
+            frame = av.VideoFrame.from_ndarray(crop.cut(shown), "rgb24")
+            frame.pts, frame.time_base = number, 1 / rate
+            file.mux(picture.encode(frame))
         file.mux(picture.encode(None))
 
 

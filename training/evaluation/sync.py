@@ -14,7 +14,12 @@ from .videos import MAX_PIXELS, Pair, read_header, video_errors
 
 class Sync(Metric):
     measures = tuple(
-        Measure(name, title, better, f"{what} (Chung and Zisserman 2016; {other} of Prajwal et al. 2020)")
+        Measure(
+            name,
+            title,
+            better,
+            f"{what} (Chung and Zisserman 2016; {other} of Prajwal et al. 2020; the face is found by SCRFD, not S3FD)",
+        )
         for name, title, better, what, other in (
             ("sync-c", "Sync-C", "higher", "SyncNet's confidence that sound and lips fit at the best shift", "LSE-C"),
             ("sync-d", "Sync-D", "lower", "distance of SyncNet's features of sound and lips at that shift", "LSE-D"),
