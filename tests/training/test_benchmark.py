@@ -180,6 +180,6 @@ def test_a_command_is_started_for_each_and_what_fails_is_told(videos: Path, tmp_
         with pytest.raises(SystemExit, match=said):
             run_command("benchmark", listed, tmp_path / said[:5], *options, "--generator", generator)
 
-    fail(python + " {voice} {output}", "could not be made")  # a sound is no video
+    fail(python + " {voice} {output}", "2 videos could not be made")  # a sound is no video
     fail(f"{sys.executable} -c 'import sys; sys.exit(\"no card\")' {{output}}", "ended with 1: no card")
     fail("nowhere:make", "allowed are memo, a command")

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_cropped(real: Path, crop: Crop, target: Path, fps: float | None = None) -> None:
-    """Writes the part of a video, and its sound as it is, to `target` (Matroska, FFV1), unless that is there.
+    """Writes the part of a video without loss, and its sound, to `target` (Matroska, FFV1, PCM), unless that is there.
 
     Raises VideoError where the video is damaged. Time 0 is where the file begins, with sound or picture.
     """
@@ -88,9 +88,9 @@ def write_cropped(real: Path, crop: Crop, target: Path, fps: float | None = None
     ):
         rate = Fraction(fps).limit_denominator(1001)
         picture = file.add_stream("ffv1", rate=rate)
-        picture.width, picture.height, picture.pix_fmt = crop.width, crop.height, "gbrp"
+        picture.width, picture.height, picture.pix_fmt = crop.width, crop.height, "bgr0"
         picture.codec_context.time_base = 1 / rate
-        _copy_sound(real, file)
+        _add_sound(real, header.duration, file)
         for number, shown in enumerate(frames_at(real, fps, header.duration)):
             frame = av.VideoFrame.from_ndarray(crop.cut(shown), "rgb24")
             frame.pts, frame.time_base = number, 1 / rate
@@ -98,18 +98,18 @@ def write_cropped(real: Path, crop: Crop, target: Path, fps: float | None = None
         file.mux(picture.encode(None))
 
 
-def _copy_sound(real: Path, file: Any) -> None:
-    """Copies the first audio stream's packets, if there is one, so that time 0 is the beginning of the source."""
+def _add_sound(real: Path, seconds: float, file: Any) -> None:
+    """Adds the sound from the file's beginning, if there is any: mono, 16 bits, at its own rate."""
     with media.opened(real) as source:
-        if not source.streams.audio:
-            return
-        stream = source.streams.audio[0]
-        copy = file.add_stream_from_template(stream)
-        zero = round((source.start_time or 0) / 1_000_000 / stream.time_base)
-        for packet in source.demux(stream):
-            if packet.size and packet.dts is not None:
-                packet.dts, packet.pts, packet.stream = packet.dts - zero, packet.pts - zero, copy
-                file.mux(packet)
+        rate = source.streams.audio[0].rate if source.streams.audio else None
+    if rate is None:
+        return
+    samples, _ = media.sound(real, 0.0, seconds, rate)
+    voice = file.add_stream("pcm_s16le", rate=rate, layout="mono")
+    frame = av.AudioFrame.from_ndarray((samples.clip(-1, 1) * 32767).round().astype("<i2")[None], "s16", "mono")
+    frame.sample_rate, frame.pts = rate, 0
+    file.mux(voice.encode(frame))
+    file.mux(voice.encode(None))
 
 
 def write_pictures(pair: Pair, out: Path, fps: float | None, every: int) -> None:
