@@ -85,6 +85,7 @@ def test_a_list_is_taken_whole(tmp_path: Path) -> None:
 # --- All of it ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memo_on_two_people_and_another_system_beside_it(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
