@@ -59,6 +59,7 @@ class VideoWriter:
         sample_rate: of the sound in Hz; None for a silent video. Others than 44100 and 48000 are resampled to 48000.
         metadata: tags of the file. Strings are kept, everything else is written as JSON, so a whole workflow fits.
             `description` and, unless given, `comment` say in words that the video was made by AI (`ai_statement`).
+        made_by_ai: whether to say so; False for pictures that a camera took.
 
     Raises:
         VideoError: sizes, rates or path cannot be used, PyAV has no H.264 encoder, or the file cannot be written.
@@ -72,12 +73,13 @@ class VideoWriter:
         fps: float,
         sample_rate: int | None = None,
         metadata: Mapping[str, Any] | None = None,
+        made_by_ai: bool = True,
     ) -> None:
         try:
             self.path = Path(os.fsdecode(path))
         except TypeError as error:
             raise VideoError(f"{shown(path)} is no path") from error
-        self.width, self.height = width, height
+        self.width, self.height, self.made_by_ai = width, height, made_by_ai
         self.frames_written = 0
         _check_size(width, height)
         if not isinstance(fps, Fraction) and number(fps, 0.01, 1000) is None or not 0.01 <= fps <= 1000:
@@ -233,8 +235,10 @@ class VideoWriter:
         # of any name; "faststart" puts the index first, so that players start at once.
         address = f"file:{self._unfinished.temporary.absolute()}"
         self._file = av.open(address, "w", format="mp4", options={"movflags": "faststart+use_metadata_tags"})
-        statement = ai_statement(metadata)
-        tags = {"comment": statement} | metadata | {"description": statement}
+        tags = metadata
+        if self.made_by_ai:
+            statement = ai_statement(metadata)
+            tags = {"comment": statement} | metadata | {"description": statement}
         for key, value in tags.items():
             self._file.metadata[str(key)] = value if isinstance(value, str) else json.dumps(value, default=str)
         quality = _X264 | _without_avx512() if encoder == "libx264" else {}

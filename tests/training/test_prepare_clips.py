@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_prepare import FPS, NOSE, Inline, arguments, make_models, scene, settings_for, video_row, write
 
+from memo_core.video.read import probe
 from training import media
 from training.prepare import clip, command, engines, faces, pipeline, preview, review, scenes, sync
 from training.prepare.engines import Local
@@ -222,7 +223,10 @@ def test_what_bad_quality_drops_is_not_judged_further_and_has_a_preview(
     write(raw / "a.mp4", scene(2, 1.6, level=0.4))
     (row,), _ = prepare(raw, tmp_path / "out", models)
     assert row.cause == "low quality" and row.sync_offset is None and row.key == "" and not faces_seen
-    assert all(path.stat().st_size for path in preview.files(tmp_path / "out", row.id))
+    video, strip = preview.files(tmp_path / "out", row.id)
+    assert strip.stat().st_size
+    tags = probe(video).metadata
+    assert tags["title"] == row.id and "artificial" not in str(tags), "a camera took these pictures"
     assert not list((tmp_path / "out").glob("encoded/*"))
 
 

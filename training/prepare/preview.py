@@ -36,7 +36,8 @@ class Preview:
         self._rate = media.EvenRate(row.start, row.end, min(row.fps, 30.0))
         self._shown = {round(i * (self._rate.count - 1) / (THUMBNAILS - 1)) for i in range(THUMBNAILS)}
         self._pictures: list[NDArray[np.uint8]] = []
-        self._writer = VideoWriter(self._video, SIZE, SIZE, self._rate.fps, RATE, {"title": row.id})
+        about = {"title": row.id}
+        self._writer = VideoWriter(self._video, SIZE, SIZE, self._rate.fps, RATE, about, made_by_ai=False)
 
     def __enter__(self) -> Preview:
         return self
