@@ -131,6 +131,10 @@ class Trainer:
             print(f"no clip is held out: {clips} clips are too few for data.held_out={config.data.held_out:g}")
         if self.set.shards.crop_scale is not None:
             nets.crop_to(self.set.shards.crop_scale)
+        if (fps := self.set.shards.fps) not in (None, nets.diffusion_net.config.fps):
+            if accelerator.is_main_process:
+                print(f"the clips have {fps} frames a second: so will what this run's checkpoints make")
+            nets.play_at(fps)
         groups = prepare_to_learn(nets, config)
         learning = [parameter for parameter in nets.parameters() if parameter.requires_grad]
         self.waiting = self._hold_back(groups)

@@ -155,6 +155,10 @@ class Nets(nn.Module):
         margin = round(max(0.0, (scale - 1) / 2), 4)
         self.sizes = replace(self.sizes, diffusion_net=self.sizes.diffusion_net | {"crop_margin": margin})
 
+    def play_at(self, fps: int) -> None:
+        """Lets the networks' checkpoints say how many frames a second they learn from: so are videos sampled then."""
+        self.sizes = replace(self.sizes, diffusion_net=self.sizes.diffusion_net | {"fps": fps})
+
     def save(self, folder: Path, dtype: torch.dtype = torch.float32, values: dict[str, Tensor] | None = None) -> None:
         """Writes the four networks in the released layout; `values` replaces parameters by name."""
         state = self.state_dict() if values is None else values

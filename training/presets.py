@@ -140,9 +140,9 @@ def toon_stage3() -> Stage:
 
 
 # What presets of earlier versions set otherwise. A run that was begun so goes on so.
-_EARLIER = {"data.start_ratio": 0.0, "data.past_noise": 0.0, "data.by_length": False, "data.held_out": 0.0}
-_EARLIER |= {"loss.logit_mean": 0.0, "loss.pure_noise": 0.0}
-_EARLIER |= {"loss.robust_measure": "loss", "drop.all": 0.0}
+EARLIER = {"data.start_ratio": 0.0, "data.past_noise": 0.0, "data.by_length": False, "data.held_out": 0.0}
+EARLIER |= {"loss.logit_mean": 0.0, "loss.pure_noise": 0.0}
+EARLIER |= {"loss.robust_measure": "loss", "drop.all": 0.0}
 
 
 def settings(name: str, changes: list[str], out: Path | None = None) -> Stage:
@@ -157,7 +157,7 @@ def settings(name: str, changes: list[str], out: Path | None = None) -> Stage:
     found = None if out is None else engine.latest(out)
     if found is not None:
         before, now = flatten(engine.begun(found)[0]), flatten(config)
-        earlier = [f"{k}={v}" for k, v in _EARLIER.items() if before[k] == v != now[k]]
+        earlier = [f"{k}={v}" for k, v in EARLIER.items() if before[k] == v != now[k]]
         changes = [*earlier, *changes]
     return override(config, changes)
 

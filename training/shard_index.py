@@ -14,7 +14,7 @@ from .reading import fits, read_json
 INDEX = "index.json"
 MOST = 2**62  # bytes, frames, sides of a tensor
 # What of a sample's .json the index repeats, so that a run knows it without reading every shard, and of which kind.
-TOLD = {"video": str, "crop_scale": float}
+TOLD = {"video": str, "crop_scale": float, "encoded_fps": float}
 
 
 class ShardError(ValueError):
@@ -73,11 +73,11 @@ def _problem(shard: Any) -> str:
 
 
 def is_told(told: Any) -> bool:
-    """Whether this is what an index may say of a sample besides its place: a video's name, a scale above 0."""
+    """Whether an index may say this of a sample besides its place: a video's name, a scale and a rate above 0."""
     return (
         isinstance(told, dict)
         and all(name in TOLD and fits(value, TOLD[name]) for name, value in told.items())
-        and number(told.get("crop_scale", 1.0), 1e-3, 1e3) is not None
+        and all(number(told.get(name, 1.0), 1e-3, 1e3) is not None for name in ("crop_scale", "encoded_fps"))
     )
 
 

@@ -66,6 +66,7 @@ class Sample:
 
     video: that it was cut from, by a name of its own; empty where the index does not say.
     crop_scale: side of the square that was cut out, in sides of the face; None where the index does not say.
+    encoded_fps: frames a second; None likewise.
     """
 
     key: str
@@ -75,6 +76,7 @@ class Sample:
     frames: int
     video: str = ""
     crop_scale: float | None = None
+    encoded_fps: float | None = None
 
 
 class Shards:
@@ -115,6 +117,19 @@ class Shards:
         """Mean side of the squares that were cut out, in sides of the face; None where no sample tells."""
         told = [sample.crop_scale for sample in self.samples if sample.crop_scale is not None]
         return fmean(told) if told else None
+
+    @property
+    def fps(self) -> int | None:
+        """Frames a second of all samples, in whole ones; None where no sample tells.
+
+        Raises:
+            ShardError: they have several rates, which networks cannot tell apart.
+        """
+        told = {round(sample.encoded_fps) for sample in self.samples if sample.encoded_fps is not None}
+        if len(told) > 1:
+            rates = ", ".join(map(str, sorted(told)))
+            raise ShardError(f"samples in {self.folder} have {rates} frames a second: encode all at one --fps")
+        return next(iter(told), None)
 
     def videos(self) -> list[str]:
         """The video of each sample; one of which neither the index nor its .json tells is a video of its own.
@@ -292,7 +307,8 @@ class ShardWriter:
         Args:
             key: new, and without dots or slashes (WebDataset splits names at dots).
             tensors: by name.
-            meta: becomes the sample's .json; the index repeats its `video` and `crop_scale` (see `Sample`).
+            meta: becomes the sample's .json; the index repeats its `video`, `crop_scale` and `encoded_fps` (see
+                `Sample`).
         """
         from safetensors import SafetensorError
         from safetensors.torch import save
@@ -305,7 +321,8 @@ class ShardWriter:
             raise ShardError(f"{key} has no latents, only {', '.join(map(str, tensors)) or 'nothing'}")
         told = {name: meta[name] for name in TOLD if isinstance(meta, dict) and meta.get(name) is not None}
         if not is_told(told):
-            raise ShardError(f"{key}: video is a text and crop_scale a number above 0, received {shown(told)}")
+            said = "video is a text, crop_scale and encoded_fps are numbers above 0"
+            raise ShardError(f"{key}: {said}, received {shown(told)}")
         try:
             data, about = save({name: t.contiguous() for name, t in tensors.items()}), json.dumps(meta or {}).encode()
         except (TypeError, ValueError, KeyError, AttributeError, SafetensorError) as error:

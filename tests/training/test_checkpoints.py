@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import test_training as runs
 import torch
-from test_training import TINY, assert_same_state, small_nets, weights_of
+from small_training import TINY, small_nets
+from test_training import assert_same_state, weights_of
 
 from memo_core import MemoPipeline
 from training import __main__ as command

@@ -12,7 +12,7 @@ import pytest
 import test_training as runs
 import torch
 from PIL import Image
-from test_training import SIZE, TINY, small_nets
+from small_training import SIZE, TINY, small_nets
 
 from training import __main__ as command
 from training import batches, budget, disk, dry_run, export, presets

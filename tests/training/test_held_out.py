@@ -14,8 +14,9 @@ import pytest
 import test_training as runs
 import torch
 from common import relative_l2
+from small_training import SIZE, SIZES, TINY, log_of, small_nets
 from test_shards import WINDOWS, clip
-from test_training import SIZE, TINY, assert_same_state, log_of, small_nets
+from test_training import assert_same_state
 
 from memo_core import MemoPipeline, MemoryState, Reference
 from memo_core.inputs.portrait import crop_region
@@ -126,12 +127,24 @@ def test_the_index_tells_videos_and_crops_also_after_samples_are_removed(tmp_pat
     assert [sample.video for sample in shards.samples] == ["video0", "video2", "video3", "video4"]
     assert shards.videos() == ["video0", "video2", "video3", "video4"]
     assert shards.crop_scale == pytest.approx((3 * 1.3 + 1.8) / 4)
-    with ShardWriter(tmp_path) as writer, pytest.raises(ShardError, match="crop_scale a number above 0, received .*-1"):
+    with (
+        ShardWriter(tmp_path) as writer,
+        pytest.raises(ShardError, match="crop_scale .* numbers above 0, received .*-1"),
+    ):
         writer.add("odd", clip(), {"crop_scale": -1.0})
 
 
+def test_clips_of_two_rates_are_refused(tmp_path: Path) -> None:
+    assert write(tmp_path, [("a", "video0", ())]).fps is None
+    assert write(tmp_path, [("b", "video1", ())], encoded_fps=25.0).fps == 25
+    shards = write(tmp_path, [("c", "video2", ())], encoded_fps=30.0)
+    with pytest.raises(ShardError, match="25, 30 frames a second: encode all at one --fps"):
+        shards.fps  # noqa: B018
+
+
 @pytest.mark.parametrize(
-    "told", [{"video": 3}, {"crop_scale": 0.0}, {"crop_scale": "1"}, {"other": 1}, 1, {"video": None}]
+    "told",
+    [{"video": 3}, {"crop_scale": 0.0}, {"crop_scale": "1"}, {"encoded_fps": 0.0}, {"other": 1}, 1, {"video": None}],
 )
 def test_an_index_that_tells_nonsense_is_refused(tmp_path: Path, told: Any) -> None:
     write(tmp_path, [("clip", "video", ())])
@@ -243,7 +256,7 @@ def test_noise_reaches_the_level_at_which_sampling_begins() -> None:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve random clips of six videos."""
+    """Twelve random clips of six videos, at 25 frames a second."""
     folder = tmp_path_factory.mktemp("videos")
     torch.manual_seed(0)
     with ShardWriter(folder, samples_per_shard=4) as writer:
@@ -253,7 +266,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "speech": torch.randn(48, sizes.SPEECH_LAYERS, sizes.SPEECH_DIM).half(),
                 "emotion": torch.full((48,), number % 9, dtype=torch.uint8),
             }
-            writer.add(f"clip{number}", tensors, {"video": f"video{number // 2}", "crop_scale": 1.3})
+            about = {"video": f"video{number // 2}", "crop_scale": 1.3, "encoded_fps": 25.0}
+            writer.add(f"clip{number}", tensors, about)
     return folder
 
 
@@ -363,7 +377,7 @@ def test_a_checkpoint_says_how_it_is_to_be_sampled(videos: Path, encoders: Path,
     said = json.loads((last / "diffusion_net" / "config.json").read_text())
     assert said["face_token_rows"] == "grouped" and said["crop_margin"] == pytest.approx(0.15)
     made = MemoPipeline.from_pretrained(last)
-    assert made.crop_margin == pytest.approx(0.15)
+    assert made.crop_margin == pytest.approx(0.15) and made.nets.fps == said["fps"] == 25
     audio = made.encode_audio(torch.randn(8000), 16000)
     assert made.job(made.encode_reference(torch.zeros(3, 64, 64)), audio).settings.face_token_rows == "grouped"
 
@@ -383,11 +397,11 @@ def test_a_portrait_is_cut_as_the_clips_were() -> None:
 def test_networks_of_another_window_are_trained_and_counted_by_theirs(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twelve = replace(runs.SIZES, diffusion_net=runs.SIZES.diffusion_net | {"window_frames": 12, "fps": 25})
+    twelve = replace(SIZES, diffusion_net=SIZES.diffusion_net | {"window_frames": 12, "fps": 25})
     stage = replace(TINY, steps=1, data=Data(past_windows=(2,)))
     batch = budget.example(stage, twelve, 64)
     assert batch.latents.shape[2] == batch.audio.shape[1] == 12 and batch.past.shape[1] == 24
-    assert budget.storage(1, 64, twelve) < 0.9 * budget.storage(1, 64, runs.SIZES)
+    assert budget.storage(1, 64, twelve) < 0.9 * budget.storage(1, 64, SIZES)
     seen, forward = [], flow.FlowModel.forward
     monkeypatch.setattr(
         flow.FlowModel, "forward", lambda model, batch: seen.append(batch.latents.shape[2]) or forward(model, batch)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import test_training as runs
 import torch
-from test_training import TINY, assert_same_state, launch, log_of, small_nets, weights_of
+from small_training import TINY, launch, log_of, small_nets
+from test_training import assert_same_state, weights_of
 
 from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.layers import ResnetBlock

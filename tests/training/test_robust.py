@@ -154,7 +154,9 @@ def test_shares_kept_are_logged_for_each_noise_level(data: Path, tmp_path: Path,
 
 def test_a_run_that_an_earlier_version_began_goes_on_as_it_was(data: Path, tmp_path: Path) -> None:
     small = ["engine.mixed_precision=no", "data.workers=0", "engine.ema=0", "engine.gradient_checkpointing=false"]
-    earlier = config.override(presets.memo_stage3(), [*small, "steps=1", "loss.robust_measure=loss", "drop.all=0"])
+    earlier = config.override(
+        presets.memo_stage3(), [*small, "steps=1", *(f"{name}={value}" for name, value in presets.EARLIER.items())]
+    )
     last = engine.train(earlier, data, tmp_path, small_nets(), None)
     (last / "state" / robust.FILE).unlink()
     settings = json.loads((last / "config.json").read_text())
@@ -165,7 +167,8 @@ def test_a_run_that_an_earlier_version_began_goes_on_as_it_was(data: Path, tmp_p
     assert stage.loss == Loss() and stage.drop.all == 0
     assert engine.train(stage, data, tmp_path, small_nets(), None).name == "checkpoint-0000002"
     new = presets.settings("memo_stage3", small, tmp_path / "new")
-    assert new.loss == RELATIVE and new.drop.all == 0.05
+    assert new.loss == presets.memo_stage3().loss and new.loss.robust_measure == "quantile"
+    assert new.drop.all == 0.05
     with pytest.raises(ConfigError, match="robust_measure was 'loss', is 'clean'"):
         other = presets.settings("memo_stage3", [*small, "loss.robust_measure=clean"], tmp_path)
         engine.train(other, data, tmp_path, small_nets(), None)
