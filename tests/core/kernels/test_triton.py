@@ -469,7 +469,7 @@ def test_networks_on_the_kernels_are_the_same_networks(monkeypatch: pytest.Monke
 
     wanted = run(plain)
     with monkeypatch.context() as patched:
-        patched.setattr(kernels, "_kernels", lambda x, fits=True: triton)
+        patched.setattr(kernels, "_kernels", lambda x, windows=False: triton)
         for name in ("group_norm", "add_norm", "add", "layer_norm", "geglu_linear", "memory_attention"):
             kernel = getattr(triton, name)
             patched.setattr(triton, name, lambda *x, name=name, kernel=kernel: passed.append(name) or kernel(*x))
