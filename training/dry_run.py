@@ -12,6 +12,7 @@ from memo_core.sampling.vae import decode_latents
 from . import batches, budget, disk, run
 from .config import Stage
 from .nets import Sizes
+from .vae import load_vae
 
 ROWS, FRAMES = 4, 4  # of the picture: samples, and frames of each
 
@@ -106,9 +107,7 @@ def _batch(config: Stage, samples: batches.TrainingSet, processes: int, fps: flo
 
 def draw(batch: batches.Batch, encoders: Path, path: Path) -> None:
     """Writes the first samples of a batch as pictures: portrait, last past frame, and frames of each, as they come."""
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(encoders / "vae", low_cpu_mem_usage=False).float().eval()
+    vae = load_vae(encoders)
     rows = []
     for number in range(min(ROWS, len(batch.keys))):
         latents = batch.latents[number]

@@ -6,7 +6,6 @@ import copy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +22,13 @@ from .batches import Batch, TrainingSet, collate
 from .config import Drop
 from .nets import Nets
 from .objectives.flow import memory_of
+from .vae import load_vae
 
 STEPS = 10
 SHOWN = 4  # frames of a window
 
 
-@lru_cache(maxsize=1)
-def _vae(folder: Path) -> Any:
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False)
-    return vae.float().eval().requires_grad_(False)
+_vae = lru_cache(maxsize=1)(load_vae)
 
 
 def picture(nets: Nets, data: TrainingSet, encoders: Path) -> Tensor:

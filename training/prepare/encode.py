@@ -24,6 +24,7 @@ from memo_core.tensorfile import save_tensors
 
 from .. import media
 from ..shards import ShardWriter
+from ..vae import load_vae
 from .clip import alone
 from .faces import face_analyzer
 from .rows import Row
@@ -159,17 +160,14 @@ def crop_scale(row: Row) -> float | None:
 
 @lru_cache(maxsize=1)
 def _networks(models: str, device: str) -> tuple[Any, Any, Any, Any]:
-    from diffusers import AutoencoderKL
-
     from memo_core.encoders.emotion2vec import Emotion2Vec
     from memo_core.encoders.emotion_head import EmotionHead
     from memo_core.encoders.speech import SpeechEncoder
 
     folder = Path(models)
-    vae = AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False, local_files_only=True)
-    vae = vae.bfloat16() if device.startswith("cuda") else vae.float()  # the latter is slow on a GPU
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32  # the latter is slow on a GPU
     return (
-        vae.eval().requires_grad_(False).to(device),
+        load_vae(folder, device, dtype),
         SpeechEncoder.from_pretrained(folder / "wav2vec2", device=device),
         Emotion2Vec.from_pretrained(folder / "emotion2vec").to(device),
         EmotionHead.from_pretrained(folder / EMOTION_HEAD).to(device),

@@ -27,6 +27,7 @@ from memo_core.sampling.vae import encode_frames as encode_means
 
 from .. import run
 from ..shards import ShardWriter
+from ..vae import load_vae
 from . import heads, sizes
 from .speech import utterance
 from .vae import random_motions
@@ -85,12 +86,7 @@ def make_face(vae, rng: np.random.Generator) -> dict[str, Tensor]:
 @lru_cache(maxsize=1)
 def encoders(checkpoint: Path) -> tuple[Any, SpeechEncoder]:
     """The trained VAE and speech encoder, frozen."""
-    from diffusers import AutoencoderKL
-
-    vae = (
-        AutoencoderKL.from_pretrained(checkpoint / "vae", low_cpu_mem_usage=False).float().eval().requires_grad_(False)
-    )
-    return vae, SpeechEncoder.from_pretrained(checkpoint / "wav2vec2")
+    return load_vae(checkpoint), SpeechEncoder.from_pretrained(checkpoint / "wav2vec2")
 
 
 def make_sample(checkpoint: Path, kind: str, number: int) -> tuple[str, dict[str, Tensor]]:
