@@ -14,7 +14,7 @@ from .reading import fits, read_json
 INDEX = "index.json"
 MOST = 2**62  # bytes, frames, sides of a tensor
 # What of a sample's .json the index repeats, so that a run knows it without reading every shard, and of which kind.
-TOLD = {"video": str, "crop_scale": float, "encoded_fps": float}
+METADATA = {"video": str, "crop_scale": float, "encoded_fps": float}
 
 
 class ShardError(ValueError):
@@ -56,12 +56,12 @@ def _problem(shard: Any) -> str:
         return f"{name} has {shown(shard.get('bytes'))} bytes"
     spans = []
     for sample in shard["samples"]:
-        place, told = (sample[:4], sample[4:]) if isinstance(sample, (list, tuple)) else (sample, [])
+        place, metadata = (sample[:4], sample[4:]) if isinstance(sample, (list, tuple)) else (sample, [])
         if not fits(place, tuple[str, int, int, int]) or not is_key(place[0]):
             return f"{name} holds {shown(sample)}, not [key, offset, size, frames]"
         key, offset, length, frames = place
-        if len(told) > 1 or (told and not is_told(told[0])):
-            return f"{key} in {name} is told of by {shown(told)}, not by {', '.join(TOLD)}"
+        if len(metadata) > 1 or (metadata and not is_metadata(metadata[0])):
+            return f"{key} in {name} has the metadata {shown(metadata)}, not some of {', '.join(METADATA)}"
         if offset < 0 or length < 8 or offset + length > size or frames < 1:
             return f"{key} in {name} has {frames} frames in {length} bytes at {offset}, of {size}"
         spans.append((offset, length, key))
@@ -72,12 +72,12 @@ def _problem(shard: Any) -> str:
     return ""
 
 
-def is_told(told: Any) -> bool:
+def is_metadata(value: Any) -> bool:
     """Whether an index may say this of a sample besides its place: a video's name, a scale and a rate above 0."""
     return (
-        isinstance(told, dict)
-        and all(name in TOLD and fits(value, TOLD[name]) for name, value in told.items())
-        and all(number(told.get(name, 1.0), 1e-3, 1e3) is not None for name in ("crop_scale", "encoded_fps"))
+        isinstance(value, dict)
+        and all(name in METADATA and fits(part, METADATA[name]) for name, part in value.items())
+        and all(number(value.get(name, 1.0), 1e-3, 1e3) is not None for name in ("crop_scale", "encoded_fps"))
     )
 
 

@@ -35,12 +35,12 @@ from memo_core.files import Unfinished, replace_whole
 from .reading import fits, parse_json
 from .shard_index import (
     INDEX,
+    METADATA,
     MOST,
-    TOLD,
     ShardError,
     folder_of,
     is_key,
-    is_told,
+    is_metadata,
     number_of,
     open_inside,
     pread,
@@ -93,9 +93,9 @@ class Shards:
             raise ShardError(f"no shards in {self.folder}: there is no {INDEX} there, or it lists none")
         self.encoders: dict[str, str] = index["encoders"]
         self.samples = [
-            Sample(key, shard["name"], offset, size, frames, **(told[0] if told else {}))
+            Sample(key, shard["name"], offset, size, frames, **(metadata[0] if metadata else {}))
             for shard in index["shards"]
-            for key, offset, size, frames, *told in shard["samples"]
+            for key, offset, size, frames, *metadata in shard["samples"]
         ]
         for shard in index["shards"]:
             path = self.folder / shard["name"]
@@ -115,8 +115,8 @@ class Shards:
     @property
     def crop_scale(self) -> float | None:
         """Mean side of the squares that were cut out, in sides of the face; None where no sample tells."""
-        told = [sample.crop_scale for sample in self.samples if sample.crop_scale is not None]
-        return fmean(told) if told else None
+        scales = [sample.crop_scale for sample in self.samples if sample.crop_scale is not None]
+        return fmean(scales) if scales else None
 
     @property
     def fps(self) -> int | None:
@@ -125,16 +125,16 @@ class Shards:
         Raises:
             ShardError: they have several rates, which networks cannot tell apart.
         """
-        told = {round(sample.encoded_fps) for sample in self.samples if sample.encoded_fps is not None}
-        if len(told) > 1:
-            rates = ", ".join(map(str, sorted(told)))
-            raise ShardError(f"samples in {self.folder} have {rates} frames a second: encode all at one --fps")
-        return next(iter(told), None)
+        rates = {round(sample.encoded_fps) for sample in self.samples if sample.encoded_fps is not None}
+        if len(rates) > 1:
+            several = ", ".join(map(str, sorted(rates)))
+            raise ShardError(f"samples in {self.folder} have {several} frames a second: encode all at one --fps")
+        return next(iter(rates), None)
 
     def videos(self) -> list[str]:
         """The video of each sample; one of which neither the index nor its .json tells is a video of its own.
 
-        Shards from before the index told are read through, once.
+        Shards whose index is from before it had metadata are read through, once.
         """
         silent = {sample.shard for sample in self.samples if not sample.video}
         found = {name: self._videos_in(name) for name in sorted(silent)}
@@ -147,8 +147,8 @@ class Shards:
             with open_inside(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     if member.isreg() and member.name.endswith(".json") and member.size <= _MAX_META:
-                        told = parse_json(tar.extractfile(member).read())
-                        video = told.get("video") or told.get("identity")
+                        metadata = parse_json(tar.extractfile(member).read())
+                        video = metadata.get("video") or metadata.get("identity")
                         if isinstance(video, str):
                             found[member.name.removesuffix(".json")] = video
         except (tarfile.TarError, ValueError, OSError) as error:
@@ -179,8 +179,8 @@ class Shards:
                 whole(side, 0, count) for side in ((rows.start, rows.stop) if isinstance(rows, slice) else "no")
             )
             if start is None or stop is None or start >= stop:
-                told = f"{rows.start} to {rows.stop}" if isinstance(rows, slice) else shown(rows)
-                raise ShardError(f"{sample.key}: rows {told} of {name}, which has {count}")
+                which = f"{rows.start} to {rows.stop}" if isinstance(rows, slice) else shown(rows)
+                raise ShardError(f"{sample.key}: rows {which} of {name}, which has {count}")
             row = (end - first) // count
             first, end, shape[0] = first + start * row, first + stop * row, stop - start
         if first == end:
@@ -319,10 +319,10 @@ class ShardWriter:
             raise ShardError(f"a sample's tensors are tensors by name, received {shown(tensors)}")
         if "latents" not in tensors or not tensors["latents"].ndim or not len(tensors["latents"]):
             raise ShardError(f"{key} has no latents, only {', '.join(map(str, tensors)) or 'nothing'}")
-        told = {name: meta[name] for name in TOLD if isinstance(meta, dict) and meta.get(name) is not None}
-        if not is_told(told):
+        described = {name: meta[name] for name in METADATA if isinstance(meta, dict) and meta.get(name) is not None}
+        if not is_metadata(described):
             said = "video is a text, crop_scale and encoded_fps are numbers above 0"
-            raise ShardError(f"{key}: {said}, received {shown(told)}")
+            raise ShardError(f"{key}: {said}, received {shown(described)}")
         try:
             data, about = save({name: t.contiguous() for name, t in tensors.items()}), json.dumps(meta or {}).encode()
         except (TypeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
@@ -332,7 +332,7 @@ class ShardWriter:
         _add(self._tar, f"{key}.safetensors", data)
         _add(self._tar, f"{key}.json", about)
         self.keys.add(key)
-        self._open.append((key, len(tensors["latents"]), *([told] if told else [])))
+        self._open.append((key, len(tensors["latents"]), *([described] if described else [])))
         if len(self._open) >= self.samples_per_shard:
             self.close()
 
@@ -357,7 +357,7 @@ class ShardWriter:
         self.close()
         shards = []
         for shard in self._index["shards"]:
-            kept = [(key, frames, *told) for key, _, _, frames, *told in shard["samples"] if key not in keys]
+            kept = [(key, frames, *metadata) for key, _, _, frames, *metadata in shard["samples"] if key not in keys]
             if 0 < len(kept) < len(shard["samples"]):
                 names = {key for key, *_ in kept}
                 shard = self._without(self.folder / shard["name"], names, kept)

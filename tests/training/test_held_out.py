@@ -143,13 +143,13 @@ def test_clips_of_two_rates_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "metadata",
     [{"video": 3}, {"crop_scale": 0.0}, {"crop_scale": "1"}, {"encoded_fps": 0.0}, {"other": 1}, 1, {"video": None}],
 )
-def test_an_index_that_tells_nonsense_is_refused(tmp_path: Path, told: Any) -> None:
+def test_an_index_with_odd_metadata_is_refused(tmp_path: Path, metadata: Any) -> None:
     write(tmp_path, [("clip", "video", ())])
     index = json.loads((tmp_path / INDEX).read_text())
-    index["shards"][0]["samples"][0][4:] = [told]
+    index["shards"][0]["samples"][0][4:] = [metadata]
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(ShardError, match="damaged"):
         Shards(tmp_path)
