@@ -11,6 +11,7 @@ import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from training.evaluation.metric import ALEXNET, FACE_3D_POINTS, I3D, INCEPTION, 
 from training.evaluation.pictures import Lpips, Psnr, Ssim
 from training.evaluation.report import table, write_report
 from training.evaluation.sync import Sync, score_video
-from training.evaluation.videos import CHUNK_PIXELS, Chunk, PairReader, frames_at, pair_videos
+from training.evaluation.videos import CHUNK_PIXELS, Chunk, Pair, PairReader, frames_at, pair_videos
 from training.syncnet import SyncNet, cut
 
 onnx = pytest.importorskip("onnx", reason="the onnx package, which builds the test models, is not installed")
@@ -430,6 +431,26 @@ def test_time_stamps_count_not_frames(kept: list[int], tmp_path: Path) -> None:
     shown = list(frames_at(path, 25))
     assert len(shown) == 60
     assert all(abs(float(shown[i].mean()) - float(frames[i].mean())) < 3 for i in kept)
+
+
+def test_sync_looks_at_as_much_of_the_real_video_as_of_the_generated_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real video in sync for as long as the generated one lasts, and never after."""
+    frames, sound, looks = face_that_moves(0)
+    made = write_video(tmp_path / "made.mp4", frames[:30], 25, sound[: 30 * 640])
+    true = write_video(tmp_path / "true.mp4", frames[:30] + frames[:30][::-1], 25, sound)
+    monkeypatch.setattr(SyncNet, "load", lambda path: SimpleNamespace(to=lambda device: Brightness()))
+    monkeypatch.setattr(Tools, "need", lambda tools, name: tmp_path)
+    monkeypatch.setattr(Tools, "analyzer", None)
+    monkeypatch.setattr(Tools, "tracks", SimpleNamespace(of=lambda path: track_of(looks)))
+    metric = Sync(Tools())
+    metric.start(Pair("a", made, true))
+    found = metric.finish()["sync-d"]
+    assert found.real == pytest.approx(found.value, abs=0.02)
+    assert score_video(Brightness(), true, track_of(looks)).distance > found.value + 0.05
+    with pytest.raises(VideoError, match="no face"):
+        score_video(Brightness(), true, track_of(looks + [1.3, 0, 0, 0, 0]), 1.2)
 
 
 def test_a_video_without_a_face_says_so(weights: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from memo_core.errors import VideoError
@@ -37,9 +38,10 @@ class Sync(Metric):
 
     def finish(self) -> dict[str, Reading]:
         scores, problems = [], []
+        seconds = min(read_header(path).duration for path in self._paths)  # as long as both are: what is compared
         for path, which in zip(self._paths, ("generated", "real"), strict=True):
             try:
-                scores.append(score_video(self._net, path, self.tools.tracks.of(path)))
+                scores.append(score_video(self._net, path, self.tools.tracks.of(path), seconds))
             except ValueError as error:
                 scores.append(None)
                 problems.append(f"{which}: {error}")
@@ -51,13 +53,14 @@ class Sync(Metric):
         }
 
 
-def score_video(net: SyncNet, path: Path, track: FaceTrack) -> SyncScore:
-    """Sync of a video's face with its own sound; see `score_clip`.
+def score_video(net: SyncNet, path: Path, track: FaceTrack, seconds: float | None = None) -> SyncScore:
+    """Sync of a video's face with its own sound, from its beginning, in so many seconds (None: all); see `score_clip`.
 
     Raises VideoError for a damaged file, or without sound or face; ValueError if it is too short.
     """
-    seconds = read_header(path).duration
-    if not track.found.any():
+    seconds = min(read_header(path).duration, math.inf if seconds is None else seconds)
+    looks = track.looks[track.looks[:, 0] < seconds]
+    if not len(looks):
         raise VideoError("no face was found")
     with video_errors(path):
-        return score_clip(net, path, face_regions(track.looks, 0.0, seconds), 0.0, seconds, MAX_PIXELS)
+        return score_clip(net, path, face_regions(looks, 0.0, seconds), 0.0, seconds, MAX_PIXELS)
