@@ -9,15 +9,25 @@ import shutil
 import signal
 import sys
 import wave
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from made_videos import talk
-from test_crop import run_command
+import torch
+from common import FIXTURES
+from made_videos import talk, write_video
+from safetensors.torch import load_file, save_file
+from test_crop import Spotter, run_command, scene
 
+from memo_core import devices
+from memo_core.checkpoint.digest import base_digest
 from memo_core.cli import main as memo
 from memo_core.errors import VideoError
+from memo_core.nets.weights import WEIGHTS
 from training.evaluation.clips import choose_clips
+from training.evaluation.crop import portrait_crop
+from training.evaluation.metric import Tools
 from training.evaluation.videos import frames_at
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
@@ -121,8 +131,68 @@ def test_memo_on_two_people_and_another_system_beside_it(
 
     with pytest.raises(SystemExit, match="begun with steps 2, not 3; give another --system"):
         run_benchmark(videos, out, "--steps", 3)
-    with pytest.raises(SystemExit, match="begun with clips of 4 names, not of 2 names; give another OUT"):
+    with pytest.raises(SystemExit, match="begun with clips of 4 names, not of 2 names; give that, or another OUT"):
         run_command("benchmark", videos, out, "--people", 1, "--clips", 2, "--size", 128, "--crop", "none")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """One that was shown faces with little room around them."""
+    folder = shutil.copytree(FIXTURES / "memo_tiny", tmp_path / "checkpoint")
+    path = folder / "diffusion_net/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"crop_margin": 0.05}))
+    return folder
+
+
+def test_what_changes_the_videos_is_kept(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint's margin and weights, the data set's place, and where the videos are made."""
+    monkeypatch.setattr(Tools, "analyzer", Spotter())
+    sound = np.sin(np.arange(16000 // 5) / 20).astype(np.float32) / 2
+    first = scene(0)
+    for folder in ("here", "there"):
+        write_video(tmp_path / folder / "id0/v/1.mp4", [first] * 5, sound=sound)
+    out = tmp_path / "out"
+    few = ("--metrics", "psnr", "--people", 1, "--clips", 1, "--size", 64, "--steps", 1)
+
+    def benchmark(*more: object, videos: str = "here") -> None:
+        run_command("benchmark", tmp_path / videos, out, *few, "--checkpoint", checkpoint, *more)
+
+    benchmark()
+    kept = json.loads((out / "clips.json").read_text())
+    assert kept["margin"] == 0.05 and kept["videos"] == str(tmp_path / "here")
+    shown = next(frames_at(tmp_path / "here/id0/v/1.mp4", 25))
+    crop = portrait_crop(shown, Spotter().detect(shown)[0], 64, 64, 0.05)
+    assert crop != portrait_crop(shown, Spotter().detect(shown)[0], 64, 64)
+    assert json.loads((out / "inputs/id0/v/1.json").read_text()) == asdict(crop)
+    assert json.loads((out / "memo/report/report.json").read_text())["settings"]["margin"] == 0.05
+    system = json.loads((out / "memo/system.json").read_text())
+    assert system["weights"] == base_digest(checkpoint)
+    assert (system["device"], system["dtype"]) == ("cpu", "float32")
+
+    with pytest.raises(SystemExit, match=r"begun with videos .*here, not .*there; give that, or another OUT"):
+        benchmark(videos="there")
+    copying = ("--system", "real", "--generator", f"{sys.executable} -c '{COPY}' {{portrait}} {{output}}")
+    with pytest.raises(SystemExit, match=r"begun with margin 0.05, not 0.35; give that, or another OUT"):
+        benchmark(*copying)
+    made = out / "memo/generated/id0/v/1.mp4"
+    made.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "of", lambda device, of=devices.of: replace(of(device), dtype=torch.float16))
+        with pytest.raises(SystemExit, match="begun with dtype float32, not float16; give another --system"):
+            benchmark()
+    benchmark()
+    # Files from before these were kept go on, and have them from then on.
+    for path, names in (("clips.json", ["videos"]), ("memo/system.json", ["weights", "device", "dtype"])):
+        text = json.loads((out / path).read_text())
+        (out / path).write_text(json.dumps({name: text[name] for name in text.keys() - set(names)}))
+    before = made.stat().st_mtime_ns
+    benchmark()
+    assert made.stat().st_mtime_ns == before
+    assert json.loads((out / "memo/system.json").read_text())["weights"] == base_digest(checkpoint)
+    weights = checkpoint / "image_proj" / WEIGHTS
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(SystemExit, match="begun with weights .*, not .*; give another --system"):
+        benchmark()
 
 
 def killed_at_the_third(portrait: Path, voice: Path, output: Path) -> None:

@@ -90,6 +90,21 @@ def test_the_portrait_rule_is_that_of_memo_generate() -> None:
     assert portrait_crop(first, None, 64, 64).box == (20, 0, 220, 200)
 
 
+def test_the_portrait_rule_leaves_the_checkpoints_margin(spotting: None, tmp_path: Path) -> None:
+    frames = [scene(shift) for shift in range(4)]
+    crop = portrait_crop(frames[0], Spotter().detect(frames[0])[0], 128, 128, margin=0.05)
+    made = write_video(tmp_path / "made.mp4", [crop.cut(frame) for frame in frames])
+    true = write_video(tmp_path / "true.mp4", frames)
+    found = evaluate(made, true, ["psnr"], crop="portrait", margin=0.05)
+    assert found.totals["psnr"].value > 25 > evaluate(made, true, ["psnr"], crop="portrait").totals["psnr"].value
+    assert found.settings["margin"] == 0.05 and "margin 0.05" in found.remarks[0]
+    run_command("evaluate", made, true, "--metrics", "psnr", "--crop", "portrait", "--margin", 0.05, "--out", tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["measures"]["psnr"]["value"] == found.totals["psnr"].value
+    run_command("crop", made, true, tmp_path / "cut", "--rule", "portrait", "--margin", 0.05)
+    assert (next(frames_at(tmp_path / "cut/made.mkv", 25)) == crop.cut(next(frames_at(true, 25)))).all()
+
+
 def test_a_match_keeps_the_face_where_it_is() -> None:
     """Also beyond the picture; faces without extent are refused."""
     face = Spotter().detect(scene(0))[0]

@@ -9,14 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from memo_core import devices
+from memo_core.checkpoint.digest import base_digest
+from memo_core.checkpoint.layout import find
+from memo_core.checkpoint.settings import read_net_config
 from memo_core.encoders.face import FaceAnalyzer
 from memo_core.errors import MemoError
 from memo_core.files import replace_whole
+from memo_core.release import CROP_MARGIN
 
-from .clips import CLIPS, PEOPLE, Clip, choose_clips, give
-from .command import add_protocol, names_of_measures, show
+from .clips import CLIPS, PEOPLE, Clip, Inputs, choose_clips, make_inputs
+from .command import add_margin, add_protocol, names_of_measures, show
 from .evaluate import METRICS, Evaluation, evaluate, make_tools, readable
 from .generators import Generator, generate, make_generator
 from .report import VideoTable, compare, write_report
@@ -52,6 +58,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         help="portrait and real pictures: around the face of the first, as `memo generate` does, or the middle "
         "(%(default)s)",
     )
+    add_margin(parser, "of `face`: ", f"the checkpoint's of memo, of others {CROP_MARGIN:g}")
     _add_system(parser)
     parser.add_argument("--part", type=_part, metavar="I/N", help="only make this share of the videos, for N processes")
     parser.add_argument("--weights", type=Path, help="folder of network files, as for `evaluate`")
@@ -93,15 +100,15 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, str], Evaluation | None]:
     tools = make_tools(args.weights, args.device, args.every, args.fps, args.clips_per_video)
     analyzer = tools.analyzer if args.crop == "face" else None
     clips = choose_clips(args.videos, args.people, args.clips)
-    inputs = {"size": args.size, "seconds": args.seconds, "crop": args.crop, "clips": [clip.name for clip in clips]}
-    _settle(args.out / "clips.json", inputs, "give another OUT")
-    benchmark = Benchmark(clips, args.out, args.system, args.size, args.seconds, analyzer)
-    settings = {"steps": args.steps, "guidance_scale": args.guidance, "seed": args.seed}
-    memo = {"checkpoint": str(args.checkpoint), **settings} if args.generator == "memo" else {}
-    _settle(benchmark.folder / "system.json", {"generator": args.generator, **memo}, "give another --system")
-
+    margin = _margin_of(args)
+    used = margin if args.crop == "face" else None
+    _settle_clips(args, clips, used)
+    benchmark = Benchmark(clips, args.out, args.system, args.size, args.seconds, analyzer, margin)
     part, parts = args.part or (1, 1)
     todo = [clip for clip in clips[part - 1 :: parts] if not benchmark.video(clip).exists()]
+    settings = {"steps": args.steps, "guidance_scale": args.guidance, "seed": args.seed}
+    _settle_system(args, benchmark.folder / "system.json", settings, bool(todo))
+
     failed = {}
     if todo:
         failed = benchmark.make(todo, make_generator(args.generator, args.checkpoint, args.device, **settings))
@@ -120,6 +127,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, str], Evaluation | None]:
             rows.write,
             fps=args.fps,
             clips_per_video=args.clips_per_video,
+            margin=used,
             pairs=pairs,
         )
     write_report(found, report)
@@ -142,6 +150,7 @@ class Benchmark:
     size: int
     seconds: float | None
     analyzer: FaceAnalyzer | None
+    margin: float
 
     def __post_init__(self) -> None:
         if self.system in ("", ".", "..", "inputs") or Path(self.system).name != self.system:
@@ -161,9 +170,9 @@ class Benchmark:
         failed = {}
         for clip in tqdm(clips, desc=self.system, unit="video"):
             try:
-                given = self._given(clip)
+                inputs = self._inputs(clip)
                 unfinished = self.folder / "unfinished" / f"{clip.name}.mp4"
-                generate(generator, given.portrait, given.voice, self.video(clip), unfinished)
+                generate(generator, inputs.portrait, inputs.voice, self.video(clip), unfinished)
             except Exception as error:  # a generator raises anything; it costs this video
                 failed[clip.name] = f"{type(error).__name__}: {error}"
                 logger.warning("%s: %s", readable(clip.name), failed[clip.name])
@@ -176,26 +185,65 @@ class Benchmark:
             if clip.name in failed:
                 pairs.append(Pair(clip.name, None, clip.source, failed[clip.name]))
             else:
-                pairs.append(Pair(clip.name, self.video(clip), clip.source, crop=self._given(clip).crop))
+                pairs.append(Pair(clip.name, self.video(clip), clip.source, crop=self._inputs(clip).crop))
         return pairs
 
-    def _given(self, clip: Clip) -> Any:
-        return give(clip, self.out / "inputs", self.size, self.seconds, self.analyzer)
+    def _inputs(self, clip: Clip) -> Inputs:
+        return make_inputs(clip, self.out / "inputs", self.size, self.seconds, self.analyzer, self.margin)
 
 
-def _settle(path: Path, values: dict[str, Any], remedy: str) -> None:
-    """Writes what a folder was begun with; MemoError where that is something else."""
-    if path.exists():
-        before = json.loads(path.read_text("utf-8"))
-        unlike = [name for name in before.keys() | values.keys() if before.get(name) != values.get(name)]
-        if unlike:
-            name = min(unlike)
-            was, now = (_short(told.get(name)) for told in (before, values))
-            raise MemoError(f"{path} was begun with {name} {was}, not {now}; {remedy}")
+def _margin_of(args: argparse.Namespace) -> float:
+    """Room around the portraits' faces."""
+    if args.margin is not None:
+        return args.margin
+    if args.generator != "memo":
+        return CROP_MARGIN
+    return read_net_config(find(args.checkpoint) / "diffusion_net").crop_margin
+
+
+def _settle_clips(args: argparse.Namespace, clips: list[Clip], margin: float | None) -> None:
+    """Keeps what OUT/inputs are made of."""
+    values = {
+        "videos": str(args.videos.resolve()),
+        "size": args.size,
+        "seconds": args.seconds,
+        "crop": args.crop,
+        "margin": margin,
+        "clips": [clip.name for clip in clips],
+    }
+    before = None if margin is None else CROP_MARGIN  # what it was before it was kept
+    _settle(args.out / "clips.json", values, "give that, or another OUT", margin=before)
+
+
+def _settle_system(args: argparse.Namespace, path: Path, settings: dict[str, Any], makes: bool) -> None:
+    """Keeps what makes the videos; where they are only measured any device will do."""
+    values: dict[str, Any] = {"generator": args.generator}
+    if args.generator == "memo":
+        values |= {"checkpoint": str(args.checkpoint), "weights": base_digest(args.checkpoint), **settings}
+        if makes:
+            dtype = str(devices.of(args.device).dtype).removeprefix("torch.")
+            values |= {"device": torch.device(args.device).type, "dtype": dtype}
+    _settle(path, values, "give another --system")
+
+
+def _settle(path: Path, values: dict[str, Any], remedy: str, **assumed: Any) -> None:
+    """Writes what a folder was begun with; MemoError where that is something else.
+
+    Args:
+        assumed: of files that do not say it. What they lack besides is added.
+    """
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    known = assumed | before if before else {}
+    unlike = [name for name, value in values.items() if known.get(name, value) != value]
+    if unlike:
+        name = min(unlike)
+        was, now = (_short(those[name]) for those in (known, values))
+        raise MemoError(f"{path} was begun with {name} {was}, not {now}; {remedy}")
+    if values.keys() <= before.keys():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_whole(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(known | values, indent=1), encoding="utf-8")
 
 
 def _short(value: Any) -> Any:

@@ -31,7 +31,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Given:
+class Inputs:
     """What a generator gets of a clip. crop: the part of the real pictures that the portrait shows."""
 
     portrait: Path
@@ -99,7 +99,9 @@ def _distinct(clips: list[Clip]) -> list[Clip]:
     return clips
 
 
-def give(clip: Clip, folder: Path, size: int, seconds: float | None, analyzer: FaceAnalyzer | None) -> Given:
+def make_inputs(
+    clip: Clip, folder: Path, size: int, seconds: float | None, analyzer: FaceAnalyzer | None, margin: float
+) -> Inputs:
     """First picture and sound of a clip as files NAME.png and NAME.wav; made unless they are there.
 
     Args:
@@ -107,6 +109,7 @@ def give(clip: Clip, folder: Path, size: int, seconds: float | None, analyzer: F
         size: of the square portrait.
         seconds: of the clip, from its beginning; None takes all.
         analyzer: finds the face that the portrait is cut around; None cuts out the middle.
+        margin: room around the face, see `portrait_crop`.
 
     Raises:
         VideoError: the clip is damaged, has no sound, or no face in its first picture.
@@ -122,13 +125,13 @@ def give(clip: Clip, folder: Path, size: int, seconds: float | None, analyzer: F
             faces = [] if analyzer is None else analyzer.detect(first)
             if analyzer is not None and not faces:
                 raise VideoError(f"no face was found in the first picture of {clip.source.name}")
-            crop = portrait_crop(first, faces[0] if faces else None, size, size)
+            crop = portrait_crop(first, faces[0] if faces else None, size, size, margin)
             _write_voice(clip.source, min(header.duration, seconds or math.inf), voice)
         with replace_whole(portrait) as temporary:
             Image.fromarray(crop.cut(first)).save(temporary, format="png")
         with replace_whole(about) as temporary:
             temporary.write_text(json.dumps(asdict(crop)), encoding="utf-8")
-    return Given(portrait, voice, Crop(**json.loads(about.read_text("utf-8"))))
+    return Inputs(portrait, voice, Crop(**json.loads(about.read_text("utf-8"))))
 
 
 def _write_voice(source: Path, seconds: float, target: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from memo_core.errors import MemoError
+from memo_core.release import CROP_MARGIN
 
 from .crop import CropRule
 from .evaluate import METRICS, Evaluation, evaluate, readable
@@ -49,7 +50,25 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         help="crop real pictures like the generated ones: `portrait`, as `memo generate` crops the real video's first "
         "picture; `match`, so that the first real face lies as the first generated one does (no crop)",
     )
+    add_margin(parser, "of `portrait`: ")
     parser.set_defaults(run=run)
+
+
+def add_margin(parser: argparse.ArgumentParser, of: str = "", default: str = f"{CROP_MARGIN:g}") -> None:
+    """Adds --margin; None where it is not given, which `default` explains."""
+    parser.add_argument(
+        "--margin",
+        type=_margin,
+        help=f"{of}room around the face, in parts of its size, as the generated videos' portraits had it: the "
+        f"checkpoint's crop_margin ({default})",
+    )
+
+
+def _margin(text: str) -> float:
+    margin = float(text)
+    if not 0 <= margin <= 10:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 10")
+    return margin
 
 
 def add_protocol(parser: argparse.ArgumentParser, fps: float | None = None) -> None:
@@ -81,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
                 fps=args.fps,
                 clips_per_video=args.clips_per_video,
                 crop=args.crop,
+                margin=args.margin,
             )
         write_report(found, args.out)
     except (MemoError, ValueError, OSError) as error:

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from memo_core.encoders.face import Face, FaceAnalyzer
 from memo_core.errors import VideoError
 from memo_core.inputs.portrait import crop_region
+from memo_core.release import CROP_MARGIN
 
 from .. import media
 
 LOOKS = 25  # pictures at the beginning of a video in which the face is looked for
-MARGIN = 0.35  # as `memo generate` leaves around the face
 CropRule = Literal["portrait", "match"]
 
 
@@ -55,10 +55,16 @@ class Crop:
         return f"{left}, {top} to {right}, {bottom}"
 
 
-def portrait_crop(picture: NDArray[np.uint8], face: Face | None, width: int, height: int) -> Crop:
-    """What `memo generate --crop face` cuts out of a picture with this face; without one the middle."""
+def portrait_crop(
+    picture: NDArray[np.uint8], face: Face | None, width: int, height: int, margin: float = CROP_MARGIN
+) -> Crop:
+    """What `memo generate --crop face` cuts out of a picture with this face; without one the middle.
+
+    Args:
+        margin: room around the face, in parts of its size: a checkpoint's `crop_margin`.
+    """
     box = None if face is None else face.box
-    return Crop(*crop_region(*picture.shape[:2], height, width, box, MARGIN), width, height)
+    return Crop(*crop_region(*picture.shape[:2], height, width, box, margin), width, height)
 
 
 def matching_crop(generated: Face, real: Face, width: int, height: int) -> Crop:
@@ -80,7 +86,13 @@ def matching_crop(generated: Face, real: Face, width: int, height: int) -> Crop:
 
 
 def find_crop(
-    rule: CropRule, analyzer: FaceAnalyzer, generated: Path, real: Path, size: tuple[int, int], max_pixels: float
+    rule: CropRule,
+    analyzer: FaceAnalyzer,
+    generated: Path,
+    real: Path,
+    size: tuple[int, int],
+    max_pixels: float,
+    margin: float = CROP_MARGIN,
 ) -> Crop:
     """The part of a real video that matches a generated one.
 
@@ -88,13 +100,14 @@ def find_crop(
         rule: "portrait", what `memo generate --crop face` cuts out where the real video's first picture is the
             portrait; "match", so that the first face found in the one lies as the first found in the other.
         size: width and height of the generated pictures.
+        margin: of "portrait", see `portrait_crop`.
 
     Raises:
         VideoError: no face within the first LOOKS pictures. Drop (of `media`): a damaged file.
     """
     theirs, first = _first_face(analyzer, real, max_pixels, 1 if rule == "portrait" else LOOKS)
     if rule == "portrait":
-        return portrait_crop(first, theirs, *size)
+        return portrait_crop(first, theirs, *size, margin)
     ours, _ = _first_face(analyzer, generated, max_pixels, LOOKS)
     return matching_crop(ours, theirs, *size)
 

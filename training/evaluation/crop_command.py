@@ -15,6 +15,7 @@ from memo_core.errors import MemoError
 from memo_core.files import replace_whole
 
 from .. import media
+from .command import add_margin
 from .crop import Crop, CropRule
 from .evaluate import crop_pair, readable
 from .metric import Tools
@@ -40,6 +41,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         help="`portrait`, as `memo generate` crops the real video's first picture; `match`, so that the first real "
         "face lies as the first generated one does (%(default)s)",
     )
+    add_margin(parser, "of `portrait`: ")
     parser.add_argument("--weights", type=Path, help="folder with the face models")
     parser.add_argument("--fps", type=float, help="write at this rate (each video's own)")
     parser.add_argument("--pictures", action="store_true", help="write pictures of both sides instead of videos")
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         tools = Tools(args.weights)
         _ = tools.analyzer  # says now what is missing
         for pair in tqdm(pair_videos(args.generated, args.real), desc="crop", unit="video"):
-            pair = crop_pair(pair, args.rule, tools)
+            pair = crop_pair(pair, args.rule, tools, args.margin)
             try:
                 if pair.problem:
                     raise MemoError(pair.problem)

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from memo_core.errors import CheckpointError, MemoError
+from memo_core.release import CROP_MARGIN
 
 from .crop import CropRule, find_crop
 from .frechet import EFid, Fid, Fvd
@@ -87,7 +88,8 @@ class Evaluation:
         if told.get("every", 1) > 1:
             lines.append(f"Networks that look at single frames look at one in {told['every']}.")
         if told.get("crop"):
-            lines.append(f"Real pictures are cropped like the generated ones (rule: {told['crop']}).")
+            margin = "" if told.get("margin") is None else f", margin {told['margin']:g}"
+            lines.append(f"Real pictures are cropped like the generated ones (rule: {told['crop']}{margin}).")
         unlike = [row for row in self.videos if len(set(row.sizes)) > 1]
         if unlike:
             sizes = " and ".join(f"{width}x{height}" for width, height in unlike[0].sizes)
@@ -111,6 +113,7 @@ def evaluate(
     fps: float | None = None,
     clips_per_video: int | None = None,
     crop: CropRule | None = None,
+    margin: float | None = None,
     pairs: Sequence[Pair] | None = None,
 ) -> Evaluation:
     """Measures generated videos against real ones.
@@ -127,6 +130,8 @@ def evaluate(
         clips_per_video: how many clips of a video FVD takes, drawn by its name; None takes all.
         crop: real pictures are cropped and scaled like the generated ones, see `find_crop`; a pair that has a crop
             keeps it. Sync looks at the whole real pictures, in which it crops by itself.
+        margin: room around the face, in parts of its size, that the rule "portrait" leaves (None: 0.35), or that the
+            pairs' own crops have.
         pairs: what is compared, where names do not say it; `generated` and `real` are then titles.
 
     Measures whose files or packages are missing are logged before work starts and told in the result, and the others
@@ -144,12 +149,14 @@ def evaluate(
     pairs = pair_videos(generated, real) if pairs is None else pairs
     if crop is not None:
         _ = tools.analyzer  # says now what is missing
+    if crop == "portrait" and margin is None:
+        margin = CROP_MARGIN
     totals = {name: Total() for name in names}
     running = _load(tools, totals)
 
     rows = []
     for pair in tqdm(pairs, desc="evaluate", unit="video", disable=len(pairs) < 2):
-        rows.append(_measure(crop_pair(pair, crop, tools), running, names, tools))
+        rows.append(_measure(crop_pair(pair, crop, tools, margin), running, names, tools))
         if rows[-1].reason:
             logger.warning("%s: %s", pair.name, rows[-1].reason)
         if on_row is not None:
@@ -163,8 +170,8 @@ def evaluate(
     for name, total in totals.items():
         if not total.missing and total.value is None and not total.note:
             totals[name] = _mean([row.readings[name] for row in rows if name in row.readings])
-    given = "given" if any(pair.crop for pair in pairs) else None
-    settings = {"every": every, "fps": fps, "clips_per_video": clips_per_video, "crop": crop or given}
+    rule = crop or ("given" if any(pair.crop for pair in pairs) else None)
+    settings = {"every": every, "fps": fps, "clips_per_video": clips_per_video, "crop": rule, "margin": margin}
     return Evaluation(generated, real, totals, rows, settings)
 
 
@@ -185,16 +192,16 @@ def make_tools(
     return Tools(None if weights is None else Path(weights), device, every, fps, clips_per_video)
 
 
-def crop_pair(pair: Pair, rule: CropRule | None, tools: Tools) -> Pair:
+def crop_pair(pair: Pair, rule: CropRule | None, tools: Tools, margin: float | None = None) -> Pair:
     """The pair with the crop that the rule finds; with the problem where it finds none."""
     if rule is None or pair.crop is not None or pair.problem:
         return pair
     try:
         header = read_header(pair.generated)
         with video_errors(pair.real):
-            found = find_crop(
-                rule, tools.analyzer, pair.generated, pair.real, (header.width, header.height), MAX_PIXELS
-            )
+            size = header.width, header.height
+            margin = CROP_MARGIN if margin is None else margin
+            found = find_crop(rule, tools.analyzer, pair.generated, pair.real, size, MAX_PIXELS, margin)
     except Exception as error:  # networks and codecs raise anything; the other videos go on
         return replace(pair, problem=_say(error))
     return replace(pair, crop=found)

@@ -64,7 +64,9 @@ def compare(folder: Path) -> None:
         measures, videos = reports[system]["measures"], reports[system]["videos"]
         values = [_number(measures.get(name, {}).get("value")) or "–" for name in names]
         lines.append(_row([_escaped(system), str(sum(not video["reason"] for video in videos)), *values]))
-    if len({json.dumps(report["settings"], sort_keys=True) for report in reports.values()}) > 1:
+    settings = [report["settings"] for report in reports.values()]
+    kept = sorted(set.intersection(*map(set, settings))) if settings else []  # older reports have fewer
+    if len({json.dumps([those[name] for name in kept]) for those in settings}) > 1:
         lines += ["", "**Not measured alike**: the settings in the reports differ."]
     with replace_whole(folder / "systems.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", "utf-8", "backslashreplace")
