@@ -2,8 +2,8 @@
 
 `python -m benchmarks.robust`: from assets/toon a short training on drawn clips, 5% of them spoilt, without a filter;
 then held-out windows, good and spoilt, are judged at all noise levels by every form. What is usual the filter learns
-from windows of the clips that were trained with. About a quarter of an hour of one core for each seed; stopped at any
-point, it goes on.
+from windows of the clips that were trained with, at the noise levels that the memo presets draw. About a quarter of an
+hour of one core for each seed; stopped at any point, it goes on. Errors that are there already are judged anew.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import statistics
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +24,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from memo_core.checkpoint.layout import find
-from training import engine, presets, robust, run
+from training import engine, losses, presets, robust, run
 from training.config import Loss, Optimizer, Stage
 from training.nets import Nets
 from training.objectives.flow import FlowModel
-from training.shards import Shards
 
 from .results import rounded
 from .spoilt import CLIPS, HELD_OUT, KINDS, draw, windows, write
 
-FILTER = Loss(robust_measure="quantile")  # as the memo presets have it
+FILTER = replace(presets.memo_stage2().loss, robust_from=0)
+BINS = 16  # of sigma, equally wide, by which figures are given
 SHARE = 0.05  # of clips that are spoilt
 SEEN = 24  # windows of each noise level, of the clips that were trained with, from which it is known what is usual
 GOOD, SPOILT = 20, 8  # held-out windows of each noise level, good ones and of each kind of spoilt ones
@@ -60,7 +61,7 @@ def stage(seed: int, steps: int) -> Stage:
 def noise_levels(count: int, seed: int | list[int]) -> list[list[float]]:
     """So many in each bin."""
     rng = np.random.default_rng(seed)
-    return [((number + rng.random(count)) / robust.BINS).tolist() for number in range(robust.BINS)]
+    return [((number + rng.random(count)) / BINS).tolist() for number in range(BINS)]
 
 
 def errors(checkpoint: Path, folder: Path, kind: str, levels: list[list[float]]) -> list[Row]:
@@ -73,22 +74,25 @@ def errors(checkpoint: Path, folder: Path, kind: str, levels: list[list[float]])
     return rows
 
 
-def usual_limits(rows: list[Row], loss: Loss) -> list[float]:
-    """Limits of a filter that has seen these samples, without those that an earlier one would have dropped."""
-    judge, no = robust.RobustFilter(loss), torch.zeros(1, dtype=torch.bool)
-    for _, sigma, error in rows:
-        seen = torch.tensor([error])
-        judge.note(robust.judged(robust.bin_of(torch.tensor([[sigma]])), seen, ~no, no, seen))
-    return judge.limits(0).tolist()
+def shown(rows: list[Row]) -> robust.RobustFilter:
+    """The filter when it is full of these samples: for each noise level that is drawn, the sample that came nearest."""
+    judge, count = robust.RobustFilter(FILTER), robust.BINS * robust.WINDOW
+    drawn = losses.draw_sigma(count, FILTER, torch.Generator().manual_seed(0))
+    sigma, error = torch.tensor([row[1:] for row in rows]).unbind(1)
+    nearest = (drawn[:, None] - sigma).abs().argmin(dim=1)
+    clean, no = (error * sigma.square())[nearest], torch.zeros(count, dtype=torch.bool)
+    judge.note(robust.judged(judge.bin_of(drawn[:, None]), clean, ~no, no, clean))
+    return judge
 
 
-def measured(seed: int, clips: Shards, args: argparse.Namespace) -> tuple[list[Row], list[float]]:
-    """Errors of one seed's held-out windows, and the limit of each bin; made where they are not there yet."""
+def measured(seed: int, args: argparse.Namespace) -> tuple[list[Row], robust.RobustFilter]:
+    """Errors of one seed's held-out windows, and the filter; made where they are not there yet."""
     folder, config = args.folder / f"seed-{seed}", stage(seed, args.steps)
     path = folder / f"errors-{args.steps}.json"
     if not path.is_file():
         chosen = np.random.default_rng(seed).permutation(CLIPS)[: round(SHARE * CLIPS)].tolist()
         spoilt = {number: KINDS[i % len(KINDS)] for i, number in enumerate(chosen)}
+        clips = draw(args.clips)
         shards = write(folder / "clips", clips, range(CLIPS), spoilt, seed)
         last = engine.train(config, shards, folder / "run", Nets.from_pretrained(find("toon")), None)
         seen = errors(last, shards, "seen", noise_levels(SEEN, [seed, SEEN]))
@@ -99,21 +103,16 @@ def measured(seed: int, clips: Shards, args: argparse.Namespace) -> tuple[list[R
         path.with_suffix(".tmp").write_text(json.dumps({"seen": seen, "rows": rows}), encoding="utf-8")
         path.with_suffix(".tmp").replace(path)
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found["rows"], usual_limits(found["seen"], FILTER)
+    return found["rows"], shown(found["seen"])
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------
 
 
 def bin_shares() -> list[float]:
-    """How often a sample of the memo presets falls into each bin: logit-normal noise levels, mean 0, deviation 1."""
-
-    def below(sigma: float) -> float:
-        if not 0 < sigma < 1:
-            return float(sigma >= 1)
-        return statistics.NormalDist().cdf(math.log(sigma / (1 - sigma)))
-
-    return [below((i + 1) / robust.BINS) - below(i / robust.BINS) for i in range(robust.BINS)]
+    """How often a sample of memo_stage2 falls into each bin."""
+    drawn = losses.draw_sigma(robust.DRAWS, FILTER, torch.Generator().manual_seed(0))
+    return (torch.histc(drawn, BINS, 0, 1) / robust.DRAWS).tolist()
 
 
 def precision(recall: float, false: float) -> float:
@@ -126,14 +125,14 @@ def rates(rows: list[Row], dropped: Form) -> dict[str, Any]:
     """Recall, share of good ones that are dropped, and precision if `SHARE` of all are spoilt: of each bin, and of all
     samples at the noise levels of the memo presets.
     """
-    counts = np.zeros((1 + len(KINDS), robust.BINS, 2))  # kinds, good first; dropped, seen
+    counts = np.zeros((1 + len(KINDS), BINS, 2))  # kinds, good first; dropped, seen
     for kind, sigma, error in rows:
-        place = (0 if kind == "good" else 1 + KINDS.index(kind), min(int(sigma * robust.BINS), robust.BINS - 1))
+        place = (0 if kind == "good" else 1 + KINDS.index(kind), min(int(sigma * BINS), BINS - 1))
         counts[place] += (dropped(sigma, error), 1)
     each = counts[..., 0] / counts[..., 1]
     overall = each @ np.array(bin_shares())
 
-    bins = [{"recall": float(each[1:, i].mean()), "false": float(each[0, i])} for i in range(robust.BINS)]
+    bins = [{"recall": float(each[1:, i].mean()), "false": float(each[0, i])} for i in range(BINS)]
     total = {"recall": float(overall[1:].mean()), "false": float(overall[0])}
     for figures in (*bins, total):
         figures["precision"] = precision(**figures)
@@ -148,8 +147,10 @@ def f1(figures: dict[str, Any]) -> float:
     return 2 * figures["recall"] * figures["precision"] / both if both else 0.0
 
 
-def forms(rows: list[Row], limits: list[float], factor: float) -> dict[str, dict[str, Any]]:
-    """Figures of every form. "best" ones are told the answers: of all limits that with the highest F1."""
+def forms(rows: list[Row], judge: robust.RobustFilter) -> dict[str, dict[str, Any]]:
+    """Figures of every form; `judge` knows what is usual. "best" ones are told the answers: of all limits that with the
+    highest F1.
+    """
 
     def literal(limit: float) -> Form:
         return lambda sigma, error: error > limit
@@ -158,14 +159,15 @@ def forms(rows: list[Row], limits: list[float], factor: float) -> dict[str, dict
         return lambda sigma, error: error * sigma**2 > limit
 
     def relative(times: float) -> Form:
-        usual = [limit / factor for limit in limits]
-        return lambda sigma, error: error > times * usual[min(int(sigma * robust.BINS), robust.BINS - 1)]
+        return lambda sigma, error: error * sigma**2 > times * usual[bisect_right(borders, sigma)]
 
     def best(form: Callable[[float], Form], tried: np.ndarray) -> dict[str, Any]:
         found = [(limit, rates(rows, form(limit))) for limit in tried.tolist()]
         limit, figures = max(found, key=lambda pair: f1(pair[1]))
         return {"limit": limit, **figures}
 
+    factor, borders = judge.config.robust_factor, judge.borders[1:-1].tolist()
+    usual = (judge.limits(0) / factor).tolist()
     grid = np.geomspace(0.003, 30, 61)
     return {
         "loss, 0.1": {"limit": 0.1, **rates(rows, literal(0.1))},
@@ -181,7 +183,7 @@ def table(result: dict[str, Any]) -> str:
     recall of each kind, and the share of good ones kept at the noise level where it is least.
     """
     seeds = list(result["seeds"].values())
-    quarter = robust.BINS // 4
+    quarter = BINS // 4
     heads = [f"{i / 4:.2f}-{(i + 1) / 4:.2f}" for i in range(4)]
     lines = [f"| form | limit | {' | '.join(heads)} | all | {' | '.join(KINDS)} | good kept |", "|" + " --- |" * 11]
     for form in seeds[0]["forms"]:
@@ -214,7 +216,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=100, help="of training, 4 samples each (%(default)s)")
     parser.add_argument("--result", type=Path, default=RESULT, help="where figures go (%(default)s)")
     args = parser.parse_args(arguments)
-    clips = draw(args.clips)
     result: dict[str, Any] = {
         "steps": args.steps,
         "samples": 4 * args.steps,
@@ -229,8 +230,9 @@ def main(arguments: list[str] | None = None) -> None:
         "seeds": {},
     }
     for seed in args.seeds:
-        rows, found = measured(seed, clips, args)
-        result["seeds"][str(seed)] = {"limits": found, "forms": forms(rows, found, FILTER.robust_factor)}
+        rows, judge = measured(seed, args)
+        known = {"borders": judge.borders.tolist(), "limits": judge.limits(0).tolist()}
+        result["seeds"][str(seed)] = known | {"forms": forms(rows, judge)}
     args.result.write_text(json.dumps(rounded(result, 4)) + "\n", encoding="utf-8")
     print(table(result))
 

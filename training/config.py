@@ -71,8 +71,8 @@ class Loss:
     pure_noise: share of samples at noise level 1, where sampling begins and which few of these draws come near.
     robust_measure: by what samples are dropped from a step. "loss": the mean squared error of the velocity exceeds
         `robust_threshold`, the paper's form. "clean": that error seen in the clean estimate (times sigma squared) does.
-        "quantile": the velocity's error exceeds `robust_factor` times the `robust_quantile` of the last samples of its
-        noise level (`training.robust`). Samples without a portrait stay: what they should look like is anybody's guess,
+        "quantile": it exceeds `robust_factor` times the `robust_quantile` of the last samples near its noise level
+        (`training.robust`). Samples without a portrait stay: what they should look like is anybody's guess,
         so their error says nothing.
     robust_threshold: see there; infinity drops none, whatever the measure.
     robust_factor: the paper's threshold, 0.1, is 3.3 times what its loss converges to, 0.03.

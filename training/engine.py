@@ -278,7 +278,7 @@ class Trainer:
             accelerator.gradient_state._set_sync_gradients(micro == config.optimizer.accumulate - 1)
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(self.model):
                 loss, error = self.model(batch)
-                bins = robust.bin_of(batch.sigma)
+                bins = self.robust.bin_of(batch.sigma)
                 keep = losses.kept_by_filter(loss, error, batch.no_reference, limits[bins])
                 whole = torch.where(keep, loss, 0).sum()
                 # What all processes keep: one that keeps no sample still takes part in everything.

@@ -41,8 +41,8 @@ def flow_errors(
 ) -> tuple[Tensor, Tensor]:
     """Loss of each sample, and the error by which the robust filter judges it.
 
-    An error e of the velocity moves the clean estimate by sigma * e. Measured there (`robust_measure` "clean") it
-    changes less with the noise level than the velocity's own.
+    An error e of the velocity moves the clean estimate by sigma * e. Measured there (`robust_measure` "clean" and
+    "quantile") it changes less with the noise level than the velocity's own.
 
     Args:
         predicted, velocity: [B, 4, F, h, w].
@@ -52,7 +52,7 @@ def flow_errors(
         Weighted mean squared error [B], and the unweighted error [B] without gradient.
     """
     error = (predicted - velocity).square()
-    seen = error.detach() * sigma.square() if config.robust_measure == "clean" else error.detach()
+    seen = error.detach() if config.robust_measure == "loss" else error.detach() * sigma.square()
     weighted = error * weight * sigma_weight(sigma, config)
     return weighted.mean(dim=(1, 2, 3, 4)) / weight.expand_as(error).mean(dim=(1, 2, 3, 4)), seen.mean(dim=(1, 2, 3, 4))
 

@@ -3,13 +3,16 @@
 The paper leaves out samples whose loss suddenly exceeds 0.1 where it usually is about 0.03. But the error of a velocity
 grows towards clean pictures, with 1 / sigma^2 as soon as the noise outweighs what cannot be known, so one limit for all
 noise levels leaves out good samples of low noise for ever and lets bad ones of high noise pass. "quantile" compares a
-sample with what is usual at its own noise level.
+sample with what is usual near its own noise level. Bins of noise levels are as likely as each other, so that all of
+them soon know that. The first is wide: in it, as in all, errors are those of the clean estimate, which do not grow
+towards low noise.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +20,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import losses
 from .batches import Batch
 from .config import ConfigError, Loss
 
-BINS = 16  # of sigma, equally wide
-BIN_NAMES = [f"{i / BINS:.2f}-{(i + 1) / BINS:.2f}" for i in range(BINS)]
+BINS = 16  # of sigma, equally likely
+DRAWS = 2**16  # of sigma, of which the bins' borders are quantiles
 WINDOW = 256  # samples that a bin remembers
 LEAST = 16  # samples without which a bin does not know what is usual: a median of so many errs by about a sixth
 KEPT = 2  # column of `judged`
 FILE = "robust.safetensors"
 
 
-def bin_of(sigma: Tensor) -> Tensor:
-    """Number [B] of the bin of each sample's noise level, the mean of its frames' [B, F]."""
-    return (sigma.float().mean(dim=1) * BINS).long().clamp(0, BINS - 1)
+def borders_of(config: Loss) -> Tensor:
+    """From 0 to 1, [BINS + 1]: between two of them falls one in `BINS` of the noise levels that are drawn.
+
+    Many may be one and the same level, such as 1; they belong to the last bin that begins there.
+    """
+    drawn = losses.draw_sigma(DRAWS, config, torch.Generator().manual_seed(0)).float()
+    borders = drawn.quantile(torch.linspace(0, 1, BINS + 1))
+    borders[0], borders[-1] = 0, 1
+    return borders
 
 
 def judged(bins: Tensor, error: Tensor, kept: Tensor, exempt: Tensor, loss: Tensor) -> Tensor:
@@ -52,7 +62,7 @@ def write_dropped(path: Path, step: int, batch: Batch, error: Tensor, limit: Ten
 
 
 class RobustFilter:
-    """What is usual at each noise level, and so how far off a sample may be.
+    """What is usual near each noise level, and so how far off a sample may be.
 
     It remembers the last `WINDOW` samples of each bin, kept or not: were those left out forgotten, every limit would
     lower the next one, and where errors rise for all (when further parts begin to learn) no sample would pass any more.
@@ -64,6 +74,7 @@ class RobustFilter:
 
     def __init__(self, config: Loss) -> None:
         self.config = config
+        self.borders = borders_of(config)
         self.errors = torch.full((BINS, WINDOW), math.nan)
         self.kept = torch.zeros(BINS, WINDOW, dtype=torch.bool)
         self.seen = torch.zeros(BINS, dtype=torch.int64)
@@ -83,6 +94,10 @@ class RobustFilter:
     def active(self) -> bool:
         """Whether it may ever leave out a sample that is not damaged."""
         return not math.isinf(self.config.robust_threshold)
+
+    def bin_of(self, sigma: Tensor) -> Tensor:
+        """Number [B] of the bin of each sample's noise level, the mean of its frames' [B, F]."""
+        return torch.bucketize(sigma.float().mean(dim=1), self.borders[1:-1].to(sigma.device), right=True)
 
     def limits(self, step: int) -> Tensor:
         """Greatest error [BINS] with which a sample of each bin stays in a step; infinite where none is left out."""
@@ -118,13 +133,16 @@ class RobustFilter:
         ]
 
     def figures(self) -> dict[str, float]:
-        """`shares` for trackers, by range of sigma; empty where none can be left out."""
-        named = zip(BIN_NAMES, self.shares(), strict=True)
-        return {f"kept_by_sigma/{name}": share for name, share in named if share is not None} if self.active else {}
+        """`shares` that are known by their bins' ranges of sigma, for trackers; empty where none can be left out."""
+        return {f"kept_by_sigma/{name}": share for name, share in self._named()} if self.active else {}
 
-    def row(self) -> dict[str, list[float | None]]:
-        """`shares` for a line of log.jsonl; empty where none can be left out."""
-        return {"kept_by_sigma": self.shares()} if self.active else {}
+    def row(self) -> dict[str, dict[str, float]]:
+        """The same for a line of log.jsonl."""
+        return {"kept_by_sigma": dict(self._named())} if self.active else {}
+
+    def _named(self) -> list[tuple[str, float]]:
+        ranges = [f"{low:.3f}-{high:.3f}" for low, high in pairwise(self.borders.tolist())]
+        return [(name, share) for name, share in zip(ranges, self.shares(), strict=True) if share is not None]
 
     def why_nothing_stays(self) -> str:
         """What to tell who finds every sample left out."""
@@ -135,7 +153,10 @@ class RobustFilter:
 
     def save(self, folder: Path) -> None:
         """Writes what it remembers into a folder."""
-        save_file({"errors": self.errors, "kept": self.kept, "seen": self.seen}, folder / FILE)
+        save_file(self._state(), folder / FILE)
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("borders", "errors", "kept", "seen")}
 
     def load(self, folder: Path) -> None:
         """Takes what `save` wrote into the folder; begins anew where there is nothing, as in runs of older versions.
@@ -145,9 +166,9 @@ class RobustFilter:
         """
         if not (folder / FILE).is_file():
             return
-        state, mine = load_file(folder / FILE), {"errors": self.errors, "kept": self.kept, "seen": self.seen}
-        for name, value in mine.items():
+        state = load_file(folder / FILE)
+        for name, value in self._state().items():
             found = state.get(name)
             if found is None or found.shape != value.shape or found.dtype != value.dtype:
                 raise ConfigError(f"{folder / FILE} has no {name} of {list(value.shape)}: delete it to begin anew")
-        self.errors, self.kept, self.seen = state["errors"], state["kept"], state["seen"]
+        self.borders, self.errors, self.kept, self.seen = (state[name] for name in self._state())

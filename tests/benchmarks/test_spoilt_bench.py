@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import dropping, robust, spoilt
-from training.robust import BINS
+from benchmarks.robust import BINS
+from training import losses, presets
 from training.shards import Shards, ShardWriter
 from training.toon import sizes
 
@@ -47,9 +48,18 @@ def test_rates_are_counted_as_they_say() -> None:
     assert figures["recall"] == pytest.approx(1 / 3) and figures["false"] == pytest.approx(1 / 4)
     assert figures["precision"] == pytest.approx(0.05 / 3 / (0.05 / 3 + 0.95 / 4))
     assert figures["recall_of"] == pytest.approx({"sound": 0, "frozen": 0, "crop": 1})
-    assert sum(robust.bin_shares()) == pytest.approx(1)
-    best = robust.forms(rows, [1.0] * BINS, 1.0)["loss, best"]
+    best = robust.forms(rows, robust.shown([row for row in rows if row[2] == 1.0]))["loss, best"]
     assert 1 < best["limit"] < 3 and best["false"] <= 0.25
+
+
+def test_shares_are_those_of_the_noise_levels_that_the_preset_draws() -> None:
+    loss = presets.memo_stage2().loss
+    drawn = losses.draw_sigma(4096, loss, torch.Generator().manual_seed(1))
+    shares = robust.bin_shares()
+    assert sum(shares) == pytest.approx(1)
+    for quarter in range(4):
+        share = ((drawn >= quarter / 4) & (drawn <= (quarter + 1) / 4)).float().mean()
+        assert sum(shares[quarter * BINS // 4 :][: BINS // 4]) == pytest.approx(float(share), abs=0.03)
 
 
 @pytest.mark.slow

@@ -19,13 +19,15 @@ from training.config import ConfigError, Data, Drop, Loss, Stage
 
 RELATIVE = Loss(robust_measure="quantile")
 
-# Single frames at one noise level, half of which are dropped as soon as it is known what is usual: in the second step.
+STAGE2 = replace(presets.memo_stage2().loss, robust_from=0)
+
+# Single frames of pure noise, half of which are dropped as soon as it is known what is usual: in the second step.
 HALVED = replace(
     TINY,
     data=Data(single_frames=True, frames=1),
     train=("reference", "spatial", "backbone", "face"),
     drop=Drop(reference=0.0),
-    loss=Loss(logit_mean=0.1, logit_std=0.01, robust_measure="quantile", robust_factor=1.0),
+    loss=Loss(pure_noise=1.0, robust_measure="quantile", robust_factor=1.0),
     optimizer=replace(TINY.optimizer, batch=16),
 )
 
@@ -35,12 +37,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clips(tmp_path_factory.mktemp("data"))
 
 
-def samples(count: int, bad: float, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def samples(count: int, bad: float, scale: float = 1.0, loss: Loss = RELATIVE) -> tuple[Tensor, Tensor, Tensor]:
     """Noise levels, errors of the velocity and which samples are bad, [N].
 
     What noise hides of a clean latent is Gaussian, and the more the stronger it is.
     """
-    sigma = torch.randn(count).sigmoid()
+    sigma = losses.draw_sigma(count, loss, torch.Generator().manual_seed(int(torch.randint(2**31, (1,)))))
     unknown = 0.001 + 0.01 * sigma.square()
     usual = unknown / ((1 - sigma).square() * unknown + sigma.square())
     is_bad = torch.rand(count) < bad
@@ -50,7 +52,9 @@ def samples(count: int, bad: float, scale: float = 1.0) -> tuple[Tensor, Tensor,
 
 def judge(judged: robust.RobustFilter, sigma: Tensor, error: Tensor) -> Tensor:
     """Which samples stay [N], judged in steps of 32."""
-    bins, no, stay = robust.bin_of(sigma[:, None]), torch.zeros(32, dtype=torch.bool), []
+    bins, no, stay = judged.bin_of(sigma[:, None]), torch.zeros(32, dtype=torch.bool), []
+    if judged.config.robust_measure == "quantile":
+        error = error * sigma.square()
     for first in range(0, len(sigma), 32):
         some = slice(first, first + 32)
         keep = losses.kept_by_filter(error[some], error[some], no, judged.limits(0)[bins[some]])
@@ -61,11 +65,12 @@ def judge(judged: robust.RobustFilter, sigma: Tensor, error: Tensor) -> Tensor:
 
 def test_good_samples_stay_at_every_noise_level_and_bad_ones_go() -> None:
     torch.manual_seed(0)
-    sigma, error, bad = samples(64 * 512, 0.05)
-    relative, literal = (judge(robust.RobustFilter(c), sigma, error) for c in (RELATIVE, Loss()))
+    sigma, error, bad = samples(64 * 512, 0.05, loss=STAGE2)
+    relative, literal = (judge(robust.RobustFilter(c), sigma, error) for c in (STAGE2, Loss()))
     late = torch.arange(len(sigma)) > len(sigma) // 2
-    for number in range(1, robust.BINS - 1):
-        here = late & (robust.bin_of(sigma[:, None]) == number)
+    levels = sigma[late].quantile(torch.linspace(0, 1, 33))  # twice as fine as the filter's own
+    for number in range(32):
+        here = late & (sigma >= levels[number]) & (sigma <= levels[number + 1])
         assert (~relative[here & bad]).float().mean() > 0.9, f"{number}: bad ones go"
         assert relative[here & ~bad].float().mean() > 0.97, f"{number}: good ones stay"
     assert error.mean() < 0.1, "and this is what the paper's one limit does at a loss that is usual there:"
@@ -85,6 +90,17 @@ def test_it_neither_shuts_itself_nor_opens() -> None:
     judge(judged, *samples(robust.BINS * 1024, 0.0, scale=20.0)[:2])
     sigma, error, _ = samples(robust.BINS * 128, 0.0, scale=20.0)
     assert judge(judged, sigma, error).float().mean() > 0.95, "where all errors rise, that is the new usual"
+
+
+def test_all_noise_levels_of_a_preset_soon_know_what_is_usual() -> None:
+    torch.manual_seed(0)
+    judged = robust.RobustFilter(STAGE2)
+    judge(judged, *samples(64 * robust.BINS, 0.05, loss=STAGE2)[:2])
+    assert torch.isfinite(judged.limits(0)).all()
+    assert judged.seen.min() > 32 and judged.seen.max() < 128, "each sees about as many as the others"
+    assert judged.bin_of(torch.ones(1, 1)) == robust.BINS - 1 and judged.bin_of(torch.zeros(1, 1)) == 0
+    names = list(judged.row()["kept_by_sigma"])
+    assert names[0].startswith("0.000-0.3") and names[-1] == "0.950-1.000" and len(names) == robust.BINS
 
 
 def test_who_knows_too_little_drops_nothing_and_some_say_nothing() -> None:
@@ -124,7 +140,7 @@ def test_a_stopped_run_goes_on_judging_as_it_did(data: Path, tmp_path: Path, mon
     one, two = (load_file(path / "state" / "model.safetensors") for path in (whole, resumed))
     assert all(torch.equal(one[key], two[key]) for key in one)
     dropped = [json.loads(line) for line in (tmp_path / "whole" / "dropped-0.jsonl").read_text().splitlines()]
-    assert all(row["error"] > row["limit"] > 0 and 0.5 < row["sigma"] < 0.55 for row in dropped)
+    assert all(row["error"] > row["limit"] > 0 and row["sigma"] == 1 for row in dropped)
 
 
 def test_processes_judge_alike(data: Path, tmp_path: Path) -> None:
@@ -146,10 +162,10 @@ def test_shares_kept_are_logged_for_each_noise_level(data: Path, tmp_path: Path,
     stage = replace(HALVED, steps=1, loss=replace(HALVED.loss, robust_measure=measure, robust_threshold=0.0))
     engine.train(stage, data, tmp_path, small_nets(), None)
     share = 1.0 if measure == "quantile" else 0.0
-    assert log_of(tmp_path)[-1]["kept_by_sigma"] == [None] * 8 + [share] + [None] * 7
+    assert log_of(tmp_path)[-1]["kept_by_sigma"] == {"1.000-1.000": share}
     events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent))
     events.Reload()
-    assert [event.value for event in events.Scalars("kept_by_sigma/0.50-0.56")] == [share]
+    assert [event.value for event in events.Scalars("kept_by_sigma/1.000-1.000")] == [share]
 
 
 def test_a_run_that_an_earlier_version_began_goes_on_as_it_was(data: Path, tmp_path: Path) -> None:
@@ -190,6 +206,6 @@ def test_a_filter_that_makes_no_sense_is_refused(changes: list[str], message: st
 
 
 def test_another_memory_is_refused(tmp_path: Path) -> None:
-    save_file({"errors": torch.zeros(4, 4)}, tmp_path / robust.FILE)
+    save_file({"borders": torch.zeros(robust.BINS + 1), "errors": torch.zeros(4, 4)}, tmp_path / robust.FILE)
     with pytest.raises(ConfigError, match="has no errors of"):
         robust.RobustFilter(RELATIVE).load(tmp_path)

@@ -168,6 +168,8 @@ def test_a_sample_that_is_far_off_does_not_teach() -> None:
     torch.testing.assert_close(loss, torch.tensor([0.01, 25.0, 0.01]))
     torch.testing.assert_close(error, loss)
     _, clean = losses.flow_errors(predicted, velocity, sigma, torch.ones(()), Loss(robust_measure="clean"))
+    _, compared = losses.flow_errors(predicted, velocity, sigma, torch.ones(()), Loss(robust_measure="quantile"))
+    assert torch.equal(compared, clean)
     torch.testing.assert_close(clean, loss / 4)
     no = torch.zeros(3, dtype=torch.bool)
     assert losses.kept_by_filter(loss, error, no, 0.1).tolist() == [True, False, True]
