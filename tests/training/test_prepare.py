@@ -523,7 +523,9 @@ def test_videos_become_shards_and_a_second_run_does_only_what_is_new(
     keys = {row.key for row in Table(out / "table.jsonl").rows.values() if row.decision == "keep"}
     assert {sample.key for sample in Shards(out / "shards").samples} == keys and len(keys) == 2
     (out / "verdicts.json").write_text(json.dumps({"verdicts": {bright.id: "drop", dark.id: "keep"}}))
+    capsys.readouterr()
     rows, asked = run(ours, out, models, "--min-quality", "30", *skip)
+    assert "samples taken out of the shards: 1 (0.00 h): 1 (0.00 h) reviewer\n" in capsys.readouterr().out
     assert asked == [] and [row.decision for row in rows["two scenes.mp4"]] == ["drop", "keep"]
     assert [sample.key for sample in Shards(out / "shards").samples] == [rows["two scenes.mp4"][1].key]
 

@@ -257,6 +257,27 @@ def test_a_look_without_a_face_divides_a_clip(models: Path, tmp_path: Path) -> N
     assert [(row.id, row.cause, row.looks) for row in fresh] == [(row.id, row.cause, row.looks) for row in rows]
 
 
+def test_what_an_earlier_version_dropped_whole_is_divided_once(models: Path, tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    frames, waveform = scene(1, 2.4)
+    frames[40:] = 0
+    write(raw / "a.mp4", (frames, waveform))
+    skip = ("--skip", "scenes", "quality", "sync", "encode")
+    new, _ = prepare(raw, out, models, *skip)
+    assert [row.cause for row in new] == ["", "no face"]
+    old = replace(new[0], id=f"{new[0].identity}-0-2400", end=new[1].end, box=None, face_box=None, looks=None)
+    table = Table(out / "table.jsonl")
+    table.remove([row.id for row in new])
+    table.put([old.fail("faces", "no face", "0 faces at 1.60 s")])
+    table.close()
+    rows, asked = prepare(raw, out, models, *skip)
+    assert [work for work, _ in asked] == ["faces"] and [(r.id, r.cause) for r in rows] == [
+        (r.id, r.cause) for r in new
+    ]
+    assert prepare(raw, out, models, *skip) == (rows, []), "what was divided is not looked at again"
+
+
 def test_a_small_face_is_dropped_by_the_pixels_of_its_square(models: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.mp4", scene(1, 1.2))
     row = replace(video_row("a.mp4"), start=0.0, end=1.2, width=320, height=240, fps=25.0)
@@ -316,6 +337,21 @@ def test_a_table_is_appended_to_and_survives_a_kill(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 19 and [line["start"] for line in lines[:5]] == [0, 1, 2, 3, 4]
     path.write_text('{"id": "x"}\n' + path.read_text())
+    with pytest.raises(PrepareError, match="line 1 is not a row"):
+        Table(path)
+
+
+def test_a_table_killed_in_its_first_line_begins_anew_and_no_other_file_is_written_over(tmp_path: Path) -> None:
+    path, (row,) = tmp_path / "table.jsonl", rows_of(1)
+    line = json.dumps(row.to_json())
+    for length in (0, 1, 12, len(line) - 1):
+        path.write_text(line[:length])
+        table = Table(path)
+        assert not table.rows
+        table.put([row])
+        table.save()
+        assert list(Table(path).rows.values()) == [row] and path.read_text() == line + "\n"
+    path.write_text("notes of mine")
     with pytest.raises(PrepareError, match="line 1 is not a row"):
         Table(path)
 

@@ -85,7 +85,7 @@ def crop_looked_at(clip: Row, settings: Settings, looks: list[Look]) -> list[Row
     for start, stop, bad in _divide(clip, looks, settings.min_seconds):
         row = clip if (start, stop) == (clip.start, clip.end) else replace(part(clip, start, stop), verdict="")
         if bad is not None:
-            rows.append(row.fail("faces", bad.cause, bad.detail))
+            rows.append(replace(row, looks=[]).fail("faces", bad.cause, bad.detail))
         else:
             seen = [(look.time, look.face) for look in looks if start <= look.time <= stop and look.face is not None]
             rows.append(_attempt(row, lambda row=row, seen=seen: _around(row, settings, seen)))
@@ -124,7 +124,7 @@ def _attempt(row: Row, make: Callable[[], Row]) -> Row:
     try:
         return make()
     except Drop as drop:
-        return row.fail("faces", drop.cause, drop.detail)
+        return replace(row, looks=[]).fail("faces", drop.cause, drop.detail)
 
 
 def _check_sound(row: Row, settings: Settings) -> None:

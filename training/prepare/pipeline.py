@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import preview
 from .clip import sample_key
 from .engines import Engine
-from .rows import MEASURED, STAGES, TABLE, TOO_SLOW, PrepareError, Row, Table, decide
+from .rows import MEASURED, NOT_ONE_FACE, STAGES, TABLE, TOO_SLOW, PrepareError, Row, Table, decide
 from .settings import Settings
 from .videos import find_videos
 
@@ -215,8 +215,10 @@ class _Run:
 
     def encode(self) -> None:
         """Encodes what is kept and is not in the shards, and takes out what is not kept."""
-        wanted, due = set(), []
+        wanted, due, lost = set(), [], {}
         for row in self.table.rows.values():
+            old, decided = row.key, self._decided(row)
+            lost[old] = (decided.cause if decided.decision == "drop" else "encoded again", row.seconds)
             key = sample_key(row, self.digests["encode"]) if row.source in self.present else row.key
             if not self._is_done(row, "encode") or row.key != key:
                 row = _without(row, "encode")
@@ -227,6 +229,8 @@ class _Run:
                 self._put([replace(row, key=key).finish({"encode": self.digests["encode"]})])
             elif row.source in self.present:
                 due.append(row.id)
+        if gone := self.packer.keys - wanted:
+            print(_describe_lost([lost.get(key, ("no clip any more", 0.0)) for key in gone]))
         self.packer.keep(wanted)
         for _, rows in self._results(("encode",), self._before("encode", due), len(due)):
             self._put([self._packed(row) for row in rows])
@@ -248,6 +252,8 @@ class _Run:
         failed_here = row.failure is not None and row.failure[0] == stage
         if failed_here and row.failure[1] == TOO_SLOW and (row.fps or 0) >= self.settings.min_fps:
             return False  # it was not read, and would be now
+        if failed_here and stage == "faces" and row.failure[1] in NOT_ONE_FACE and row.looks is None:
+            return False  # before clips were divided
         return row.done.get(stage) == self.digests[stage] and not (self.retry and row.error and failed_here)
 
     def _is_due(self, row: Row, stage: str | None) -> bool:
@@ -273,6 +279,16 @@ class _Run:
 
     def _put(self, rows: Iterable[Row]) -> None:
         self.table.put(map(self._decided, rows))
+
+
+def _describe_lost(samples: list[tuple[str, float]]) -> str:
+    """What the shards lose: cause and seconds of each sample."""
+
+    def amount(seconds: list[float]) -> str:
+        return f"{len(seconds)} ({sum(seconds) / 3600:.2f} h)"
+
+    causes = [f"{amount([s for c, s in samples if c == cause])} {cause}" for cause in sorted({c for c, _ in samples})]
+    return f"samples taken out of the shards: {amount([s for _, s in samples])}: {', '.join(causes)}"
 
 
 def _without(row: Row, stage: str) -> Row:

@@ -23,6 +23,7 @@ STAGES = ("scenes", "faces", "quality", "sync", "encode")
 TABLE = "table.jsonl"
 SYNC_FPS = 25  # frames a second in which SyncNet counts
 TOO_SLOW = "frame rate too low"
+NOT_ONE_FACE = ("no face", "several faces", "partial face")  # causes for which clips are divided
 SPARE_LINES = 10_000  # that no longer count, beyond as many as do: then the table is written anew during a run
 
 Work = Mapping[str, str]
@@ -55,7 +56,8 @@ class Row:
         decision: keep or drop. stage, cause, detail: where and why it was dropped.
         face_box: around the face in all pictures looked at; box: what is cut out; left, top, right, bottom in pixels
             of the source. scale: what `box` was to be, in longer sides of `face_box`; it may be less at the edge.
-        looks: when the face was looked for, and its box: seconds in the source, left, top, right, bottom.
+        looks: when the face was looked for, and its box: seconds in the source, left, top, right, bottom. Empty where
+            the clip failed at that; None there in tables from before clips were divided.
         face_time: seconds in the source of the surest face; keypoints: its eyes, nose and mouth corners, x and y in
             source pixels.
         eyes_box, mouth_box: where eyes and mouth ever were, in parts of `box`.
@@ -164,6 +166,7 @@ def _are_looks(value: Any) -> bool:
 
 _NAMES = tuple(item.name for item in fields(Row))
 _KINDS = get_type_hints(Row)
+_ROW = b'{"id": "'  # how a line begins, so that no other file is taken for a table
 _LENGTHS = {"changed": 2, "face_box": 4, "box": 4, "keypoints": 10, "eyes_box": 4, "mouth_box": 4, "failure": 3}
 # What each stage fills in, cleared when it runs again.
 MEASURED = {
@@ -263,7 +266,7 @@ class Table:
                 else:
                     self._place(Row.from_json(values).id)
             except (ValueError, TypeError) as error:
-                if number > 1 and not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and (number > 1 or _ROW.startswith(line[: len(_ROW)])):
                     self._changed = True
                     return  # a run was killed while it wrote this; it is written over
                 raise PrepareError(
