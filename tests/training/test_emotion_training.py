@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 import pytest
@@ -324,3 +325,12 @@ def test_the_report_has_a_table_figures_and_pictures(tmp_path):
     ]
     for name in ("accuracy.png", "confusion.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_regularisers_is_what_was_measured() -> None:
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks" / "emotion.json").read_text("utf-8"))["accuracy"]
+    text = (root / "training" / "README.md").read_text("utf-8")
+    for name, start in (("core", "Core-tuning, `core`"), ("supcon", "Khosla's, `supcon`"), ("none", "`none`")):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+        assert " | ".join(f"{mean(v):.1f} ± {stdev(v):.1f}" for v in found[name].values()) in line

@@ -30,6 +30,7 @@ TOON_RUNS = {
     "none": replace(TOON, regulariser="none"),
     "linear": replace(TOON.linear(), learning_rate=1e-2),
 }
+ACCURACY = "accuracy.json"  # of `toon`: percent by kind of run, set and seed
 BASELINE = "baseline"  # folder of the linear baseline, in that of a run
 
 
@@ -179,7 +180,7 @@ def fit(
 def show_toon(out: Path, seeds: int = 3) -> str:
     """Makes the toon sets, trains with each regulariser and with none, and tells how each did on new voices.
 
-    The detector stays in out/core_0/misc/audio_emotion_classifier.
+    The detector stays in out/core_0/misc/audio_emotion_classifier, each seed's accuracies in out/accuracy.json.
     """
     started = time.monotonic()
     lists, tables = make_toon_sets(out / "sets")
@@ -198,6 +199,8 @@ def show_toon(out: Path, seeds: int = 3) -> str:
         + [[100 * result["all"]["accuracy"] for result in results]]
         for name, results in scores.items()
     }
+    heads = [*keys, "all clips"]
+    write_json(out / ACCURACY, {name: dict(zip(heads, values)) for name, values in columns.items()})
     for name in ("core", "supcon", "linear"):
         pairs = zip(columns[name], columns["none"])
         columns[f"{name} - none"] = [[a - b for a, b in zip(*pair)] for pair in pairs]
@@ -207,7 +210,7 @@ def show_toon(out: Path, seeds: int = 3) -> str:
             "seed 0 with the regulariser core, on voices that the head has not heard:",
             table(scores["core"][0]),
             f"accuracy %, mean and standard deviation of {seeds} seeds (of the split, the weights and the batches):",
-            text_table(["run", *keys, "all clips"], rows),
+            text_table(["run", *heads], rows),
             f"{time.monotonic() - started:.0f} s",
         ]
     )
