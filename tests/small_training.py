@@ -43,8 +43,8 @@ def small_nets(seed: int = 0) -> Nets:
     return nets
 
 
-def write_clips(folder: Path, deviation: float = 1.0) -> Path:
-    """Eight random clips of 64 frames, of latents with this standard deviation."""
+def write_clips(folder: Path, deviation: float = 1.0, **about: object) -> Path:
+    """Eight random clips of 64 frames, of latents with this standard deviation; `about`: what their .json says."""
     torch.manual_seed(0)
     with ShardWriter(folder, samples_per_shard=4) as writer:
         for number in range(8):
@@ -55,7 +55,7 @@ def write_clips(folder: Path, deviation: float = 1.0) -> Path:
                 "emotion": torch.full((64,), number, dtype=torch.uint8),
                 "focus": torch.rand(SIZE, SIZE).half(),
             }
-            writer.add(f"clip{number}", tensors)
+            writer.add(f"clip{number}", tensors, about)
     return folder
 
 

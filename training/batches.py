@@ -158,8 +158,8 @@ class TrainingSet(Dataset):
             latents = self.shards.read(clip, "latents", slice(first, last + 1))[rows - first]
         else:
             latents = torch.cat([self.shards.read(clip, "latents", slice(int(r), int(r) + 1)) for r in rows])
-        # Any frame of the clip shows who it is, but one that is to be made would teach to copy it.
-        shown = set(rows.tolist())
+        # Any frame of the clip shows who it is.
+        shown = set(rows.tolist()) if self.config.data.portrait_outside else set()
         others = [row for row in range(frames) if row not in shown] or [0]
         other = others[int(torch.randint(len(others), (), generator=generator))]
         if "portrait" in names:

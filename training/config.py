@@ -33,7 +33,10 @@ class Data:
     past_noise: greatest standard deviation of noise on past latents, because generated ones are not clean either.
     by_length: clips are drawn as often as whole windows fit into them, so that every second counts the same; in an
         epoch each of these stretches is drawn from once. Otherwise each clip comes once in an epoch, however long.
-    held_out: share of the videos that is not trained on, for validation and previews (`training.split`).
+    portrait_outside: where samples bring no portrait it is any frame of the clip but those to be made, which would
+        teach to copy; otherwise any.
+    held_out: share of the videos, or of the people where faces are known, that is not trained on, for validation and
+        previews (`training.split`).
     workers: processes that read, per training process.
     """
 
@@ -43,6 +46,7 @@ class Data:
     start_ratio: float = 0.0
     past_noise: float = 0.0
     by_length: bool = False
+    portrait_outside: bool = False
     held_out: float = 0.0
     workers: int = 0
 

@@ -42,7 +42,8 @@ def report(
         _memory(cost, processes),
         "disk: " + disk.plan(cost.checkpoint, config, out, always=bool(config.lora.rank)),
     ]
-    lines += [_hours(cost, utilisation), _data(samples, net.fps), _batch(config, samples, processes, net.fps)]
+    fps = samples.shards.fps or net.fps  # as the run's checkpoints will have it
+    lines += [_hours(cost, utilisation), _data(samples, fps), _batch(config, samples, processes, fps)]
     print("\n".join(lines))
     if encoders is None:
         print("picture: none without a VAE; give --encoders")

@@ -23,7 +23,7 @@ from .config import Data, Drop, Engine, Lora, Loss, Optimizer, Stage, flatten, o
 # every step of sampling reads. In stage 1 the reference is all there is to drop.
 _MEMO_DROP = Drop(all=0.05)
 
-_DATA = Data(workers=4, by_length=True, held_out=0.01)
+_DATA = Data(workers=4, by_length=True, portrait_outside=True, held_out=0.01)
 _WINDOWS = replace(_DATA, start_ratio=0.1, past_noise=0.2)
 _LOSS = Loss(logit_mean=0.7, pure_noise=0.05)
 # By the clock: the state of stage 2 is 41 GB. Pictures as sampling makes them.
@@ -141,6 +141,7 @@ def toon_stage3() -> Stage:
 
 # What presets of earlier versions set otherwise. A run that was begun so goes on so.
 EARLIER = {"data.start_ratio": 0.0, "data.past_noise": 0.0, "data.by_length": False, "data.held_out": 0.0}
+EARLIER |= {"data.portrait_outside": False}
 EARLIER |= {"loss.logit_mean": 0.0, "loss.pure_noise": 0.0}
 EARLIER |= {"loss.robust_measure": "loss", "drop.all": 0.0}
 

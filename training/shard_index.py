@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from statistics import median
 from typing import Any, BinaryIO
 
 from memo_core.checks import number, shown, whole
@@ -79,6 +80,34 @@ def is_metadata(value: Any) -> bool:
         and all(name in METADATA and fits(part, METADATA[name]) for name, part in value.items())
         and all(number(value.get(name, 1.0), 1e-3, 1e3) is not None for name in ("crop_scale", "encoded_fps"))
     )
+
+
+def crop_scale(box: list[float] | None, looks: list[list[float]] | None) -> float | None:
+    """Side of the square that is cut out, in sides of the face as one picture shows it: a portrait that is cut so looks
+    like the clip.
+
+    Args:
+        box: what is cut out: left, top, right, bottom in pixels.
+        looks: time, left, top, right and bottom of each face found.
+
+    Returns:
+        None where no face was looked for.
+    """
+    if box is None or not looks:
+        return None
+    faces = [max(right - left, bottom - top) for _, left, top, right, bottom in looks]
+    return round((box[2] - box[0]) / median(faces), 4)
+
+
+def metadata_before(about: dict[str, Any]) -> dict[str, Any]:
+    """What a sample's .json tells where the index does not: the video, or `identity`, and how wide the square is."""
+    found, (box, looks) = {}, (about.get("box"), about.get("looks"))
+    if isinstance(video := about.get("video") or about.get("identity"), str):
+        found["video"] = video
+    four, five = tuple[float, float, float, float], tuple[float, float, float, float, float]
+    if fits(box, four) and fits(looks, list[five]) and all(right > left for _, left, _, right, _ in looks):
+        found["crop_scale"] = crop_scale(box, looks)
+    return {name: value for name, value in found.items() if value is not None and is_metadata({name: value})}
 
 
 def is_key(key: str) -> bool:

@@ -20,8 +20,8 @@ import io
 import json
 import math
 import tarfile
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -46,6 +46,7 @@ from .shard_index import (
     pread,
     read_index,
     size_of,
+    metadata_before,
 )
 
 _MAX_HEADER, _MAX_META = 2**20, 2**24  # bytes of a sample's safetensors header, and of its .json
@@ -114,8 +115,11 @@ class Shards:
 
     @property
     def crop_scale(self) -> float | None:
-        """Mean side of the squares that were cut out, in sides of the face; None where no sample tells."""
-        scales = [sample.crop_scale for sample in self.samples if sample.crop_scale is not None]
+        """Mean side of the squares that were cut out, in sides of the face; None where no sample tells.
+
+        Shards whose index is from before it had metadata are read through, once.
+        """
+        scales = [sample.crop_scale for sample in self._described if sample.crop_scale is not None]
         return fmean(scales) if scales else None
 
     @property
@@ -136,23 +140,26 @@ class Shards:
 
         Shards whose index is from before it had metadata are read through, once.
         """
-        silent = {sample.shard for sample in self.samples if not sample.video}
-        found = {name: self._videos_in(name) for name in sorted(silent)}
-        return [s.video or found[s.shard].get(s.key) or f"sample {s.key}" for s in self.samples]
+        return [sample.video or f"sample {sample.key}" for sample in self._described]
 
-    def _videos_in(self, name: str) -> dict[str, str]:
-        """Videos by key, as the .json of a shard's samples tell them: `video`, or `identity`."""
+    @cached_property
+    def _described(self) -> list[Sample]:
+        """The samples; of those whose video the index does not tell, with what their .json does."""
+        silent = {sample.shard for sample in self.samples if not sample.video}
+        found = {name: self._metadata_in(name) for name in sorted(silent)}
+        return [s if s.video else replace(s, **found[s.shard].get(s.key, {})) for s in self.samples]
+
+    def _metadata_in(self, name: str) -> dict[str, dict[str, Any]]:
+        """What the .json of a shard's samples tell, by key."""
         path, found = self.folder / name, {}
         try:
             with open_inside(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     if member.isreg() and member.name.endswith(".json") and member.size <= _MAX_META:
                         metadata = parse_json(tar.extractfile(member).read())
-                        video = metadata.get("video") or metadata.get("identity")
-                        if isinstance(video, str):
-                            found[member.name.removesuffix(".json")] = video
+                        found[member.name.removesuffix(".json")] = metadata_before(metadata)
         except (tarfile.TarError, ValueError, OSError) as error:
-            raise ShardError(f"{path} does not tell its samples' videos: {error}") from error
+            raise ShardError(f"{path} does not tell of its samples: {error}") from error
         return found
 
     def names(self, number: int) -> dict[str, tuple[int, ...]]:

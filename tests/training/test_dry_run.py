@@ -12,7 +12,7 @@ import pytest
 import test_training as runs
 import torch
 from PIL import Image
-from small_training import SIZE, TINY, small_nets
+from small_training import SIZE, TINY, small_nets, write_clips
 
 from training import __main__ as command
 from training import batches, budget, disk, dry_run, export, presets
@@ -60,6 +60,17 @@ def test_it_says_what_a_run_takes_before_any_weights_are_read(
         "3 x 4 x 2 (processes, batch, accumulate) = 24 samples a step, 57,600 in all, 7,200.0"
     )
     assert [path.name for path in out.iterdir()] == ["dry-run.png"], "and nothing of a run"
+
+
+def test_hours_are_counted_at_the_rate_of_the_clips(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is what the run's checkpoints will have."""
+    write_clips(tmp_path / "shards", encoded_fps=25.0)
+    paths = ["--data", str(tmp_path / "shards"), "--out", str(tmp_path / "run"), "--start", str(start)]
+    said = told(capsys, ["toon_stage2", *paths])
+    assert said["data"].startswith(f"8 clips, {8 * 64 / 25 / 3600:.3g} h")
+    assert f"they show {2400 * 4 * 16 / 25 / 3600:,.1f} h" in said["batch"]
 
 
 def test_the_picture_shows_the_first_batch(

@@ -26,13 +26,12 @@ from memo_core.sampling.job import WindowInputs
 from memo_core.sampling.settings import Settings
 from memo_core.sampling.window import sample_window
 from training import __main__ as command
-from training import batches, budget, engine, losses, presets, preview
+from training import batches, budget, config, engine, losses, presets, preview
 from training.config import Data, Loss
 from training.nets import Nets
 from training.objectives import flow
-from training.prepare.encode import crop_scale
 from training.prepare.rows import Row
-from training.shard_index import INDEX
+from training.shard_index import INDEX, crop_scale
 from training.shards import ShardError, Shards, ShardWriter
 from training.split import SAME_FACE, split, stable_hash
 from training.toon import sizes
@@ -106,16 +105,20 @@ def test_a_face_is_on_one_side_for_good(tmp_path: Path) -> None:
 
 
 def test_shards_of_before_tell_their_videos_too(tmp_path: Path) -> None:
-    """An index without videos, as all were: they stand in each sample's .json."""
+    """An index without videos and crops, as all were: they stand in each sample's .json, or what tells them."""
+    looks = [[0.2, 400.0, 400.0, 500.0, 480.0], [0.4, 402.0, 400.0, 502.0, 480.0]]
+    boxes = [[380.0, 375.0, 510.0, 505.0], [380.0, 375.0, 530.0, 525.0], None, [380.0, "375", 510.0, 505.0]]
     with ShardWriter(tmp_path, samples_per_shard=3) as writer:
-        for number in range(4):
-            writer.add(f"clip{number}", clip(), {"identity": f"video{number // 2}"})
+        for number, box in enumerate(boxes):
+            about = {"identity": f"video{number // 2}", "box": box, "looks": looks}
+            writer.add(f"clip{number}", clip(), about)
         writer.add("drawn", clip())
     shards = Shards(tmp_path)
     assert {
         len(sample) for shard in json.loads((tmp_path / INDEX).read_text())["shards"] for sample in shard["samples"]
     } == {4}
-    assert shards.videos() == ["video0", "video0", "video1", "video1", "sample drawn"] and shards.crop_scale is None
+    assert shards.videos() == ["video0", "video0", "video1", "video1", "sample drawn"]
+    assert shards.crop_scale == pytest.approx(1.4)
 
 
 def test_the_index_tells_videos_and_crops_also_after_samples_are_removed(tmp_path: Path) -> None:
@@ -208,7 +211,7 @@ def test_clips_come_as_often_as_they_are_long(tmp_path: Path) -> None:
 @pytest.mark.parametrize("single", [False, True])
 def test_the_portrait_is_not_what_is_to_be_made(tmp_path: Path, single: bool) -> None:
     write(tmp_path, [("clip", "video", ())])
-    config = Data(single_frames=single, frames=4) if single else Data()
+    config = Data(single_frames=single, frames=4 if single else 16, portrait_outside=True)
     data = batches.TrainingSet(tmp_path, replace(WINDOWS, data=config))
     portraits = set()
     for number in range(200):
@@ -217,12 +220,16 @@ def test_the_portrait_is_not_what_is_to_be_made(tmp_path: Path, single: bool) ->
         assert portrait not in sample.latents[0, 0, :, 0, 0].tolist()
         portraits.add(portrait)
     assert len(portraits) > 30, "any other"
+    before = batches.TrainingSet(tmp_path, replace(WINDOWS, data=replace(config, portrait_outside=False)))
+    samples = [before[number] for number in range(200)]
+    assert any(float(s.portrait[0, 0, 0, 0]) in s.latents[0, 0, :, 0, 0].tolist() for s in samples), "any, as it was"
 
 
 def test_a_clip_of_nothing_else_is_its_own_portrait(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         writer.add("window", clip(frames=16))
-    assert int(batches.TrainingSet(tmp_path, WINDOWS)[0].portrait[0, 0, 0, 0]) == 0
+    config = replace(WINDOWS, data=Data(portrait_outside=True))
+    assert int(batches.TrainingSet(tmp_path, config)[0].portrait[0, 0, 0, 0]) == 0
 
 
 def test_windows_are_as_long_as_the_networks(tmp_path: Path) -> None:
@@ -386,9 +393,9 @@ def test_a_portrait_is_cut_as_the_clips_were() -> None:
     """The square of a clip in sides of the face that its pictures show; back from the checkpoint's margin to pixels."""
     looks = [[0.2 * n, 400.0 + n, 400.0, 500.0 + n, 480.0] for n in range(5)]  # 100 x 80 pixels, moving
     row = Row(id="a-0-1", source="a.mp4", identity="a", box=[380.0, 375.0, 510.0, 505.0], looks=looks)
-    assert crop_scale(row) == pytest.approx(1.3) and crop_scale(replace(row, looks=None)) is None
+    assert crop_scale(row.box, row.looks) == pytest.approx(1.3) and crop_scale(row.box, None) is None
     nets = small_nets()
-    nets.crop_to(crop_scale(row))
+    nets.crop_to(crop_scale(row.box, row.looks))
     margin = nets.sizes.diffusion_net["crop_margin"]
     left, top, right, bottom = crop_region(1000, 1000, 64, 64, (400.0, 400.0, 500.0, 480.0), margin)
     assert right - left == bottom - top == 130
@@ -453,7 +460,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(videos: Path, encoders: P
     settings = ["engine.mixed_precision=no", "optimizer.batch=1", "engine.save_every=1", "data.workers=0"]
     settings += ["engine.sample_every=9", "steps=1"]
     earlier = ["data.start_ratio=0", "data.past_noise=0", "data.by_length=false", "data.held_out=0"]
-    earlier += ["loss.logit_mean=0", "loss.pure_noise=0"]
+    earlier += ["loss.logit_mean=0", "loss.pure_noise=0", "data.portrait_outside=false"]
     out = tmp_path / "run"
 
     def train(*changes: str) -> None:
@@ -462,8 +469,10 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(videos: Path, encoders: P
 
     train(*earlier)
     before, record = engine.begun(engine.latest(out))
-    del record["history"]
-    (engine.latest(out) / "training.json").write_text(json.dumps(record))  # which it had not
+    told = json.loads(config.to_json(before))
+    del record["history"], told["data"]["portrait_outside"]  # which it had not
+    (engine.latest(out) / "training.json").write_text(json.dumps(record))
+    (engine.latest(out) / "config.json").write_text(json.dumps(told))
     train("steps=2")
     kept, record = engine.begun(engine.latest(out))
     assert record["step"] == 2 and record["history"] == [] and kept == replace(before, steps=2)

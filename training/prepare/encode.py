@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
 from tempfile import SpooledTemporaryFile
 from typing import Any
 
@@ -23,6 +22,7 @@ from memo_core.sampling.vae import encode_frames
 from memo_core.tensorfile import save_tensors
 
 from .. import media
+from ..shard_index import crop_scale
 from ..shards import ShardWriter
 from ..vae import load_vae
 from .clip import alone
@@ -148,16 +148,6 @@ def focus(boxes: Iterable[list[float]], side: int) -> Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(fine[None], side)[0].half()
 
 
-def crop_scale(row: Row) -> float | None:
-    """Side of the square that is cut out, in sides of the face as one picture shows it: a portrait that is cut so looks
-    like the clip. None where no face was looked for.
-    """
-    if row.box is None or not row.looks:
-        return None
-    faces = [max(right - left, bottom - top) for _, left, top, right, bottom in row.looks]
-    return round((row.box[2] - row.box[0]) / median(faces), 4)
-
-
 @lru_cache(maxsize=1)
 def _networks(models: str, device: str) -> tuple[Any, Any, Any, Any]:
     from memo_core.encoders.emotion2vec import Emotion2Vec
@@ -211,7 +201,7 @@ class Packer:
             said = f"{path.name} cannot be read: {error}. --retry encodes the clip again"
             return row.fail("encode", "damaged file", said, error=True)
         about = {name: value for name, value in row.to_json().items() if name not in ("done", "failure", "error")}
-        about |= {"encoded_fps": self.fps, "video": row.identity, "crop_scale": crop_scale(row)}
+        about |= {"encoded_fps": self.fps, "video": row.identity, "crop_scale": crop_scale(row.box, row.looks)}
         self.writer.add(row.key, tensors, about)
         self._added.append(path)
         if len(self._added) >= SAMPLES_PER_SHARD:
