@@ -118,7 +118,7 @@ class Checkpoints:
         accelerator = self.accelerator
         names: list[Any] = [None]
         if accelerator.is_main_process:
-            for leftover in self.out.glob("*.tmp"):
+            for leftover in self.out.glob("checkpoint-*.tmp"):
                 shutil.rmtree(leftover)
             found = latest(self.out)
             names = [found and found.name]
@@ -206,8 +206,10 @@ class Checkpoints:
                 self._export(unfinished, model)
             if accelerator.is_main_process:
                 self._describe(unfinished, step, seconds)
+            accelerator.wait_for_everyone()  # each process writes a part of the state
         except Exception as error:  # whatever torch and safetensors make of a full disk
-            shutil.rmtree(unfinished, ignore_errors=True)
+            if accelerator.is_main_process:  # the others write there, too
+                shutil.rmtree(unfinished, ignore_errors=True)
             last = latest(self.out)
             raise disk.DiskError(
                 f"the checkpoint of step {step} could not be written: {error}. The same command, when there is room, "
@@ -250,5 +252,10 @@ class Checkpoints:
         for old in checkpoints(self.out)[: -self.config.engine.keep]:
             if not self._stays(int(old.name.rsplit("-", 1)[1])):
                 shutil.rmtree(old)
-            elif (old / STATE).is_dir():
+            elif _is_exported(old) and (old / STATE).is_dir():
                 shutil.rmtree(old / STATE)
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether a checkpoint has its weights beside the state."""
+    return (folder / "diffusion_net").is_dir() or (folder / "adapter.safetensors").is_file()

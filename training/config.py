@@ -143,7 +143,8 @@ class Engine:
         (at a step that is logged; 0: only by steps). save_every=0: only by minutes, and at the end.
     keep: checkpoints kept.
     export_every: steps; checkpoints of these steps hold the weights in the released layout, too, and keep those when
-        they are too old to be gone on from. 0: only the last checkpoint of a run does.
+        they are too old to be gone on from; those written before this was asked for are kept as they are. 0: only the
+        last checkpoint of a run does.
     guidance: scale that the pictures are sampled with; 1: without.
     validated: held-out windows, or sets of frames, whose loss is measured whenever pictures are made.
     trackers: others that accelerate knows, such as "wandb", besides TensorBoard.

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import pytest
 import test_training as runs
 import torch
-from small_training import TINY, small_nets
+from small_training import TINY, launch, small_nets
 from test_training import assert_same_state, weights_of
 
 from memo_core import MemoPipeline
 from training import __main__ as command
-from training import config, disk, engine, export
+from training import checkpoints, config, disk, engine, export
 from training.config import ConfigError, Stage
 from training.disk import DiskError
 from training.toon import jobs
@@ -124,6 +124,49 @@ def test_weights_asked_for_stay_when_their_state_goes(data: Path, tmp_path: Path
     shutil.rmtree(found[-1])
     with pytest.raises(ConfigError, match="checkpoint-0000004 holds weights and no state/ to go on from"):
         engine.train(TINY, data, tmp_path, small_nets(), None)
+
+
+def test_what_was_not_exported_in_time_is_kept_whole(data: Path, stopped: Path) -> None:
+    """Weights asked for when the run goes on: its earlier steps have them in the state alone."""
+    engine.train(with_engine(export_every=4, keep=1), data, stopped, small_nets(), None)
+    assert [path.name[-1] for path in engine.checkpoints(stopped)] == ["4", "6"]
+    assert len(weights_of(export.export(stopped / "checkpoint-0000004"))) > 100
+
+
+def test_a_run_that_goes_on_leaves_an_export_alone(data: Path, stopped: Path) -> None:
+    """Which may be writing; what is left of a checkpoint goes."""
+    for name in ("export-0000004.tmp", "checkpoint-0000006.tmp"):
+        (stopped / name).mkdir()
+    engine.train(with_engine(keep=9), data, stopped, small_nets(), None)
+    assert [path.name for path in stopped.glob("*.tmp")] == ["export-0000004.tmp"]
+
+
+def test_a_checkpoint_waits_for_all_processes(data: Path, tmp_path: Path) -> None:
+    """One that is late with its part of the state."""
+    late = (
+        "import os, time, accelerate\n"
+        "save = accelerate.Accelerator.save_state\n"
+        "wait = lambda *rest: time.sleep(3 * (os.environ['RANK'] == '1')) or save(*rest)\n"
+        "accelerate.Accelerator.save_state = wait"
+    )
+    launch(replace(TINY, steps=1), data, tmp_path, 2, late)
+    (last,) = tmp_path.glob("checkpoint-*")
+    states = sorted(path.name for path in (last / "state").glob("random_states_*"))
+    assert last.suffix == "" and states == ["random_states_0.pkl", "random_states_1.pkl"]
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_first_process_takes_back_what_was_not_finished(tmp_path: Path, main: bool) -> None:
+    def full(state: str) -> None:
+        Path(state).mkdir(parents=True)
+        raise OSError("no space left on device")
+
+    one = SimpleNamespace(is_main_process=main, wait_for_everyone=lambda: None, save_state=full)
+    size = disk.CheckpointSize(weights=0, optimizer=0, average=0, export=0)
+    of = checkpoints.Checkpoints(tmp_path, TINY, one, small_nets(), None, "", "", None, "", size, always=False)
+    with pytest.raises(DiskError, match="no space left"):
+        of.save(torch.nn.Identity(), 2, 1.0)
+    assert (tmp_path / "checkpoint-0000002.tmp").is_dir() != main
 
 
 def test_a_checkpoint_is_written_when_the_last_one_is_old(
