@@ -8,7 +8,7 @@ see what one process with twice the batch would.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -84,6 +84,7 @@ class TrainingSet(Dataset):
         samples_together: of all processes in one micro-step; they have equally many past windows.
         face_embedding: width of the face embedding, for clips that come without one.
         window: frames that the networks denoise together.
+        learned: keys of clips that the run has trained on before, which are not held out (`training.split`).
 
     Attributes:
         first: number of the sample with which the epochs of these clips begin; not 0 where a run went on with others.
@@ -101,6 +102,7 @@ class TrainingSet(Dataset):
         samples_together: int = 1,
         face_embedding: int = 512,
         window: int = WINDOW,
+        learned: Collection[str] = (),
     ):
         self.shards, self.config, self.samples_together = Shards(folder), config, samples_together
         self.face_embedding, self.window, self.first = face_embedding, window, 0
@@ -110,7 +112,7 @@ class TrainingSet(Dataset):
                 f"data.frames={config.data.frames} is for single frames; a window has the networks' {window} frames: "
                 "leave it out"
             )
-        sides = split(self.shards, config.data.held_out)
+        sides = split(self.shards, config.data.held_out, learned)
         self.usable, self.held_out = ([i for i in side if self._frames_of(i) >= self.length] for side in sides)
         if not self.usable:
             held_out = f"; {len(self.held_out)} that have are held out (data.held_out)" if self.held_out else ""

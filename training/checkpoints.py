@@ -26,8 +26,10 @@ from .learning import Average
 from .logs import truncate
 from .nets import Nets, link_encoders
 from .reading import fits, read_json
+from .shards import Shards
 
 STATE, WEIGHTS, AVERAGE, SIZES = "state", "model.safetensors", "average.safetensors", "sizes.json"
+LEARNED = "learned.json"
 # What a run has to have in common with the one it goes on from, besides its settings.
 _SAME = {"started_from": "the start's weights", "data": "the data", "samples_per_step": "samples per step"}
 
@@ -64,6 +66,21 @@ def begun(folder: Path) -> tuple[Stage, dict[str, Any]]:
     return settings, record
 
 
+def learned_before(out: Path, data: Path) -> frozenset[str]:
+    """Keys of the clips that the run in `out` has trained on before the data in these shards came.
+
+    Raises:
+        ConfigError: its state says so in no way that makes sense. ShardError: the data cannot be used.
+    """
+    found = latest(out)
+    if found is None or not (path := found / STATE / LEARNED).is_file():
+        return frozenset()
+    told = read_json(path, ConfigError)
+    if not isinstance(told.get("data"), str) or not all(fits(told.get(k), list[str]) for k in ("before", "now")):
+        raise ConfigError(f"{path} does not say what the run has learned from: it is {shown(told)}")
+    return frozenset(told["before"] if told["data"] == Shards(data).digest else told["before"] + told["now"])
+
+
 class Checkpoints:
     """Writes and reads those of one run.
 
@@ -83,6 +100,7 @@ class Checkpoints:
     Attributes:
         new_data: whether a run that was begun with other data may go on.
         history: the data that the run had before: their digests, and the steps at which others came.
+        learned: keys of the clips trained on in the data before, and in these; None where nothing is held out.
     """
 
     def __init__(
@@ -103,6 +121,7 @@ class Checkpoints:
         self.started_from, self.data, self.encoders, self.base = started_from, data, encoders, base
         self.size, self.always = size, always
         self.new_data, self.history = False, list[dict[str, Any]]()
+        self.learned: tuple[list[str], list[str]] | None = None
 
     def folder(self, step: int) -> Path:
         return self.out / f"checkpoint-{step:07d}"
@@ -244,6 +263,10 @@ class Checkpoints:
         if self.average is not None:
             self.average.save(folder / STATE / AVERAGE)
         (folder / STATE / SIZES).write_text(json.dumps(asdict(self.nets.sizes), indent=1) + "\n", encoding="utf-8")
+        if self.learned is not None:
+            before, now = self.learned
+            told = json.dumps({"data": self.data, "before": before, "now": now})
+            (folder / STATE / LEARNED).write_text(told, encoding="utf-8")
         (folder / "config.json").write_text(to_json(self.config), encoding="utf-8")
         record = json.dumps(self._record(step, seconds), indent=1) + "\n"
         (folder / "training.json").write_text(record, encoding="utf-8")

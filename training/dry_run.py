@@ -9,7 +9,7 @@ import torch
 from memo_core.nets.config import NetConfig
 from memo_core.sampling.vae import decode_latents
 
-from . import batches, budget, disk, run
+from . import batches, budget, checkpoints, disk, run
 from .config import Stage
 from .nets import Sizes
 from .vae import load_vae
@@ -34,7 +34,12 @@ def report(
     together = config.optimizer.batch * processes
     net = NetConfig.from_json(sizes.diffusion_net)
     samples = batches.TrainingSet(
-        data, config, samples_together=together, face_embedding=sizes.face_embedding, window=net.window
+        data,
+        config,
+        samples_together=together,
+        face_embedding=sizes.face_embedding,
+        window=net.window,
+        learned=checkpoints.learned_before(out, data),
     )
     first = batches.collate([samples[number] for number in range(config.optimizer.batch)])
     cost = budget.count(config, sizes, 8 * first.latents.shape[-1])

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from memo_core.checkpoint.digest import weights_digest
 
 from . import batches, disk, logs, losses, robust, run
-from .checkpoints import Checkpoints, begun, checkpoints, latest
+from .checkpoints import Checkpoints, begun, checkpoints, latest, learned_before
 from .config import ConfigError, Stage, flatten
 from .learning import Average, adamw, prepare_to_learn
 from .nets import Nets, check_encoders
@@ -124,11 +124,14 @@ class Trainer:
             samples_together=config.optimizer.batch * accelerator.num_processes,
             face_embedding=nets.sizes.face_embedding,
             window=nets.window,
+            learned=(learned := learned_before(out, data)),
         )
         self.held_out = batches.HeldOut(self.set) if self.set.held_out else None
         if config.data.held_out and self.held_out is None and accelerator.is_main_process:
-            clips = len(self.set.shards)
-            print(f"no clip is held out: {clips} clips are too few for data.held_out={config.data.held_out:g}")
+            print(
+                f"no clip is held out (data.held_out={config.data.held_out:g}): the clips of "
+                f"{self.set.length} frames or more show no two videos or faces that the run may choose between"
+            )
         if self.set.shards.crop_scale is not None:
             nets.crop_to(self.set.shards.crop_scale)
         if (fps := self.set.shards.fps) not in (None, nets.diffusion_net.config.fps):
@@ -165,6 +168,9 @@ class Trainer:
             always=self.sharded or bool(config.lora.rank),
         )
         self.checkpoints.new_data = new_data
+        if config.data.held_out:
+            samples = self.set.shards.samples
+            self.checkpoints.learned = sorted(learned), [samples[number].key for number in self.set.usable]
         self.robust = robust.RobustFilter(config.loss).kept_with(accelerator)
         self.step, self.seconds = 0, 0.0
 
@@ -349,7 +355,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.accelerator.log(figures, step=self.step)
             with open(self.out / "validation.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **figures}) + "\n")
+                row = {"step": self.step, "data": self.checkpoints.data, **figures}
+                file.write(json.dumps(row) + "\n")
 
     def _show(self) -> None:
         """Samples beside the truth, as a picture and in the trackers; only where one process holds all weights."""

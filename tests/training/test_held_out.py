@@ -104,6 +104,35 @@ def test_a_face_is_on_one_side_for_good(tmp_path: Path) -> None:
     assert before[0] < after[0] and before[1] < after[1]
 
 
+def test_of_a_few_people_one_is_held_out(tmp_path: Path) -> None:
+    """Ten, of whom a share of 0.01 is nobody in nine draws of ten; who was trained on stays so when others come."""
+    for draw in range(1, 7):
+        folder = tmp_path / str(draw)
+        clips = [(f"{p}-{part}", f"{draw} {p}-{part}", (p,)) for part in range(3) for p in range(10)]
+        shards = write(folder, clips)
+        before = trained, held_out = [keys(shards, side) for side in split(shards, 0.01)]
+        assert len(trained) == 27 and len(held_out) == 3 and len({key.split("-")[0] for key in held_out}) == 1
+        more = write(folder, [(f"{p}-{part}", f"{draw} {p}-{part}", (p,)) for part in range(3, 5) for p in range(20)])
+        after = [keys(more, side) for side in split(more, 0.01)]
+        assert before[0] < after[0] and after[1] and not after[1] & trained
+    alone = write(tmp_path / "alone", [("a", "one", (1,)), ("b", "other", (1,)), ("c", "one", ())])
+    assert split(alone, 0.01) == ([0, 1, 2], []), "of one group nothing is"
+
+
+def test_what_was_learned_from_is_never_held_out(tmp_path: Path) -> None:
+    """Though the clip that had drawn it to the trained side is gone."""
+    name, another = [f"name {n}" for n in range(99) if stable_hash(f"held out name {n}") < 0.2][:2]
+    other = next(f"name {n}" for n in range(99) if stable_hash(f"held out name {n}") > 0.2)
+    away = [(f"far {n}", f"far {n}", (50 + n,)) for n in range(20)]
+    old = write(tmp_path / "old", [("first", other, (1,)), ("second", name, (1,)), *away])
+    trained, held_out = (keys(old, side) for side in split(old, 0.2))
+    assert {"first", "second"} <= trained and held_out
+    new = write(tmp_path / "new", [("third", another, (1,)), *away, ("second", name, (1,))])
+    assert {"second", "third"} <= keys(new, split(new, 0.2)[1]), "by themselves"
+    after = [keys(new, side) for side in split(new, 0.2, trained)]
+    assert {"second", "third"} <= after[0] and held_out == after[1]
+
+
 def test_shards_of_before_tell_their_videos_too(tmp_path: Path) -> None:
     """An index without videos and crops, as all were: they stand in each sample's .json, or what tells them."""
     looks = [[0.2, 400.0, 400.0, 500.0, 480.0], [0.4, 402.0, 400.0, 502.0, 480.0]]
@@ -286,7 +315,7 @@ HELD = replace(
 )
 
 
-def validation_of(out: Path) -> list[dict[str, float]]:
+def validation_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
 
 
@@ -296,7 +325,8 @@ def test_validation_is_the_same_stopped_or_not_and_changes_nothing(
     whole = engine.train(HELD, videos, tmp_path / "whole", small_nets(), None)
     rows = validation_of(tmp_path / "whole")
     levels = {f"validation_{level}" for level in (0.1, 0.3, 0.5, 0.7, 0.9)}
-    assert [row["step"] for row in rows] == [2, 4] and rows[0].keys() == {"step", "validation"} | levels
+    assert [row["step"] for row in rows] == [2, 4] and rows[0].keys() == {"step", "data", "validation"} | levels
+    assert {row["data"] for row in rows} == {Shards(videos).digest}
     assert rows[0]["validation"] != rows[1]["validation"]
     blind = replace(HELD, engine=replace(HELD.engine, validated=0))
     assert_same_state(whole, engine.train(blind, videos, tmp_path / "blind", small_nets(), None))
@@ -431,6 +461,9 @@ def test_other_data_are_gone_on_with_on_purpose(videos: Path, tmp_path: Path) ->
     last = engine.train(longer, more, out, small_nets(), None, new_data=True)
     record = engine.begun(last)[1]
     assert record["history"] == [{"step": 2, "data": old.digest}] and record["data"] == Shards(more).digest
+    first = batches.TrainingSet(videos, stage)
+    assert engine.learned_before(out, more) == keys(old, first.usable) and first.held_out, "not held out from now on"
+    assert [row["data"] for row in validation_of(out)] == [old.digest, Shards(more).digest]
     steps = torch.load(last / "state" / "optimizer.bin", weights_only=True)["state"].values()
     assert {int(state["step"]) for state in steps} == {4}, "the optimiser goes on"
     assert [row["step"] for row in log_of(out)] == [1, 2, 3, 4]
