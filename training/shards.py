@@ -41,12 +41,12 @@ from .shard_index import (
     folder_of,
     is_key,
     is_metadata,
+    metadata_before,
     number_of,
     open_inside,
     pread,
     read_index,
     size_of,
-    metadata_before,
 )
 
 _MAX_HEADER, _MAX_META = 2**20, 2**24  # bytes of a sample's safetensors header, and of its .json
