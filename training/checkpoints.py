@@ -252,7 +252,8 @@ class Checkpoints:
                 return
             if self.config.lora.rank:
                 file = folder / "adapter.safetensors"
-                lora.save(self.nets, file, self.base, to_json(self.config), state=weights)
+                about = self.nets.diffusion_config
+                lora.save(self.nets, file, self.base, to_json(self.config), config=about, state=weights)
                 return
             self.nets.save(folder, torch.float32, weights)
             if self.encoders is not None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from memo_core.checkpoint.lora import Adapter, Factors, read
 from memo_core.errors import MemoError
+from memo_core.nets.config import trained_as
+from memo_core.release import FPS
 
 # Groups of layers. Which layers are in them the networks' modules say (`LayerModule.adapted`).
 TARGETS = (
@@ -101,6 +103,7 @@ def save(
     base_digest: str,
     settings: str,
     *,
+    config: Mapping[str, Any] | None = None,
     state: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Adapter:
@@ -109,6 +112,8 @@ def save(
     Args:
         base_digest: `Networks.base_digest` of the checkpoint that the networks were loaded from.
         settings: how it was trained, any text.
+        config: of the Diffusion Net, as a checkpoint of the run would say it: sampling with the adapter follows its
+            frame rate, rows of face tokens and crop margin. None: says nothing of them.
         state: state dict of `nets` where its parameters are sharded (FSDP), gathered; None reads them.
         dtype: float16 halves the file; float32 continues training to the same bits.
 
@@ -121,8 +126,9 @@ def save(
         down, up = (state[f"{name}.lora_{letter}.{_NAME}.weight"].detach().cpu().clone() for letter in "AB")
         modules[name] = Factors(down, up, float(layer.scaling[_NAME] * layer.r[_NAME]))
     targets = tuple(target for target in TARGETS if modules.keys() & set(_names(nets, target)))
+    said = {} if config is None else trained_as({"fps": FPS} | dict(config), "config")
     adapter = Adapter(
-        modules=modules, base=base_digest, targets=targets, settings=settings, name=os.path.basename(path)
+        modules=modules, base=base_digest, targets=targets, settings=settings, config=said, name=os.path.basename(path)
     )
     adapter.save(path, dtype)
     return adapter

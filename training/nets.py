@@ -159,13 +159,19 @@ class Nets(nn.Module):
         """Lets the networks' checkpoints say how many frames a second they learn from: so are videos sampled then."""
         self.sizes = replace(self.sizes, diffusion_net=self.sizes.diffusion_net | {"fps": fps})
 
+    @property
+    def diffusion_config(self) -> dict[str, Any]:
+        """What checkpoints say of the Diffusion Net. In training each row's face tokens are its own; the released code
+        mixes them, and so would sampling.
+        """
+        return self.sizes.diffusion_net | {"face_token_rows": "grouped"}
+
     def save(self, folder: Path, dtype: torch.dtype = torch.float32, values: dict[str, Tensor] | None = None) -> None:
         """Writes the four networks in the released layout; `values` replaces parameters by name."""
         state = self.state_dict() if values is None else values
         configs = {
             "reference_net": self.sizes.reference_net,
-            # In training each row's face tokens are its own; the released code mixes them, and so would sampling.
-            "diffusion_net": self.sizes.diffusion_net | {"face_token_rows": "grouped"},
+            "diffusion_net": self.diffusion_config,
             "image_proj": {"_class_name": "ImageProjModel"},
             "audio_proj": {"_class_name": "AudioProjModel"},
         }

@@ -4,7 +4,8 @@ The file holds, for every layer that an adapter changes, two matrices under the 
 `<net>.<module path>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], `net` one of NETS; a 1x1 convolution's have
 two more axes of one. Its metadata are texts: format and version, rank and alpha, JSON objects `rank_pattern` and
 `alpha_pattern` {module: value} for layers that differ, `base` (digest of the checkpoint it was trained on), `targets`
-(JSON list of the groups of layers) and `settings` (of training, any text).
+(JSON list of the groups of layers), `config` (JSON object: what a checkpoint's config.json says of how it was shown
+videos, `nets.config.trained_as`) and `settings` (of training, any text).
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checks import number, shown, whole
 from ..errors import CheckpointError
+from ..nets.config import trained_as
 from ..tensorfile import FLOATS, UNREADABLE, float32, is_finite, open_arrays, open_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ class Adapter:
         base: digest of the checkpoint it was trained on (`Networks.base_digest`), or "" where unknown.
         targets: names of the groups of layers it was asked to change.
         settings: of training, as text.
+        config: how it was shown videos, which sampling follows: `fps`, `face_token_rows`, `crop_margin`; old files say
+            nothing.
         name: of the file.
     """
 
@@ -75,6 +79,7 @@ class Adapter:
     base: str = ""
     targets: tuple[str, ...] = ()
     settings: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
     name: str = "adapter"
 
     @cached_property
@@ -84,7 +89,7 @@ class Adapter:
 
     def describe(self) -> str:
         """What it is, in words, one fact a line."""
-        return _describe(self.modules, self.base, self.targets, self.settings, self.name)
+        return _describe(self.modules, self.base, self.targets, self.settings, self.config, self.name)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes the file, atomically, in float32 or another floating-point dtype.
@@ -112,6 +117,7 @@ class Adapter:
             "alpha_pattern": json.dumps({module: value for module, value in alphas.items() if value != alpha}),
             "base": self.base,
             "targets": json.dumps(self.targets),
+            "config": json.dumps(dict(self.config)),
             "settings": self.settings,
         }
         tensors = {}
@@ -164,7 +170,12 @@ def _digest(modules: Mapping[str, tuple[Any, Any, float]]) -> str:
 
 
 def _describe(
-    modules: Mapping[str, tuple[Any, Any, float]], base: str, targets: tuple[str, ...], settings: str, name: str
+    modules: Mapping[str, tuple[Any, Any, float]],
+    base: str,
+    targets: tuple[str, ...],
+    settings: str,
+    config: Mapping[str, Any],
+    name: str,
 ) -> str:
     ranks, alphas = sorted({len(down) for down, _, _ in modules.values()}), sorted({a for _, _, a in modules.values()})
     numbers = sum(math.prod(down.shape) + math.prod(up.shape) for down, up, _ in modules.values())
@@ -177,6 +188,7 @@ def _describe(
         f"targets      {', '.join(targets) or '-'}",
         f"parameters   {numbers:,}",
     ]
+    lines += [f"shown with   {', '.join(f'{name} {value}' for name, value in config.items())}"] * bool(config)
     layers = Counter(module.partition(".")[0] for module in modules)
     lines += [f"  {net:<14} {layers[net]} layers" for net in NETS if layers[net]]
     return "\n".join(lines + [f"settings     {settings}"] * bool(settings))
@@ -199,6 +211,7 @@ def _read(
                 )
             modules = _modules(file, about, path.name)
             targets = _json(about, "targets", list, path.name)
+            config = trained_as(_json(about, "config", dict, path.name), path.name)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CheckpointError(f"no adapter at {path}") from error
     except UNREADABLE as error:
@@ -207,7 +220,8 @@ def _read(
         if not isinstance(target, str):
             raise CheckpointError(f"{path.name} is damaged: its targets are no names but {shown(targets)}")
     base, settings = about.get("base", ""), about.get("settings", "")
-    return modules, {"base": base, "targets": tuple(targets), "settings": settings, "name": path.name}
+    more = {"settings": settings, "config": config, "name": path.name}
+    return modules, {"base": base, "targets": tuple(targets), **more}
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
@@ -278,8 +292,10 @@ def apply(nets: Networks, adapter: Adapter, strength: float = 1.0) -> None:
 
     The sum is made in float32 on the CPU, then rounded to the weight's dtype: the same bits wherever the networks live.
     Several adapters add up. A strength of 0 changes nothing. Any other also changes `nets.digest`, which keys stored
-    windows and memory states. An adapter trained on another checkpoint is logged as a warning: fine-tuned relatives
-    are common, and only the eye can tell.
+    windows and memory states, and lets the networks sample as the adapter was trained: at its frame rate, with its rows
+    of face tokens, portraits cut at its margin. Of several that differ in one of these none is followed there: the
+    checkpoint's own value counts (`NetConfig.following`). An adapter trained on another checkpoint is logged as a
+    warning: fine-tuned relatives are common, and only the eye can tell.
 
     Args:
         strength: 1 as trained; any finite number, negative ones take away what the adapter learnt.
@@ -315,6 +331,8 @@ def apply(nets: Networks, adapter: Adapter, strength: float = 1.0) -> None:
             raise CheckpointError(f"{adapter.name}:{strength:g} exceeds {weight.dtype} in {name}: lower the strength")
         layer.weight = nn.Parameter(merged.to(weight.device), requires_grad=weight.requires_grad)
     nets.adapters += ((adapter.name, adapter.digest, float(strength)),)
+    nets.own_config, nets.followed = nets.own_config or nets.diffusion_net.config, (*nets.followed, adapter.config)
+    nets.diffusion_net.config = nets.own_config.following(nets.followed)
 
 
 def _fitting(nets: Networks, adapter: Adapter) -> dict[str, nn.Linear | nn.Conv2d]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..files import short_hash
+from ..nets.config import NetConfig
 from ..nets.diffusion_net import DiffusionNet
 from ..nets.projections import AudioProjection, ImageProjection
 from ..nets.reference_net import ReferenceNet
@@ -37,6 +39,8 @@ class SamplingNetworks:
     sample_size: int  # latent height and width of training
     adapters: tuple[tuple[str, str, float], ...] = ()  # name, digest, strength of what `lora.apply` merged
     options: Options | None = None  # what `optimise` did; None: nothing
+    own_config: NetConfig | None = None  # the Diffusion Net's before adapters; None: as it is
+    followed: tuple[Mapping[str, Any], ...] = ()  # what merged adapters say (`NetConfig.following`)
 
     @property
     def window(self) -> int:

@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     output = _output(args)
 
     from ..checkpoint.layout import VOCAL_SEPARATOR, find
+    from ..checkpoint.lora import read
     from ..checkpoint.settings import read_net_config
     from ..inputs.emotion import EmotionTrack
     from ..inputs.pictures import open_picture
@@ -117,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
     portrait = open_picture(args.portrait)
     recording = Recording(args.voice)
     waveform, rate = recording.mono(SAMPLE_RATE), SAMPLE_RATE  # an hour as it was recorded may not fit into memory
-    fps = read_net_config(find(args.checkpoint) / "diffusion_net").fps
+    adapters = [read(file).config for file, strength in args.lora or () if strength]
+    fps = read_net_config(find(args.checkpoint) / "diffusion_net").following(adapters).fps
     num_frames = count_frames(recording.num_samples, recording.sample_rate, fps)
     start, count = _span(args, num_frames, recording.seconds, fps)
     device, dtype = _device(args)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..checks import number, shown, whole
@@ -16,6 +16,8 @@ _MOST_PAST = 256  # past frames that a layer may look at
 DEEPEST = 1000  # layers of a kind
 _WIDEST_MARGIN = 10.0  # in parts of the face, as for a portrait
 FACE_TOKEN_ROWS = ("released", "grouped")
+# How networks were shown videos, as released; adapters say it of their training, too.
+_TRAINED_AS: dict[str, Any] = {"fps": FPS, "face_token_rows": "released", "crop_margin": CROP_MARGIN}
 
 
 def settings_like(settings: Mapping[str, Any], defaults: Mapping[str, Any], source: object) -> dict[str, Any]:
@@ -62,6 +64,26 @@ def _like(value: Any, default: Any) -> Any:
     if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= LONGEST:
         raise ValueError(f"a list of 1 to {LONGEST} items")
     return tuple(_like(item, default[0]) for item in value)
+
+
+def trained_as(settings: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """What settings say of how networks were shown videos, checked: `fps`, `face_token_rows` and `crop_margin`, those
+    of them that are there.
+
+    Args:
+        source: where the settings come from, for the message.
+
+    Raises:
+        CheckpointError: names the setting, its value and what is allowed.
+    """
+    read = settings_like(settings, _TRAINED_AS, source)
+    if read["face_token_rows"] not in FACE_TOKEN_ROWS:
+        raise CheckpointError(
+            f"{source}: face_token_rows = {shown(read['face_token_rows'])} must be one of {FACE_TOKEN_ROWS}"
+        )
+    if read["crop_margin"] > _WIDEST_MARGIN:
+        raise CheckpointError(f"{source}: crop_margin = {read['crop_margin']} must be at most {_WIDEST_MARGIN:g} faces")
+    return {name: read[name] for name in _TRAINED_AS if settings.get(name) is not None}
 
 
 def require_layers(announced: int, tensors: int, source: object) -> None:
@@ -225,25 +247,14 @@ class NetConfig:
                 "norm_eps": 1e-5,
                 "audio_attention_dim": 768,
                 "window_frames": WINDOW,
-                "fps": FPS,
                 "noise_levels": (1.0,),
                 "guidance_embedded": False,
-                "face_token_rows": "released",
-                "crop_margin": CROP_MARGIN,
             },
             "config.json",
         )
         if read["window_frames"] > LONGEST_WINDOW:
             raise CheckpointError(
                 f"config.json: window_frames = {read['window_frames']} must be at most {LONGEST_WINDOW}"
-            )
-        if read["face_token_rows"] not in FACE_TOKEN_ROWS:
-            raise CheckpointError(
-                f"config.json: face_token_rows = {shown(read['face_token_rows'])} must be one of {FACE_TOKEN_ROWS}"
-            )
-        if read["crop_margin"] > _WIDEST_MARGIN:
-            raise CheckpointError(
-                f"config.json: crop_margin = {read['crop_margin']} must be at most {_WIDEST_MARGIN:g} faces"
             )
         for name in ("block_out_channels", "down_block_types", "up_block_types"):
             if config.get(name) is None:
@@ -280,14 +291,19 @@ class NetConfig:
             audio=_kinds(config, "audio_modules", "multimodal", levels),
             positions=positions,
             window=read["window_frames"],
-            fps=read["fps"],
             noise_levels=_noise_levels(read["noise_levels"]) if config.get("noise_levels") is not None else (),
             guidance_embedded=read["guidance_embedded"],
-            face_token_rows=read["face_token_rows"],
-            crop_margin=read["crop_margin"],
+            **trained_as(config, "config.json"),
         )
         made._check_widths()
         return made
+
+    def following(self, adapters: Sequence[Mapping[str, Any]]) -> NetConfig:
+        """As the checkpoint samples with adapters, which say of their training what `trained_as` reads: as those that
+        say something about a setting agree upon; where they do not agree, or none says anything, as it does without.
+        """
+        said = {name: {about[name] for about in adapters if name in about} for name in _TRAINED_AS}
+        return replace(self, **{name: values.pop() for name, values in said.items() if len(values) == 1})
 
     def _check_widths(self) -> None:
         last = len(self.block_out_channels) - 1

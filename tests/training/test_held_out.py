@@ -28,7 +28,7 @@ from memo_core.sampling.window import sample_window
 from training import __main__ as command
 from training import batches, budget, config, engine, losses, presets, preview
 from training.config import Data, Loss
-from training.nets import Nets
+from training.nets import Nets, link_encoders
 from training.objectives import flow
 from training.prepare.rows import Row
 from training.shard_index import INDEX, crop_scale
@@ -417,6 +417,26 @@ def test_a_checkpoint_says_how_it_is_to_be_sampled(videos: Path, encoders: Path,
     assert made.crop_margin == pytest.approx(0.15) and made.nets.fps == said["fps"] == 25
     audio = made.encode_audio(torch.randn(8000), 16000)
     assert made.job(made.encode_reference(torch.zeros(3, 64, 64)), audio).settings.face_token_rows == "grouped"
+
+
+def test_an_adapter_says_how_it_is_to_be_sampled(videos: Path, encoders: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    start, out = tmp_path / "start", tmp_path / "run"
+    small_nets().save(start)
+    config = json.loads((start / "diffusion_net" / "config.json").read_text())
+    del config["face_token_rows"]  # as the released one
+    (start / "diffusion_net" / "config.json").write_text(json.dumps(config))
+    link_encoders(encoders, start)
+    settings = ["steps=1", "optimizer.bits=32", "data.workers=0", "lora.rank=2", "engine.samples=1"]
+    command.main(
+        ["train", "memo_lora", "--data", str(videos), "--out", str(out), "--start", str(start), "--set", *settings]
+    )
+    file = engine.latest(out) / "adapter.safetensors"
+    plain, adapted = (MemoPipeline.from_pretrained(start, lora=lora) for lora in ([], [file]))
+    assert (plain.nets.fps, plain.crop_margin) == (30, 0.35)
+    assert adapted.nets.fps == 25 and adapted.crop_margin == pytest.approx(0.15)
+    rows = [Settings().for_checkpoint(made.nets.diffusion_net.config).face_token_rows for made in (plain, adapted)]
+    assert rows == ["released", "grouped"]
 
 
 def test_a_portrait_is_cut_as_the_clips_were() -> None:

@@ -31,6 +31,7 @@ from memo_core.nets.config import LayerKind
 from memo_core.nets.diffusion_net import DiffusionNet
 from memo_core.nets.kinds import AUDIO, TEMPORAL
 from memo_core.nets.past import in_turn
+from memo_core.sampling.settings import Settings
 from memo_core.video.read import read_video
 
 TO_Q = "diffusion_net.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -117,6 +118,7 @@ BROKEN = {
     "deep metadata": (dict(targets="[" * 100_000), "its targets is no JSON"),
     "odd metadata": (dict(alpha_pattern="5"), "its alpha_pattern should be a dict, it is 5"),
     "odd targets": (dict(targets="[3]"), "its targets are no names"),
+    "odd rate": (dict(config='{"fps": 0}'), "face.safetensors: fps = 0 must be a whole number from 1"),
 }
 
 
@@ -189,6 +191,28 @@ def test_the_digest_names_content_and_strength(memo_tiny: Path, nets: Networks, 
     assert digest((renamed, 1.0)) == digests[1], "the same file in another session, by another name"
     title = load(memo_tiny, lora=[(renamed, 0.5), (other, 1)]).title
     assert title.startswith("memo_tiny + renamed.safetensors:0.5 + other.safetensors:1 (")
+
+
+def test_sampling_follows_what_adapters_were_shown(memo_tiny: Path, nets: Networks, tmp_path: Path) -> None:
+    """Their frame rate, rows of face tokens and crop margin; where they differ, the checkpoint's own."""
+    said = {
+        "old": {},
+        "one": {"fps": 25, "face_token_rows": "grouped", "crop_margin": 0.05},
+        "same": {"fps": 25, "face_token_rows": "grouped", "crop_margin": 0.05},
+        "wide": {"fps": 25, "face_token_rows": "grouped", "crop_margin": 0.4},
+    }
+    for name, config in said.items():
+        dataclasses.replace(random_adapter(nets), config=config).save(tmp_path / name)
+
+    def shown(*names: str, strength: float = 1.0) -> tuple[int, str | None, float]:
+        made = MemoPipeline.from_pretrained(memo_tiny, lora=[(tmp_path / name, strength) for name in names])
+        settings = Settings().for_checkpoint(made.nets.diffusion_net.config)
+        return made.nets.fps, settings.face_token_rows, made.crop_margin
+
+    assert shown() == shown("old") == shown("one", strength=0) == (30, "released", 0.35)
+    assert shown("one") == shown("one", "same") == shown("old", "one") == (25, "grouped", 0.05)
+    assert shown("one", "wide") == (25, "grouped", 0.35) and shown("wide", "one", "same") == (25, "grouped", 0.35)
+    assert "fps 25, face_token_rows grouped, crop_margin 0.05" in lora.describe(tmp_path / "one")
 
 
 def test_an_adapter_of_other_networks_is_refused(nets: Networks) -> None:
