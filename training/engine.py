@@ -202,6 +202,8 @@ class Trainer:
         self.model.train()
         figures, bad = logs.Figures(), 0
         with bar, attention:
+            if self.step:
+                self._look(again=True)
             while self.step < config.steps:
                 self._join()
                 self._set_rates()
@@ -217,12 +219,10 @@ class Trainer:
                 if step % config.engine.log_every == 0 or step == config.steps:
                     self._log(figures.taken(), bar)
                 bar.update()
-                if step % config.engine.sample_every == 0 or step == config.steps:
-                    self._validate()
-                    self._show()
-                if self._save_now():
+                if self._save_now():  # before what is not training, and may fail by itself
                     last = self.checkpoints.save(self.model, step, self.seconds)
                     self.saved = time.monotonic()
+                self._look()
         return last
 
     def _hold_back(self, groups: dict[str, list[nn.Parameter]]) -> bool:
@@ -344,6 +344,25 @@ class Trainer:
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def _look(self, again: bool = False) -> None:
+        """Validates and shows samples where it is time to; `again`: what a stopped run did not come to. Random numbers
+        go on as if nothing had been looked at, so that both are the same run.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        if self.step % self.config.engine.sample_every and self.step != self.config.steps:
+            return
+        picture = self.out / "samples" / f"{self.step:07d}.png"
+        # The first process's folder counts: all of them validate together.
+        done = [again and logs.last_step(self.out / "validation.jsonl") == self.step, again and picture.is_file()]
+        validated, shown = broadcast_object_list(done)
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if not validated:
+                self._validate()
+            if not shown:
+                self._show(picture)
+
     def _validate(self) -> None:
         """Writes down the loss on what is held out."""
         if self.held_out is None or not self.config.engine.validated:
@@ -358,7 +377,7 @@ class Trainer:
                 row = {"step": self.step, "data": self.checkpoints.data, **figures}
                 file.write(json.dumps(row) + "\n")
 
-    def _show(self) -> None:
+    def _show(self, path: Path) -> None:
         """Samples beside the truth, as a picture and in the trackers; only where one process holds all weights."""
         accelerator = self.accelerator
         if self.encoders is None or self.sharded or not accelerator.is_main_process:
@@ -371,7 +390,7 @@ class Trainer:
             nets, shown = accelerator.unwrap_model(self.model).nets, self.held_out or self.set
             sheet = preview.picture(nets, shown, self.encoders)
         self.model.train()
-        run.save_picture(sheet, self.out / "samples" / f"{self.step:07d}.png")
+        run.save_picture(sheet, path)
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 tracker.log_images(

@@ -48,6 +48,12 @@ def truncate(log: Path, step: int) -> None:
             temporary.write_text("".join(kept), encoding="utf-8")
 
 
+def last_step(log: Path) -> int | None:
+    """The step of a log's last row; None without one."""
+    rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    return int(parse_json(rows[-1])["step"]) if rows else None
+
+
 def trackers(config: Stage) -> list[str]:
     """TensorBoard and those asked for; ConfigError for one that is not installed."""
     from accelerate.tracking import get_available_trackers

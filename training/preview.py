@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memo_core.memory.stream import WindowMemory
+from memo_core.memory.sums import LayerMemory
 from memo_core.nets.conditions import Conditions
-from memo_core.nets.past import Memory
 from memo_core.release import NULL_EMOTION
 from memo_core.sampling.settings import Settings
 from memo_core.sampling.vae import decode_latents
@@ -21,7 +22,7 @@ from . import run
 from .batches import Batch, TrainingSet, collate
 from .config import Drop
 from .nets import Nets
-from .objectives.flow import memory_of
+from .objectives.flow import memory_of_modules
 from .vae import load_vae
 
 STEPS = 10
@@ -39,12 +40,20 @@ def picture(nets: Nets, data: TrainingSet, encoders: Path) -> Tensor:
     for batch in _samples(data):
         batch = batch.to(device)
         noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(7)).to(device)
-        conditions, memory = conditions_of(nets, batch, settings.guided)
-        sampled = sample_window(nets, noise, conditions, memory, settings)[0]
+        sampled = sample(nets, batch, noise, settings)[0]
         shown = torch.linspace(0, sampled.shape[1] - 1, min(SHOWN, sampled.shape[1])).round().long()
         row = torch.cat([batch.portrait[0][:, None], batch.latents[0][:, shown], sampled[:, shown]], dim=1)
         pictures.append(decode_latents(_vae(encoders), row.cpu()))
     return run.sheet((torch.cat(pictures) * 255).round().to(torch.uint8), len(pictures[0]))
+
+
+def sample(nets: Nets, batch: Batch, noise: Tensor, settings: Settings) -> Tensor:
+    """Latents [1, 4, F, h, w] under the conditions of a batch of one, in less memory than a step of training takes:
+    with guidance row by row.
+    """
+    conditions, memory = conditions_of(nets, batch, settings.guided)
+    torch.clear_autocast_cache()  # weights in half precision of networks that have done their part
+    return sample_window(nets, noise, conditions, memory, settings, row_by_row=True)
 
 
 def _samples(data: TrainingSet) -> list[Batch]:
@@ -54,7 +63,7 @@ def _samples(data: TrainingSet) -> list[Batch]:
     return [collate([undropped[number]]) for number in range(data.config.engine.samples)]
 
 
-def conditions_of(nets: Nets, batch: Batch, guided: bool) -> tuple[Conditions, list[Memory] | None]:
+def conditions_of(nets: Nets, batch: Batch, guided: bool) -> tuple[Conditions, WindowMemory | None]:
     """What a batch of one is sampled under; with guidance an unconditional row before it, as sampling has it."""
     tokens = nets.image_proj(batch.face_embedding)
     reference = nets.reference_net(batch.portrait, tokens)
@@ -65,7 +74,6 @@ def conditions_of(nets: Nets, batch: Batch, guided: bool) -> tuple[Conditions, l
         if audio is not None:
             audio = torch.cat([torch.zeros_like(audio), audio])
             emotion = torch.cat([torch.full_like(emotion, NULL_EMOTION), emotion])
-            past, windows = torch.cat([past, past]), torch.cat([windows, windows])
     conditions = Conditions(
         reference=reference,
         face_tokens=tokens,
@@ -73,4 +81,19 @@ def conditions_of(nets: Nets, batch: Batch, guided: bool) -> tuple[Conditions, l
         emotion=emotion,
         frames=batch.latents.shape[2],
     )
-    return conditions, None if audio is None else memory_of(nets, past, tokens, windows)
+    return conditions, None if audio is None else _memory(nets, past, tokens, windows)
+
+
+def _memory(nets: Nets, past: Tensor, tokens: Tensor, windows: Tensor) -> WindowMemory:
+    """Of a past under each row of face tokens: made row by row, kept in host memory. At released sizes the sums are
+    gigabytes, for which a training step leaves no room.
+    """
+    each = [
+        [(kv.cpu(), z.cpu()) for module in memory_of_modules(nets, past, row, windows) for kv, z in module()]
+        for row in tokens.split(1)
+    ]
+    layers = []
+    while each[0]:
+        kv, z = (torch.cat(parts).to(past.device) for parts in zip(*[row.pop(0) for row in each], strict=True))
+        layers.append(LayerMemory(kv, z, on_host=True))
+    return WindowMemory(layers)

@@ -347,6 +347,50 @@ def test_validation_is_the_same_stopped_or_not_and_changes_nothing(
     assert validation_of(tmp_path / "halved") == rows
 
 
+@pytest.mark.parametrize("fails", ["engine.validate", "preview.picture"])
+def test_what_fails_while_a_run_looks_at_itself_costs_no_step_and_is_made_up_for(
+    videos: Path, encoders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """The checkpoint comes first; going on from it validates and shows what is missing, and nothing twice."""
+    stage = replace(HELD, engine=replace(HELD.engine, samples=1, guidance=3.5))
+    whole, out = engine.train(stage, videos, tmp_path / "whole", small_nets(), encoders), tmp_path / "failed"
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"training.{fails}", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.train(stage, videos, out, small_nets(), encoders)
+    assert [path.name for path in engine.checkpoints(out)] == ["checkpoint-0000002"]
+    assert_same_state(whole, engine.train(stage, videos, out, small_nets(), encoders))
+    assert validation_of(out) == validation_of(tmp_path / "whole") and len(log_of(out)) == 4
+    shown = [{path.name: path.read_bytes() for path in (run / "samples").iterdir()} for run in (whole.parent, out)]
+    assert shown[0].keys() == {"0000002.png", "0000004.png"} and shown[0] == shown[1]
+    monkeypatch.setattr(f"training.{fails}", fail)
+    engine.train(stage, videos, out, small_nets(), encoders)  # finished: nothing is left to look at
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_looking_draws_no_random_number_of_the_run(
+    videos: Path, encoders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Of which dropout takes some; libraries that load an autoencoder may begin with random weights."""
+    picture = preview.picture
+    monkeypatch.setattr(preview, "picture", lambda *all_of_it: (torch.rand(1), picture(*all_of_it))[1])
+    drawn, look = [], engine.Trainer._look
+
+    def watched(trainer: engine.Trainer, *_: Any) -> None:
+        before = torch.get_rng_state()
+        look(trainer, again)
+        drawn.append(torch.equal(before, torch.get_rng_state()))
+
+    monkeypatch.setattr(engine.Trainer, "_look", watched)
+    stage = replace(HELD, steps=1, engine=replace(HELD.engine, samples=1))
+    engine.train(stage, videos, tmp_path, small_nets(), encoders)
+    assert drawn == [True] and (tmp_path / "samples").is_dir()
+
+
 def test_processes_share_the_validation(videos: Path) -> None:
     data = batches.HeldOut(batches.TrainingSet(videos, HELD))
     model = flow.FlowModel(small_nets(), Loss()).eval()
