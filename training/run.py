@@ -189,11 +189,12 @@ def sheet(images: Tensor, columns: int) -> Tensor:
 
 
 def save_picture(picture: Tensor, path: Path) -> None:
-    """Writes uint8 [3, H, W] as a PNG."""
+    """Writes uint8 [3, H, W] as a PNG, whole or not at all."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    with replace_whole(path) as temporary:
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, "PNG")
 
 
 def contact_sheet(images: Tensor, columns: int, path: Path) -> None:
