@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -382,8 +383,11 @@ class Trainer:
         accelerator = self.accelerator
         if self.encoders is None or self.sharded or not accelerator.is_main_process:
             return
+        from tqdm import tqdm
+
         from . import preview
 
+        tqdm.write(f"step {self.step}: drawing samples, which takes a while without a GPU: {path}", file=sys.stderr)
         self.model.eval()
         averaged = nullcontext() if self.average is None else self.average.swapped()
         with averaged, torch.no_grad(), accelerator.autocast():

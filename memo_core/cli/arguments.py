@@ -25,7 +25,12 @@ def positive_int(text: str) -> int:
 
 def seconds(text: str) -> float:
     """A number of seconds from 0."""
-    return _number(text, 0, 1e6, "a number of seconds")
+    return _number(text, 0, 1e6, "a number of seconds from 0")
+
+
+def duration(text: str) -> float:
+    """A number of seconds above 0."""
+    return _number(text, 1e-3, 1e6, "a number of seconds above 0")
 
 
 def gigabytes(text: str) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MemoError
-from .arguments import add_checkpoint, positive_int, seconds, size
+from .arguments import add_checkpoint, duration, positive_int, seconds, size
 from .output import INTERRUPTED, OK, check_output, named_after, say
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     )
     add("--separate-vocals", "let the voice alone drive the face, without music (audio-separator)", action="store_true")
     add("--start", "begin here in VOICE (default: 0)", type=seconds, default=0.0, metavar="SECONDS")
-    add("--duration", "make this much (default: all to the end)", type=seconds, metavar="SECONDS")
+    add("--duration", "make this much (default: all to the end)", type=duration, metavar="SECONDS")
     add("--memory-in", "go on from this memory state", metavar="STATE")
     add("--memory-out", "save the memory state after the last frame", metavar="STATE")
     add("--horizon", "remember only the last N windows (default: all the past)", type=positive_int, metavar="N")

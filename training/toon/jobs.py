@@ -11,6 +11,7 @@ import torch
 
 from memo_core.checkpoint.layout import assets, find
 from memo_core.checkpoint.load import load
+from memo_core.cli.arguments import positive_int
 
 from .. import engine, export, presets, run
 from ..nets import Nets, begin_from_nothing, link_encoders
@@ -114,7 +115,7 @@ def add_command(commands) -> None:
     toon.add_argument(
         "--out", type=Path, help="where assemble writes the checkpoint (assets/toon), or the measures (runs/evaluation)"
     )
-    toon.add_argument("--clips", type=int, default=20, help="clips that are drawn or measured (%(default)s)")
+    toon.add_argument("--clips", type=positive_int, default=20, help="clips that are drawn or measured (%(default)s)")
     toon.add_argument("--seconds", type=float, default=4.0, help="of each measured clip (%(default)s)")
     toon.add_argument("--steps", type=int, default=20, help="sampling steps (%(default)s)")
     toon.add_argument("--guidance", type=float, default=3.5, help="guidance scale (%(default)s)")

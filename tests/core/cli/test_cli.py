@@ -219,6 +219,7 @@ def test_a_portrait_or_voice_that_is_none_is_named(here, memo_tiny, capsys, port
         ["generate"],
         ["generate", "a", "b", "--size", "big"],
         ["generate", "a", "b", "--start", "-1"],
+        ["generate", "a", "b", "--duration", "0"],
         ["generate", "a", "b", "--horizon", "0"],
         ["generate", "a", "b", "--speed", "fast"],
     ],
