@@ -8,9 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from common import ROOT
 
@@ -128,3 +132,18 @@ def assert_learns_alike(rows: list[dict[str, float]], others: list[dict[str, flo
     assert sum(loss[-3:]) < 0.9 * sum(loss[:3])
     assert all(abs(a - b) < rel * b for a, b in zip(loss, other, strict=True)), [*zip(loss, other, strict=True)]
     assert all(row["skipped"] == 0 for row in rows)
+
+
+@contextmanager
+def stopped_at(step: int) -> Iterator[None]:
+    """Runs end there as by Ctrl-C, what was done since the last checkpoint lost."""
+    done = engine.Trainer._step
+
+    def stop(trainer: engine.Trainer, *rest: Any) -> float:
+        if trainer.step == step:
+            raise KeyboardInterrupt
+        return done(trainer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine.Trainer, "_step", stop)
+        yield

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from memo_core.budget.report import RELEASED_VAE
 from memo_core.inputs.speech import NEIGHBOURS
 from memo_core.release import FPS, WINDOW
 
@@ -41,20 +42,6 @@ DEVICES = {
 }
 UTILISATION = 0.3  # assumed share of that speed; measure a step and say so with --utilisation
 RESERVE = 3 * GIB // 2  # assumed: context 0.5 GiB, work space of cuDNN and cuBLAS and fragmentation 1 GiB
-# Stable Diffusion 1.5's, as diffusers has it.
-VAE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "act_fn": "silu",
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +178,7 @@ def encoding(size: int = 512, config: dict[str, Any] | None = None) -> int:
     live = Live()
     # Plain attention, whose products are counted one by one.
     with FakeTensorMode(), sdpa_kernel([SDPBackend.MATH]), torch.no_grad():
-        vae = AutoencoderKL.from_config(config or VAE)
+        vae = AutoencoderKL.from_config(config or RELEASED_VAE)
         picture = torch.zeros(1, vae.config.in_channels, size, size)
         with live:
             vae.encode(picture)

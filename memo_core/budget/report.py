@@ -17,6 +17,14 @@ from .plan import choose_plan, least_plan, plan_of
 
 DRIVER = GIB // 2  # what the driver and torch's context take of a card
 
+# Stable Diffusion 1.5's, as diffusers names it; the rest is as the class has it.
+RELEASED_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+
 
 def released(dtype: torch.dtype = torch.bfloat16) -> SamplingNetworks:
     """The networks that sample, at the released size and without data: nothing needs to have been downloaded."""
@@ -28,12 +36,7 @@ def released(dtype: torch.dtype = torch.bfloat16) -> SamplingNetworks:
     from ..nets.reference_net import ReferenceNet
 
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-        )
+        vae = AutoencoderKL(**RELEASED_VAE)
         modules: dict[str, Any] = {
             "reference_net": ReferenceNet(NetConfig()),
             "diffusion_net": DiffusionNet(NetConfig()),

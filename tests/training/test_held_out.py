@@ -14,7 +14,7 @@ import pytest
 import test_training as runs
 import torch
 from common import relative_l2
-from small_training import SIZE, SIZES, TINY, log_of, small_nets
+from small_training import SIZE, SIZES, TINY, log_of, small_nets, stopped_at
 from test_shards import WINDOWS, clip
 from test_training import assert_same_state
 
@@ -319,9 +319,7 @@ def validation_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
 
 
-def test_validation_is_the_same_stopped_or_not_and_changes_nothing(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validation_is_the_same_stopped_or_not_and_changes_nothing(videos: Path, tmp_path: Path) -> None:
     whole = engine.train(HELD, videos, tmp_path / "whole", small_nets(), None)
     rows = validation_of(tmp_path / "whole")
     levels = {f"validation_{level}" for level in (0.1, 0.3, 0.5, 0.7, 0.9)}
@@ -331,17 +329,8 @@ def test_validation_is_the_same_stopped_or_not_and_changes_nothing(
     blind = replace(HELD, engine=replace(HELD.engine, validated=0))
     assert_same_state(whole, engine.train(blind, videos, tmp_path / "blind", small_nets(), None))
 
-    step = engine.Trainer._step
-
-    def stop(trainer: engine.Trainer, *rest: Any) -> float:
-        if trainer.step == 3:
-            raise KeyboardInterrupt
-        return step(trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Trainer, "_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            engine.train(HELD, videos, tmp_path / "halved", small_nets(), None)
+    with stopped_at(3):
+        engine.train(HELD, videos, tmp_path / "halved", small_nets(), None)
     (tmp_path / "halved" / "validation.jsonl").open("a").write('{"step": 3, "validation": 1}\n')  # is done again
     assert_same_state(whole, engine.train(HELD, videos, tmp_path / "halved", small_nets(), None))
     assert validation_of(tmp_path / "halved") == rows

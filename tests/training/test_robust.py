@@ -6,12 +6,11 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_training import TINY, launch, log_of, small_nets, write_clips
+from small_training import TINY, launch, log_of, small_nets, stopped_at, write_clips
 from torch import Tensor
 
 from training import config, engine, losses, presets, robust
@@ -119,19 +118,10 @@ def test_who_knows_too_little_drops_nothing_and_some_say_nothing() -> None:
     assert torch.isinf(robust.RobustFilter(replace(RELATIVE, robust_from=5)).limits(4)).all()
 
 
-def test_a_stopped_run_goes_on_judging_as_it_did(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on_judging_as_it_did(data: Path, tmp_path: Path) -> None:
     whole = engine.train(HALVED, data, tmp_path / "whole", small_nets(), None)
-    step = engine.Trainer._step
-
-    def stop(trainer: engine.Trainer, *rest: Any) -> float:
-        if trainer.step == 3:
-            raise KeyboardInterrupt
-        return step(trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Trainer, "_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            engine.train(HALVED, data, tmp_path / "halved", small_nets(), None)
+    with stopped_at(3):
+        engine.train(HALVED, data, tmp_path / "halved", small_nets(), None)
     resumed = engine.train(HALVED, data, tmp_path / "halved", small_nets(), None)
     rows = log_of(tmp_path / "halved")
     assert rows[0]["kept"] == 1 and all(0.2 < row["kept"] < 0.9 for row in rows[1:])
